@@ -1,0 +1,31 @@
+# make setup | demo | test | format | build
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: setup demo test format build clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python scripts/demo.py
+
+test: setup
+	scripts/check
+	$(BIN)/pytest
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+build: setup
+	$(BIN)/python -m build
+
+clean:
+	rm -rf .venv .demo build dist *.egg-info

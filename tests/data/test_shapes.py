@@ -1,0 +1,171 @@
+"""Every shape a row may have, and every way in which one may be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from treering.data.shapes import RowError, convert
+
+ASK = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
+PLAIN = [("user", "q"), ("assistant", "a")]
+
+
+def turns(record: Mapping[str, object], system: str | None = None, need_answer: bool = True) -> list[tuple[str, str]]:
+    return [(turn.role, turn.content) for turn in convert(record, system, need_answer).messages]
+
+
+PLAIN_RECORDS: list[dict[str, object]] = [
+    {"messages": [ASK, ANSWER]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}], "name": None}, ANSWER]},
+    {"messages": [{"role": "System", "content": " "}, ASK, ANSWER]},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    {"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}], "system": ""},
+    {"conversations": [{"from": "user", "value": "q", "role": None, "content": None}, ANSWER]},
+    {"instruction": "q", "output": "a"},
+    {"instruction": "q", "input": "", "output": "a", "system": None, "history": []},
+    {"prompt": "q", "completion": "a"},
+    {"prompt": "q", "response": "a", "completion": None},
+    {"prompt": [ASK], "completion": [ANSWER]},
+    {"prompt": [ASK], "completion": "a"},
+    {"question": "q", "answer": "a"},
+    {"text": "q", "label": "a"},
+    {"sentence": "q", "category": "a"},
+    {"utterance": "q", "intent": "a"},
+    {"message": "q", "label": "a", "intent": " "},
+    {"query": "q", "label": "a"},
+    {" TEXT ": " q\n", "Label\t": "\ta "},
+    {"text": "q", "label": "a", "system": "Linux", "ID": 1, "id": 2},
+    {"prompt": "q", "text": None, "label": None, "completion": "a"},
+    {"prompt": "unanswered", "text": "q", "label": "a"},
+]
+
+
+@pytest.mark.parametrize("record", PLAIN_RECORDS, ids=str)
+def test_every_shape_gives_the_same_example(record: dict[str, object]) -> None:
+    assert turns(record) == PLAIN
+
+
+def test_text_parts_are_joined_by_newlines() -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two", "image_url": None}]
+    assert turns({"messages": [{"role": "user", "content": parts}, ANSWER]})[0] == ("user", "one\ntwo")
+
+
+def test_roles_are_translated() -> None:
+    said = [
+        ("developer", "be brief"),
+        ("human", "q"),
+        ("gpt", "look"),
+        ("observation", "42"),
+        ("tool", "43"),
+        ("gpt", "a"),
+    ]
+    roles = [role for role, _ in turns({"conversations": [{"from": role, "value": text} for role, text in said]})]
+    assert roles == ["system", "user", "assistant", "tool", "tool", "assistant"]
+
+
+def test_alpaca_in_full() -> None:
+    record = {"instruction": "q", "input": "in", "output": "a", "system": "s", "history": [["q1", "a1"], ("q2", "a2")]}
+    history = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
+    assert turns(record) == [("system", "s"), *history, ("user", "q\nin"), ("assistant", "a")]
+
+
+def test_labels_lose_underscores_and_stay_digits() -> None:
+    assert turns({"text": "q", "label": "_card_lost"})[1] == ("assistant", "card lost")
+    assert turns({"text": "q", "label": 7})[1] == ("assistant", "7")
+    assert turns({"question": "q", "answer": "snake_case"})[1] == ("assistant", "snake_case")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": [ASK, ANSWER], "system": "own"},
+        {"messages": [{"role": "system", "content": "own"}, ASK, ANSWER]},
+        {"messages": [{"role": "system", "content": "own"}, ASK, ANSWER], "system": "own "},
+        {"prompt": "q", "completion": "a", "system": "own"},
+    ],
+)
+def test_a_rows_own_system_turn_wins(record: dict[str, object]) -> None:
+    assert turns(record, system="given") == [("system", "own"), *PLAIN]
+
+
+def test_system_is_added_where_there_is_none() -> None:
+    assert turns({"text": "q", "label": "a"}, system=" given ") == [("system", "given"), *PLAIN]
+    assert turns({"text": "q", "label": "a"}, system=" ") == PLAIN
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [ASK]},
+        {"messages": [ASK, {"role": "assistant", "content": ""}]},
+        {"instruction": "q"},
+        {"prompt": "q", "completion": " "},
+        {"question": "q", "answer": None},
+        {"text": "q"},
+    ],
+)
+def test_prediction_rows_may_lack_the_answer(record: dict[str, object]) -> None:
+    assert turns(record, need_answer=False) == PLAIN[:1]
+
+
+def test_prediction_rows_keep_the_answer_they_have() -> None:
+    assert turns({"text": "q", "label": "a"}, need_answer=False) == PLAIN
+
+
+def test_an_empty_question_is_left_to_the_checks() -> None:
+    assert turns({"prompt": " ", "completion": "a"})[0] == ("user", "")
+
+
+WRONG: list[tuple[str, str, dict[str, object]]] = [
+    ("unknown-format", "'colour', 'size'", {"colour": 1, "size": 2}),
+    ("unknown-format", "instruction\\+output", {}),
+    ("unknown-format", "named 'text'", {"text": "q", "Text ": "q", "label": "a"}),
+    ("unknown-format", "label and intent", {"text": "q", "label": "a", "intent": "b"}),
+    ("unknown-format", "text and query", {"text": "q", "query": "q", "label": "b"}),
+    ("no-answer", "output", {"instruction": "q"}),
+    ("no-answer", "completion or response", {"prompt": "q", "completion": " \n"}),
+    ("no-answer", "label or category", {"text": "q", "label": None}),
+    ("no-answer", "last turn of messages", {"messages": [ASK, {"role": "assistant", "content": " "}]}),
+    ("no-user-turn", "user", {"messages": []}),
+    ("no-user-turn", "user", {"conversations": [{"from": "gpt", "value": "a"}]}),
+    ("bad-turns", "messages is text", {"messages": "q"}),
+    ("bad-turns", "messages is null", {"messages": None}),
+    ("bad-turns", "turn 1 is text", {"messages": ["q", "a"]}),
+    ("bad-turns", "'wizard'", {"messages": [{"role": "wizard", "content": "q"}, ANSWER]}),
+    ("bad-turns", "role of messages turn 1 is null", {"messages": [{"content": "q"}, ANSWER]}),
+    ("bad-turns", "role of messages turn 1 is a list", {"messages": [{"role": [[]], "content": "q"}, ANSWER]}),
+    ("bad-turns", "turn 2 is a number", {"messages": [ASK, {"role": "assistant", "content": 5}]}),
+    ("bad-turns", "turn 2 is null", {"messages": [ASK, {"role": "assistant", "content": None}]}),
+    ("bad-turns", "not 'text'", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}),
+    ("bad-turns", "not 'text'", {"messages": [{"role": "user", "content": ["q"]}, ANSWER]}),
+    ("bad-turns", "tool_calls", {"messages": [ASK, {**ANSWER, "tool_calls": [{"id": "1"}]}]}),
+    ("bad-turns", "last turn is the user's", {"messages": [ASK, ANSWER, ASK]}),
+    ("bad-turns", "turn 2 is a system turn", {"messages": [ASK, {"role": "system", "content": "s"}, ANSWER]}),
+    ("bad-turns", "turn 2 is a system", {"messages": [{"role": "system", "content": "s"}, ASK, ANSWER], "system": "t"}),
+    ("bad-turns", "turn 2, an assistant's", {"messages": [ASK, {"role": "assistant", "content": ""}, ASK, ANSWER]}),
+    ("bad-turns", "history is text", {"instruction": "q", "output": "a", "history": "before"}),
+    ("bad-turns", "history entry 1", {"instruction": "q", "output": "a", "history": [["q"]]}),
+    ("bad-turns", "label is a number", {"text": "q", "label": 1.0}),
+    ("bad-turns", "label is a truth value", {"text": "q", "label": True}),
+    ("bad-turns", "answer is an object", {"question": "q", "answer": {"text": "a"}}),
+    ("bad-turns", "type bytes", {"question": "q", "answer": b"a"}),
+    ("encoding", "U\\+D800", {"text": "q\ud800", "label": "a"}),
+    ("encoding", "U\\+DFFF", {"messages": [ASK, {"role": "assistant", "content": "\udfff"}]}),
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason", "record"), WRONG, ids=lambda value: str(value)[:60].encode("utf-8", "replace")
+)
+def test_wrong_rows_are_named(rule: str, reason: str, record: dict[str, object]) -> None:
+    with pytest.raises(RowError, match=reason) as caught:
+        convert(record)
+    assert caught.value.rule == rule
+
+
+def test_a_prediction_row_ends_with_the_users_turn() -> None:
+    with pytest.raises(RowError, match="last turn is the tool's"):
+        convert({"messages": [ASK, {"role": "tool", "content": "42"}]}, need_answer=False)

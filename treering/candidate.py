@@ -1,0 +1,190 @@
+"""One candidate version in the making: what the parent knew, what is learned now, what is measured."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from treering.evaluate import METRIC_VERSION, Result, evaluate, read_results, write_results
+from treering.memory import Memory
+from treering.methods import Methods
+from treering.metrics import is_label_set
+from treering.model import Tokens, encode, load, load_tokenizer, save_weights, use_bf16
+from treering.registry import Version
+from treering.train import make_batch, peak_rate, plan_steps, teach, train
+
+if TYPE_CHECKING:
+    from treering.config import Config
+    from treering.data.example import Example
+    from treering.plan import Plan
+    from treering.train import Step, Stop
+    from treering.workspace import Workspace
+
+RESULTS = "results.parquet"
+PARENT_RESULTS = "parent.parquet"
+
+
+class Candidate:
+    """The model, the memory and the rows of one update. Its methods are the update's steps, in their order.
+
+    `staging` holds what an interrupted update needs to go on: the parent's results and the training checkpoints.
+    """
+
+    def __init__(
+        self,
+        ws: Workspace,
+        plan: Plan,
+        parent: Version | None,
+        base: Path,
+        config: Config,
+        staging: Path,
+        *,
+        stop: Stop | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.plan, self.parent, self.config, self.staging = plan, parent, config, staging
+        self.stop, self.quiet = stop, quiet
+        torch.set_num_threads(plan.machine["threads"])
+        self.tokenizer = load_tokenizer(base, config.trust_remote_code)
+        self.model = load(base, config, parent)
+        self.methods = Methods(config)
+        self.memory = _memory(parent, config)
+        measured: dict[str, list[str]] = parent.manifest["held_out"] if parent else {}
+        self.held_out = {
+            task: [*measured.get(task, ()), *plan.fresh.get(task, ())] for task in {**measured, **plan.fresh}
+        }
+        held_out_ids = [id for ids in self.held_out.values() for id in ids]
+        wanted = list(dict.fromkeys([*plan.row_ids, *self.memory.rows, *held_out_ids]))
+        self.examples: dict[str, Example] = ws.catalog.examples(wanted)
+        self.metrics: dict[str, str] = dict(parent.manifest["metrics"]) if parent else {}
+        for task, ids in plan.rows.items():
+            labelled = is_label_set([self.examples[id].label for id in ids])
+            self.metrics.setdefault(task, "exact_match" if labelled else "token_f1")
+        self.steps: list[Step] = []
+        self.train_seconds = 0.0
+
+    def measure_parent(self) -> list[Result]:
+        """The parent's results on every held-out row: those it was made with, and the fresh ones scored now."""
+        known: list[Result] = []
+        if self.parent is not None and self.parent.manifest["evaluation"] == self.evaluation:
+            known = read_results(self.parent.folder / RESULTS)
+        done = {result.id for result in known}
+        kept = self.staging / PARENT_RESULTS
+        if not kept.exists():
+            missing = [(id, task) for task, ids in self.held_out.items() for id in ids if id not in done]
+            write_results(kept, self._score(missing, "measuring the parent"))
+        return known + read_results(kept)
+
+    def learn(self) -> list[dict[str, float]]:
+        """Train on the new rows and what the methods mix in; returns the log, an entry a step."""
+        started = time.perf_counter()
+        self.model = self.methods.prepare(self.model, _state(self.parent))
+        rows = {id: encode(self.tokenizer, self.examples[id]) for id in [*self.plan.row_ids, *self.memory.rows]}
+        lengths = {id: len(row.ids) for id, row in rows.items()}
+        self.steps = plan_steps(self.plan.row_ids, self.memory, self.methods, lengths, self.config)
+        log = train(
+            self.model,
+            rows,
+            self.steps,
+            self.methods,
+            self.config,
+            pad_id=self._pad_id,
+            teachers=self.memory.teachers if "distill" in self.config.protect else None,
+            checkpoints=self.staging / "checkpoints",
+            stop=self.stop,
+            quiet=self.quiet,
+        )
+        if not hasattr(self.model, "peft_config") and use_bf16(self.config)[0]:
+            self.model = self.model.bfloat16()  # As it will be saved, so that what is measured is what serves.
+        self.train_seconds = time.perf_counter() - started
+        return log
+
+    def measure(self) -> list[Result]:
+        """The candidate's results on every held-out row."""
+        rows = [(id, task) for task, ids in self.held_out.items() for id in ids]
+        return self._score(rows, "measuring the candidate")
+
+    def remember(self) -> None:
+        """Show the new rows to the memory, and store the logits of those it keeps."""
+        for task, ids in self.plan.rows.items():
+            self.memory.add([self.examples[id] for id in ids], task, labelled=self.metrics[task] == "exact_match")
+        if "distill" in self.config.protect:
+            rows = [self._tokens(id) for id in self.memory.rows if id not in self.memory.teachers]
+            self.memory.teachers |= teach(self.model, rows, self.config, pad_id=self._pad_id, quiet=self.quiet)
+
+    def write(self, folder: Path, base_name: str, results: Sequence[Result]) -> None:
+        """Fill `folder` with what the version consists of, all but its report and manifest."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        save_weights(self.model, self.tokenizer, folder, base_name)
+        self.memory.save(folder)
+        write_results(folder / RESULTS, results)
+        shutil.copyfile(self.staging / PARENT_RESULTS, folder / PARENT_RESULTS)
+        batches = [make_batch([self._tokens(id)], {}, self._pad_id, self.model.device) for id in self.plan.row_ids]
+        state = self.methods.after_update(self.model, batches)
+        if state:
+            from safetensors.torch import save_file
+
+            save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / "state.safetensors")
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """What scores depend on besides model and rows; only results with the same are compared."""
+        return {"metric_version": METRIC_VERSION, "max_new_tokens": self.config.eval.max_new_tokens}
+
+    @property
+    def choices(self) -> dict[str, dict[str, Any]]:
+        """What was chosen automatically, and why."""
+        rate = "as set" if self.config.learning_rate != "auto" else f"default for {self.config.finetuning_type}"
+        found = {
+            "learning_rate": {"value": peak_rate(self.config), "reason": rate},
+            "bf16": dict(zip(("value", "reason"), use_bf16(self.config), strict=True)),
+            "memory": {"value": len(self.memory), "reason": f"size {self.memory.size}, {self.memory.policy}"},
+        }
+        for task in self.plan.rows:
+            few = "short answers, each used at least twice on average"
+            reason = few if self.metrics[task] == "exact_match" else "answers are no small label set"
+            found[f"metric of {task}"] = {"value": self.metrics[task], "reason": reason}
+        return found
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers this update could change."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    @property
+    def _pad_id(self) -> int:
+        return cast(int, self.tokenizer.pad_token_id)
+
+    def _tokens(self, id: str) -> Tokens:
+        return encode(self.tokenizer, self.examples[id])
+
+    def _score(self, rows: Sequence[tuple[str, str]], title: str) -> list[Result]:
+        pairs = [(self.examples[id], task) for id, task in rows]
+        return evaluate(
+            self.model, self.tokenizer, pairs, self.metrics, self.config, title=title, stop=self.stop, quiet=self.quiet
+        )
+
+
+def _memory(parent: Version | None, config: Config) -> Memory:
+    """The parent's memory under today's settings, or an empty one."""
+    memory = Memory(config.memory.size, config.memory.policy, config.seed)
+    if parent is not None and (parent.folder / "memory.json").exists():
+        memory = Memory.load(parent.folder)
+        memory.size, memory.policy = config.memory.size, config.memory.policy
+    return memory
+
+
+def _state(parent: Version | None) -> dict[str, torch.Tensor]:
+    path = parent.folder / "state.safetensors" if parent else None
+    if path is None or not path.exists():
+        return {}
+    from safetensors.torch import load_file
+
+    return load_file(path)
+

@@ -1,0 +1,298 @@
+"""`treering.yaml` as typed settings, checked when built, every error at once.
+
+Keys that LLaMA-Factory also has carry its names.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from treering.errors import ConfigError
+from treering.methods import FINETUNING_TYPES, PROTECT
+
+
+class Section(BaseModel):
+    """A group of settings: no unknown keys, nothing changed after it was checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+def _share_or_count(value: object) -> object:
+    if isinstance(value, str) and value.endswith("%"):
+        try:
+            share = float(value[:-1])
+        except ValueError:
+            raise ValueError("write a share as a number and %, such as 2%") from None
+        if not 0 <= share <= 100:
+            raise ValueError("a share lies between 0% and 100%")
+        return f"{share:g}%"
+    if isinstance(value, bool) or (isinstance(value, int) and value < 0):
+        raise ValueError("write auto, a number of rows (0 or more) or a share such as 2%")
+    return value
+
+
+class MemoryConfig(Section):
+    """The bounded set of old rows that updates replay."""
+
+    size: Annotated[Literal["auto"] | int | str, BeforeValidator(_share_or_count)] = "auto"
+    """Rows kept: a count, a share of all rows seen such as `2%`, or `auto`: for each task the larger of 2% of its
+    rows and two rows a label."""
+
+    policy: Literal["balanced", "reservoir"] = "balanced"
+    """What to keep: `balanced` (equal quotas per task, and per label inside it; a reservoir inside a quota) or
+    `reservoir` (a uniform sample of all rows seen)."""
+
+    replay_share: float = Field(0.5, ge=0, lt=1)
+    """Share of the rows of an epoch that are replayed from memory."""
+
+    @field_validator("size")
+    @classmethod
+    def _known_size(cls, value: int | str) -> int | str:
+        if isinstance(value, str) and value != "auto" and not value.endswith("%"):
+            raise ValueError("write auto, a number of rows or a share such as 2%")
+        return value
+
+
+class DistillConfig(Section):
+    """Distillation of the stored teacher logits on replayed rows."""
+
+    weight: float = Field(1.0, ge=0)
+    """Weight of the distillation term beside the cross entropy of the same step."""
+
+    temperature: float = Field(2.0, gt=0)
+    """Softening of teacher and student."""
+
+    top_k: int = Field(16, ge=1, le=16)
+    """Logits stored for each answer token."""
+
+
+class GateConfig(Section):
+    """When a candidate may become current."""
+
+    margin: float = Field(0.05, ge=0, le=1)
+    """Largest loss of score on an old task that still counts as no worse."""
+
+    floor: float = Field(0.25, ge=0, le=1)
+    """A drop on any old task above this holds the candidate, however few rows the task has."""
+
+    min_gain: float = Field(0.0, ge=0, le=1)
+    """Smallest gain of score on the new held-out rows."""
+
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    """One-sided confidence of each bound."""
+
+    resamples: int = Field(2000, ge=100)
+    """Bootstrap resamples."""
+
+
+class EvalConfig(Section):
+    """How held-out rows are scored."""
+
+    batch_size: int = Field(32, ge=1)
+    """Rows scored at once."""
+
+    max_new_tokens: int = Field(128, ge=1)
+    """Longest generated answer, in tokens; tasks with a label set stop earlier, two tokens after their longest label."""
+
+
+class Config(Section):
+    """All settings of a workspace."""
+
+    model_name_or_path: str | None = None
+    """Base model: a folder, a hub name, or nothing for SmolLM2-135M-Instruct."""
+
+    trust_remote_code: bool = False
+    """Run code that comes with a hub model."""
+
+    finetuning_type: str = "lora"
+    """What learns: lora, full or freeze."""
+
+    protect: tuple[str, ...] = ("replay", "distill")
+    """What protects old knowledge; any subset, freely combined."""
+
+    lora_rank: int = Field(8, ge=1)
+    """Rank of the LoRA matrices."""
+
+    lora_alpha: int | None = Field(None, ge=1)
+    """LoRA scale numerator; twice the rank by default."""
+
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the LoRA matrices."""
+
+    lora_target: str = "all"
+    """Modules that get adapters: `all` linear layers, or names separated by commas."""
+
+    freeze_trainable_layers: int = 2
+    """With `freeze`: how many layers train, counted from the last (positive) or the first (negative)."""
+
+    default_system: str | None = None
+    """System turn given to rows that have none; nothing is added by default."""
+
+    cutoff_len: int = Field(2048, ge=8)
+    """Longest row in tokens; longer ones are quarantined."""
+
+    val_size: float = Field(0.1, ge=0, lt=1)
+    """Share of a task's rows held out for judging, unless the user gives a held-out file."""
+
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Peak rate; `auto` takes the measured default of the `finetuning_type`."""
+
+    num_train_epochs: float = Field(3.0, gt=0)
+    """Passes over the new rows."""
+
+    max_steps: int = Field(-1, ge=-1)
+    """Optimiser steps; overrides `num_train_epochs` when positive."""
+
+    per_device_train_batch_size: int = Field(16, ge=1)
+    """Rows in one forward pass."""
+
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Forward passes per optimiser step."""
+
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    """Share of the steps in which the rate rises from zero."""
+
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls after the warm-up."""
+
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW weight decay."""
+
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
+
+    save_steps: int = Field(50, ge=1)
+    """Steps between checkpoints of a running update."""
+
+    bf16: bool | Literal["auto"] = "auto"
+    """Compute in bfloat16; `auto`: where the machine has it in hardware."""
+
+    seed: int = Field(42, ge=0)
+    """Seed of everything random."""
+
+    memory: MemoryConfig = MemoryConfig()
+    distill: DistillConfig = DistillConfig()
+    gate: GateConfig = GateConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @field_validator("finetuning_type")
+    @classmethod
+    def _known_type(cls, value: str) -> str:
+        return _known(value, FINETUNING_TYPES)
+
+    @field_validator("protect", mode="before")
+    @classmethod
+    def _known_protect(cls, value: object) -> object:
+        names = [value] if isinstance(value, str) else value
+        return tuple(_known(n, PROTECT) for n in names) if isinstance(names, list | tuple) else names
+
+    @field_validator("freeze_trainable_layers")
+    @classmethod
+    def _some_layer(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("0 layers would train nothing; take a positive or negative number")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if "distill" in self.protect and "replay" not in self.protect:
+            raise ValueError("protect: distill works on replayed rows; add replay or drop distill")
+        return self
+
+    @property
+    def alpha(self) -> int:
+        """LoRA scale numerator with its default filled in."""
+        return 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+    @classmethod
+    def load(cls, path: Path, overrides: Iterable[str] = ()) -> Config:
+        """Read `path`, lay `key=value` overrides over it, check everything. Raises `ConfigError`."""
+        return cls.build({**read_yaml(path)}, overrides, source=path.name)
+
+    @classmethod
+    def build(cls, values: dict[str, Any], overrides: Iterable[str] = (), source: str = "settings") -> Config:
+        """Check a plain dictionary of settings. Raises `ConfigError` that names every wrong one."""
+        problems = []
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not equals or not key:
+                problems.append(f"{override!r} is not key=value")
+                continue
+            _set(values, key.strip(), _parse(text))
+        try:
+            config = cls.model_validate(values)
+        except ValidationError as error:
+            problems += [_explain(e) for e in error.errors()]
+        if problems:
+            raise ConfigError(f"{source}: {len(problems)} wrong setting(s), nothing was changed:\n  " + "\n  ".join(problems))
+        return config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file whose top level is a mapping. Raises `ConfigError`."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}; write one `key: value` a line")
+    return values
+
+
+def _known(value: object, known: Iterable[str]) -> str:
+    if isinstance(value, str) and value in known:
+        return value
+    raise ValueError(f"unknown name{_near(str(value), known)}; known: {', '.join(known)}")
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _parse(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    # YAML 1.1 reads 1e-3 as text; people mean the number.
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = values.get(section)
+        values[section] = dict(inner) if isinstance(inner, Mapping) else {}
+        values = values[section]
+    values[last] = value
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained", "literal")))
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown setting{_near(str(error['loc'][-1]), _keys(error['loc']))}"
+    got = "" if error["type"] == "value_error" and not error["loc"] else f" (got {error['input']!r})"
+    return f"{where + ': ' if where else ''}{error['msg'].removeprefix('Value error, ')}{got}"
+
+
+def _keys(loc: tuple[Any, ...]) -> Iterator[str]:
+    model: Any = Config
+    for part in loc[:-1]:
+        model = model.model_fields[part].annotation
+    yield from model.model_fields

@@ -1,0 +1,1 @@
+"""From files to examples: read, check, deduplicate, store."""

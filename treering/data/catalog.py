@@ -1,0 +1,233 @@
+"""The catalog: every accepted row stored once, every refused one with its reason."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from treering.data.dedup import Split
+from treering.data.example import Example
+from treering.data.read import Bad
+from treering.errors import TreeringError
+
+SCHEMA = 1
+_CHUNK = 500  # SQLite takes a limited number of bound values.
+
+_tables = sa.MetaData()
+_meta = sa.Table("meta", _tables, sa.Column("schema", sa.Integer, nullable=False))
+_rows = sa.Table(
+    "rows",
+    _tables,
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("id", sa.Text, nullable=False, unique=True),
+    sa.Column("task", sa.Text, nullable=False, index=True),
+    sa.Column("split", sa.Text, nullable=False),
+    sa.Column("given", sa.Boolean, nullable=False),
+    sa.Column("messages", sa.Text, nullable=False),
+    sa.Column("file", sa.Text, nullable=False),
+    sa.Column("line", sa.Integer, nullable=False),
+    sa.Column("added", sa.Text, nullable=False),
+)
+_quarantine = sa.Table(
+    "quarantine",
+    _tables,
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("task", sa.Text, nullable=False),
+    sa.Column("file", sa.Text, nullable=False, index=True),
+    sa.Column("line", sa.Integer, nullable=False),
+    sa.Column("rule", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("raw", sa.Text, nullable=False),
+    sa.Column("added", sa.Text, nullable=False),
+)
+_files = sa.Table(
+    "files",
+    _tables,
+    sa.Column("path", sa.Text, primary_key=True),
+    sa.Column("sha256", sa.Text, nullable=False),
+)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A row of the catalog. `given`: its split was set by the user's own held-out file, not by hash."""
+
+    example: Example
+    task: str
+    split: Split
+    given: bool
+    file: str
+    line: int
+
+
+class Catalog:
+    """The rows and the quarantine of a workspace, in SQLite (WAL)."""
+
+    def __init__(self, path: Path) -> None:
+        self.engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 60})
+        sa.event.listen(self.engine, "connect", _durable)
+        try:
+            with self.engine.begin() as db:
+                _tables.create_all(db)
+                schema = db.execute(sa.select(_meta.c.schema)).scalar()
+                if schema is None:
+                    db.execute(_meta.insert().values(schema=SCHEMA))
+        except sa.exc.DatabaseError as error:
+            raise TreeringError(f"{path} is no usable catalog: {error.orig}") from None
+        if schema is not None and schema > SCHEMA:
+            raise TreeringError(f"{path} has catalog format {schema}, newer than {SCHEMA}: update treering")
+
+    @contextmanager
+    def writing(self) -> Iterator[Writer]:
+        """One transaction: all that happens inside is stored, or nothing."""
+        with self.engine.begin() as db:
+            # Take the write lock before reading, so that what was read cannot change before it is written.
+            db.execute(sa.text("BEGIN IMMEDIATE"))
+            yield Writer(db)
+
+    def waiting(self, consumed: Collection[str]) -> dict[str, list[str]]:
+        """Ids of the training rows not in `consumed`, by task, tasks and rows in the order they came."""
+        query = sa.select(_rows.c.id, _rows.c.task).where(_rows.c.split == "train").order_by(_rows.c.seq)
+        found: dict[str, list[str]] = {}
+        with self.engine.connect() as db:
+            for id, task in db.execute(query):
+                if id not in consumed:
+                    found.setdefault(task, []).append(id)
+        return found
+
+    def held_out(self) -> dict[str, list[str]]:
+        """Ids of all held-out rows by task, in the order they came."""
+        query = sa.select(_rows.c.id, _rows.c.task).where(_rows.c.split == "held_out").order_by(_rows.c.seq)
+        found: dict[str, list[str]] = {}
+        with self.engine.connect() as db:
+            for id, task in db.execute(query):
+                found.setdefault(task, []).append(id)
+        return found
+
+    def examples(self, ids: Sequence[str]) -> dict[str, Example]:
+        """The examples with these ids. Raises `TreeringError` if one is not stored."""
+        found: dict[str, Example] = {}
+        with self.engine.connect() as db:
+            for start in range(0, len(ids), _CHUNK):
+                query = sa.select(_rows.c.id, _rows.c.messages).where(_rows.c.id.in_(ids[start : start + _CHUNK]))
+                found |= {id: Example.of(json.loads(messages)) for id, messages in db.execute(query)}
+        missing = [id for id in ids if id not in found]
+        if missing:
+            raise TreeringError(
+                f"the catalog lacks {len(missing)} row(s) that a version needs, first {missing[0]}: "
+                "restore treering.db, or ingest the file they came from again"
+            )
+        return found
+
+    def quarantined(self) -> list[dict[str, Any]]:
+        """All rows in quarantine, in the order they came."""
+        with self.engine.connect() as db:
+            return [dict(row) for row in db.execute(sa.select(_quarantine).order_by(_quarantine.c.seq)).mappings()]
+
+    def counts(self) -> dict[str, int]:
+        """Rows stored for training, held out, and in quarantine."""
+        with self.engine.connect() as db:
+            query = sa.select(_rows.c.split, sa.func.count()).group_by(_rows.c.split)
+            splits: dict[str, int] = {split: count for split, count in db.execute(query)}
+            refused = db.execute(sa.select(sa.func.count()).select_from(_quarantine)).scalar_one()
+        return {
+            "train": splits.get("train", 0),
+            "held_out": splits.get("held_out", 0),
+            "quarantined": refused,
+        }
+
+    def file_hash(self, path: str) -> str | None:
+        """SHA-256 a file had when it was last ingested, or None."""
+        with self.engine.connect() as db:
+            return db.execute(sa.select(_files.c.sha256).where(_files.c.path == path)).scalar()
+
+
+class Writer:
+    """What can be done inside one transaction of the catalog."""
+
+    def __init__(self, db: sa.Connection) -> None:
+        self.db = db
+        self.added = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def splits(self, ids: Sequence[str]) -> dict[str, Split]:
+        """Which of these ids are stored, and on which side."""
+        found: dict[str, Split] = {}
+        for start in range(0, len(ids), _CHUNK):
+            query = sa.select(_rows.c.id, _rows.c.split).where(_rows.c.id.in_(ids[start : start + _CHUNK]))
+            found |= {id: split for id, split in self.db.execute(query)}
+        return found
+
+    def has_given_held_out(self, task: str) -> bool:
+        """Whether the user gave this task held-out rows of its own."""
+        query = sa.select(_rows.c.id).where(_rows.c.task == task, _rows.c.split == "held_out", _rows.c.given).limit(1)
+        return self.db.execute(query).first() is not None
+
+    def add(self, rows: Iterable[Stored]) -> None:
+        """Store rows whose ids are not stored yet."""
+        values = [
+            {
+                "id": row.example.id,
+                "task": row.task,
+                "split": row.split,
+                "given": row.given,
+                "messages": json.dumps(row.example.as_dicts(), ensure_ascii=False),
+                "file": row.file,
+                "line": row.line,
+                "added": self.added,
+            }
+            for row in rows
+        ]
+        if values:
+            self.db.execute(_rows.insert(), values)
+
+    def hold_out(self, id: str, task: str) -> None:
+        """Move a stored training row to the held-out side of `task`."""
+        self.db.execute(_rows.update().where(_rows.c.id == id).values(split="held_out", given=True, task=task))
+
+    def quarantine(self, task: str, file: str, bad: Sequence[Bad]) -> None:
+        """Replace the quarantined rows of `file` by `bad`."""
+        self.db.execute(_quarantine.delete().where(_quarantine.c.file == file))
+        values = [
+            {
+                "task": task,
+                "file": b.file,
+                "line": b.line,
+                "rule": b.rule,
+                "reason": b.reason,
+                "raw": b.raw,
+                "added": self.added,
+            }
+            for b in bad
+        ]
+        if values:
+            self.db.execute(_quarantine.insert(), values)
+
+    def remember_file(self, path: str, sha256: str) -> None:
+        """Note the content with which a file was ingested."""
+        self.db.execute(_files.delete().where(_files.c.path == path))
+        self.db.execute(_files.insert().values(path=path, sha256=sha256))
+
+
+def choose_held_out(ids: Sequence[str], share: float) -> set[str]:
+    """The `share` of `ids` with the lowest hashes: random, the same for the same rows, at least one of five or more."""
+    count = round(share * len(ids))
+    if share > 0 and len(ids) >= 5:
+        count = max(1, count)
+    return set(sorted(ids, key=lambda id: hashlib.blake2b(f"held-out:{id}".encode(), digest_size=8).digest())[:count])
+
+
+def _durable(connection: Any, _: Any) -> None:
+    # Autocommit at the driver, so that BEGIN IMMEDIATE is SQLAlchemy's to send.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.close()

@@ -1,0 +1,208 @@
+"""From a file to the catalog: read, check, deduplicate, split, store, all in one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from treering import registry
+from treering.data.catalog import Stored, Writer, choose_held_out
+from treering.data.check import check
+from treering.data.dedup import Split, fate
+from treering.data.example import Example
+from treering.data.read import Bad, Row, RowError, convert, find_files, read, split_of
+from treering.errors import UsageError
+from treering.files import sha256
+from treering.progress import bar
+
+if TYPE_CHECKING:
+    from treering.config import Config
+    from treering.workspace import Workspace
+
+Rows = Iterable[Mapping[str, object]]
+Source = str | Path | Sequence[str | Path] | Rows | None
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """What became of the rows: `rows` = `accepted` + `duplicates` + `quarantined`. `tasks`: accepted rows by task."""
+
+    rows: int
+    accepted: int
+    duplicates: int
+    quarantined: int
+    held_out: int
+    tasks: dict[str, int]
+    reasons: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The rows of one file (or of one call from Python), all of one task and one side. `digest` is the file's."""
+
+    name: str
+    task: str
+    split: Split
+    rows: Callable[[], Iterable[Row | Bad]]
+    digest: str | None
+
+
+def ingest(
+    ws: Workspace,
+    source: Source = None,
+    *,
+    task: str | None = None,
+    held_out: Source = None,
+    config: Config | None = None,
+    quiet: bool = True,
+) -> Ingested:
+    """Take in `source` (files, folders or rows; the inbox by default); `held_out` is the user's own held-out side.
+
+    Files of the inbox whose content was ingested before are passed over. Raises `UsageError` before anything is
+    stored when a path does not exist or a task cannot be named.
+    """
+    config = config or ws.config()
+    batches = _batches(ws, source, task, "train", config) + _batches(ws, held_out, task, "held_out", config, named=False)
+    if source is None:
+        batches = [b for b in batches if b.digest is None or ws.catalog.file_hash(b.name) != b.digest]
+    if not batches:
+        return Ingested(0, 0, 0, 0, 0, {}, {})
+    count_tokens = _counter(config)
+    trained = {id for version in registry.versions(ws) for id in version.rows}
+    total = {"rows": 0, "accepted": 0, "duplicates": 0, "quarantined": 0, "held_out": 0}
+    tasks: dict[str, int] = {}
+    reasons: dict[str, int] = {}
+    with ws.catalog.writing() as writer, bar("ingesting files", len(batches), quiet) as advance:
+        incoming: dict[str, list[Stored]] = {}
+        # Held-out files first, so that a row in both is held out.
+        for batch in sorted(batches, key=lambda b: b.split != "held_out"):
+            bad = []
+            for found in batch.rows():
+                total["rows"] += 1
+                refused = found if isinstance(found, Bad) else _refuse(found, count_tokens, config.cutoff_len)
+                if refused is None and isinstance(found, Row):
+                    refused = _take(writer, batch, found, trained, incoming, total)
+                if refused is not None:
+                    bad.append(refused)
+                    reasons[refused.rule] = reasons.get(refused.rule, 0) + 1
+            total["quarantined"] += len(bad)
+            writer.quarantine(batch.task, batch.name, bad)
+            if batch.digest is not None:
+                writer.remember_file(batch.name, batch.digest)
+            advance()
+        for name, rows in incoming.items():
+            rows = _split(writer, name, rows, config.val_size)
+            writer.add(rows)
+            tasks[name] = len(rows)
+            total["accepted"] += len(rows)
+            total["held_out"] += sum(row.split == "held_out" for row in rows)
+    return Ingested(**total, tasks=tasks, reasons=reasons)
+
+
+def _take(
+    writer: Writer, batch: _Batch, row: Row, trained: set[str], incoming: dict[str, list[Stored]], total: dict[str, int]
+) -> Bad | None:
+    """Put a good row where it belongs; returns it as refused if it cannot be held out any more."""
+    id = row.example.id
+    stored: dict[str, Split] = writer.splits([id])
+    stored |= {r.example.id: r.split for rows in incoming.values() for r in rows if r.example.id == id}
+    what = fate(id, batch.split, stored, trained)
+    if what == "duplicate":
+        total["duplicates"] += 1
+    elif what == "already_trained":
+        reason = "it is to be held out, but a version has already learned it; leave it out of the held-out file"
+        return Bad(row.file, row.line, "held-out-was-trained", reason, row.example.answer[:200])
+    elif what == "to_held_out":
+        writer.hold_out(id, batch.task)
+        total["accepted"] += 1
+        total["held_out"] += 1
+    else:
+        given = batch.split == "held_out"
+        incoming.setdefault(batch.task, []).append(
+            Stored(row.example, batch.task, batch.split, given, row.file, row.line)
+        )
+    return None
+
+
+def _split(writer: Writer, task: str, rows: list[Stored], share: float) -> list[Stored]:
+    """Hold out a share of the training rows of a task that has no held-out rows of the user's own."""
+    if any(row.given for row in rows) or writer.has_given_held_out(task):
+        return rows
+    chosen = choose_held_out([row.example.id for row in rows], share)
+    return [
+        Stored(r.example, r.task, "held_out" if r.example.id in chosen else "train", False, r.file, r.line) for r in rows
+    ]
+
+
+def _refuse(row: Row, count_tokens: Callable[[Example], int], cutoff_len: int) -> Bad | None:
+    found = check(row.example, count_tokens, cutoff_len)
+    if found is None:
+        return None
+    return Bad(row.file, row.line, *found, raw=" | ".join(m.content for m in row.example.messages)[:2000])
+
+
+def _counter(config: Config) -> Callable[[Example], int]:
+    from treering.model import load_tokenizer, resolve, token_counter
+
+    folder = resolve(config.model_name_or_path, config.trust_remote_code)
+    return token_counter(load_tokenizer(folder, config.trust_remote_code))
+
+
+def _batches(
+    ws: Workspace, source: Source, task: str | None, split: Split, config: Config, named: bool = True
+) -> list[_Batch]:
+    """One batch a file. `named`: a file's own name may put it on the held-out side (`test.jsonl`)."""
+    if source is None:
+        return _files(ws.inbox, None, split, config, by_name=True) if named else []
+    if isinstance(source, str | Path):
+        source = [source]
+    items = list(source)
+    if all(isinstance(item, str | Path) for item in items):
+        return [b for item in items for b in _files(Path(str(item)), task, split, config, by_name=named)]
+    if task is None:
+        raise UsageError("rows from Python need task='...', the name of the task they belong to")
+    return [_Batch("<python>", task, split, lambda: _convert(items, config), None)]
+
+
+def _convert(items: Sequence[Any], config: Config) -> Iterable[Row | Bad]:
+    for number, item in enumerate(items, start=1):
+        try:
+            yield Row("<python>", number, convert(item, system=config.default_system))
+        except RowError as error:
+            yield Bad("<python>", number, error.rule, error.reason, repr(item)[:2000])
+
+
+def _files(path: Path, task: str | None, split: Split, config: Config, by_name: bool) -> list[_Batch]:
+    root = path.resolve()
+    batches = []
+    for file in find_files(root):
+        side: Split = "held_out" if by_name and split_of(file) != "train" else split
+        name = task or _task_of(file, root)
+        rows = lambda file=file: read(file, system=config.default_system)  # noqa: E731
+        batches.append(_Batch(str(file), name, side, rows, _digest(file)))
+    return batches
+
+
+def _task_of(file: Path, root: Path) -> str:
+    """The first folder below `root`, or else `root`'s own name, or a lone file's name without its suffix."""
+    if file == root:
+        return root.parent.name if split_of(file) != "train" or file.stem.lower() == "train" else file.stem
+    inside = file.relative_to(root).parts
+    if len(inside) > 1:
+        return inside[0]
+    if root.name == "inbox":
+        raise UsageError(f"{file} lies in the inbox itself; put it into a folder named for its task: inbox/<task>/")
+    return root.name
+
+
+def _digest(file: Path) -> str | None:
+    try:
+        return sha256(file)
+    except OSError:
+        return None

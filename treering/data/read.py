@@ -1,0 +1,144 @@
+"""Any known format -> examples: a file's rows one by one, each an example or the reason why it is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from treering.data.example import Example
+from treering.data.records import DATA_SUFFIXES, Found, records
+from treering.data.shapes import RowError, convert, kind
+from treering.errors import UsageError
+
+__all__ = ["DATA_SUFFIXES", "Bad", "Row", "RowError", "convert", "find_files", "read", "split_of"]
+
+_RAW_LENGTH = 2000
+_PARTIAL = ("~", ".tmp", ".part", ".crdownload")
+_HELD_OUT = re.compile(r"(test|held[-_]?out)([-_.].*)?", re.DOTALL)
+_VAL = re.compile(r"(val|valid|validation|dev)([-_.].*)?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Row:
+    """An example and where it stood: `line` as in `Bad`."""
+
+    file: str
+    line: int
+    example: Example
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Content that gave no example.
+
+    `line` is the line a record starts on, counted from 1 (JSON Lines, CSV, TSV), or the number of the element, counted
+    from 1 (JSON, Parquet); 0 means the whole file. `raw` is at most 2,000 characters of the offending text. In all
+    three texts, what UTF-8 or a database cannot hold is written as a backslash escape.
+    """
+
+    file: str
+    line: int
+    rule: str
+    reason: str
+    raw: str
+
+
+def read(path: Path, system: str | None = None, need_answer: bool = True) -> Iterator[Row | Bad]:
+    """Yield every record of the file as a `Row` or a `Bad`; no content makes this raise.
+
+    `system` and `need_answer` are those of `convert`.
+    """
+    try:
+        there = path.is_file()
+    except OSError:
+        there = True  # reported as unreadable when it is opened
+    if not there:
+        raise UsageError(f"{path} is not a file. Name a data file; for a folder, read each file of find_files().")
+    return _rows(path, partial(convert, system=system, need_answer=need_answer))
+
+
+def find_files(path: Path) -> list[Path]:
+    """The file itself, or all files below a folder, sorted by name.
+
+    Hidden files, files still being written (by their endings) and symbolic links that leave the folder are skipped.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UsageError(f"{path} does not exist. Name a data file or a folder of data files.")
+    return sorted(file for file in _walk(path) if _belongs(file, path.resolve()))
+
+
+def split_of(path: Path) -> Literal["train", "held_out", "val"]:
+    """The split that a file's name tells, as in Hugging Face data folders (`test-1.jsonl`, `dev.csv`)."""
+    stem = path.stem.lower()
+    if _HELD_OUT.fullmatch(stem):
+        return "held_out"
+    return "val" if _VAL.fullmatch(stem) else "train"
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise UsageError(f"{error.filename} cannot be listed: {error.strerror}. Make the folder readable.") from error
+
+    for here, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(here, name) for name in files)
+
+
+def _belongs(file: Path, folder: Path) -> bool:
+    if file.name.startswith(".") or file.name.lower().endswith(_PARTIAL):
+        return False
+    return file.is_file() and file.resolve().is_relative_to(folder)
+
+
+def _rows(path: Path, to_example: Callable[[Mapping[str, object]], Example]) -> Iterator[Row | Bad]:
+    file = _printable(str(path))
+    empty = True
+    try:
+        for found in records(path):
+            empty = False
+            yield _row(file, found, to_example)
+        if empty:
+            raise RowError("empty-file", "the file holds no rows; add some or delete it")
+    except RowError as error:
+        yield _bad(file, 0, error, error.raw)
+    except (OSError, UnicodeError) as error:  # Unicode: the file changed after its encoding was checked
+        yield _bad(file, 0, RowError("unreadable", f"{error}; make the file readable and add it again"), "")
+
+
+def _row(file: str, found: Found, to_example: Callable[[Mapping[str, object]], Example]) -> Row | Bad:
+    try:
+        return Row(file, found.line, to_example(_record(found)))
+    except RowError as error:
+        raw = _as_json(found.value) if found.raw is None else found.raw
+        return _bad(file, found.line, error, error.raw or raw)
+
+
+def _record(found: Found) -> Mapping[str, object]:
+    if found.error:
+        raise found.error
+    if not isinstance(found.value, Mapping):
+        raise RowError("not-an-object", f"the row is {kind(found.value)}; it must be an object with named values")
+    return found.value
+
+
+def _bad(file: str, line: int, error: RowError, raw: str) -> Bad:
+    return Bad(file, line, error.rule, _printable(error.reason), _printable(raw[:_RAW_LENGTH])[:_RAW_LENGTH])
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+
+
+def _as_json(value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except (RecursionError, TypeError, ValueError):
+        return ""

@@ -1,0 +1,273 @@
+"""One record, in any of the shapes that chat and label data come in -> one `Example`.
+
+A shape is recognised by its keys alone. When a record fits several, the first of `SHAPES` that has both its question
+and its answer wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+from treering.data.example import Example, Message
+
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+class RowError(ValueError):
+    """Content that cannot be used: `rule` for programs, `reason` for people, `raw` an excerpt where one helps."""
+
+    def __init__(self, rule: str, reason: str, raw: str = "") -> None:
+        super().__init__(f"{rule}: {reason}")
+        self.rule = rule
+        self.reason = reason
+        self.raw = raw
+
+
+Fields = Mapping[str, object]
+
+
+class Shape(NamedTuple):
+    """The keys that may hold the question and the answer, and what turns such a record into messages."""
+
+    question: tuple[str, ...]
+    answer: tuple[str, ...]
+    build: Callable[[Fields, Shape], list[Message]]
+
+
+def convert(record: Mapping[str, object], system: str | None = None, need_answer: bool = True) -> Example:
+    """Turn one record into an example, or raise `RowError`.
+
+    `system` becomes the system turn of a record that has none. With `need_answer=False` (for prediction) a record may
+    lack its answer: the example's messages then end with the user's turn. An answer that is there is kept.
+    """
+    row = _keyed(record.items())
+    shape = _shape_of(row)
+    turns = _with_system(shape.build(row, shape), system)
+    if not need_answer and turns and turns[-1] == Message("assistant", ""):
+        turns.pop()
+    _require_order(turns)
+    if need_answer or turns[-1].role != "user":
+        _require_answer(turns[-1], shape)
+    return Example(tuple(turns))
+
+
+def plain(key: object) -> str:
+    """The form in which keys and roles are compared."""
+    return str(key).strip().lower()
+
+
+def require_columns(names: Iterable[str]) -> None:
+    """Raise `RowError` where no row of a table with these columns could be converted."""
+    _shape_of(_keyed((name, None) for name in names))
+
+
+def _keyed(items: Iterable[tuple[object, object]]) -> dict[str, object]:
+    row: dict[str, object] = {}
+    for key, value in items:
+        name = plain(key)
+        if name in row and name in KNOWN_KEYS | _TURN_KEYS:
+            raise RowError("unknown-format", f"two columns or keys are named {name!r}; keep one of them")
+        row[name] = value
+    return row
+
+
+def _shape_of(row: Fields) -> Shape:
+    filled = {key for key, value in row.items() if value is not None}
+    for shape in SHAPES:
+        if filled.intersection(shape.question) and (not shape.answer or filled.intersection(shape.answer)):
+            return shape
+    for shape in SHAPES:
+        if set(row).intersection(shape.question):
+            return shape
+    known = ", ".join("+".join("/".join(keys) for keys in shape[:2] if keys) for shape in SHAPES)
+    found = ", ".join(repr(key[:80]) for key in list(row)[:20]) or "none"
+    raise RowError("unknown-format", f"the keys found are {found}; rename them to one of: {known}")
+
+
+def _conversation(row: Fields, shape: Shape) -> list[Message]:
+    (key,) = shape.question
+    return _top_level_system(row) + _messages(row[key], key)
+
+
+def _alpaca(row: Fields, shape: Shape) -> list[Message]:
+    parts = (_text(row.get("instruction"), "instruction"), _text(row.get("input"), "input"))
+    asked = Message("user", "\n".join(part for part in parts if part))
+    return [*_top_level_system(row), *_history(row.get("history")), asked, *_side(row, shape.answer, "assistant")]
+
+
+def _pair(row: Fields, shape: Shape) -> list[Message]:
+    return [*_top_level_system(row), *_side(row, shape.question, "user"), *_side(row, shape.answer, "assistant")]
+
+
+def _labelled(row: Fields, shape: Shape) -> list[Message]:
+    # A table's "system" column may be anything (an operating system, say), so here it is not a system turn.
+    text = _text(*_only(row, shape.question))
+    label = _text(*_only(row, shape.answer))
+    return [Message("user", text), Message("assistant", label.replace("_", " ").strip())]
+
+
+SHAPES = (
+    Shape(("messages",), (), _conversation),
+    Shape(("conversations",), (), _conversation),
+    Shape(("instruction",), ("output",), _alpaca),
+    Shape(("prompt",), ("completion", "response"), _pair),
+    Shape(("question",), ("answer",), _pair),
+    Shape(("text", "sentence", "utterance", "message", "query"), ("label", "category", "intent"), _labelled),
+)
+KNOWN_KEYS = frozenset({"system", "input", "history"}.union(*(shape.question + shape.answer for shape in SHAPES)))
+_TURN_KEYS = frozenset({"role", "from", "content", "value", "type", "tool_calls"})
+
+
+def _top_level_system(row: Fields) -> list[Message]:
+    return [Message("system", _text(row.get("system"), "system"))]
+
+
+def _side(row: Fields, keys: tuple[str, ...], role: str) -> list[Message]:
+    """The question or the answer of a pair: a text, or messages as TRL writes them."""
+    value, key = _only(row, keys)
+    return _messages(value, key) if isinstance(value, list) else [Message(role, _text(value, key))]
+
+
+def _only(row: Fields, keys: tuple[str, ...]) -> tuple[object, str]:
+    filled = [key for key in keys if not _is_blank(row.get(key))]
+    if len(filled) > 1:
+        # Guessing which column is meant would teach the wrong thing without a word.
+        both = " and ".join(filled)
+        raise RowError("unknown-format", f"{both} are all filled; keep the one to learn and rename the others")
+    key = filled[0] if filled else keys[0]
+    return row.get(key), key
+
+
+def _is_blank(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _history(pairs: object) -> list[Message]:
+    if _is_blank(pairs):
+        return []
+    if not isinstance(pairs, list):
+        raise RowError("bad-turns", f"history is {kind(pairs)}; it must be a list of [user, assistant] pairs")
+    turns = []
+    for number, pair in enumerate(pairs, 1):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RowError("bad-turns", f"history entry {number} is not a [user, assistant] pair")
+        asked, answered = (_text(part, f"history entry {number}") for part in pair)
+        turns += [Message("user", asked), Message("assistant", answered)]
+    return turns
+
+
+def _messages(turns: object, key: str) -> list[Message]:
+    if not isinstance(turns, list):
+        raise RowError("bad-turns", f"{key} is {kind(turns)}; it must be a list of turns")
+    return [_turn(turn, f"{key} turn {number}") for number, turn in enumerate(turns, 1)]
+
+
+def _turn(turn: object, where: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise RowError("bad-turns", f"{where} is {kind(turn)}; it must be an object with a role and a content")
+    row = _keyed(turn.items())
+    role = _role(_either(row, "role", "from"), where)
+    if row.get("tool_calls"):
+        raise RowError("bad-turns", f"{where} has tool_calls, which are not trained; write the call into its content")
+    return Message(role, _content(_either(row, "content", "value"), where))
+
+
+def _either(row: Fields, openai: str, sharegpt: str) -> object:
+    # Parquet fills the keys that a turn lacks with null.
+    return row.get(sharegpt) if row.get(openai) is None else row[openai]
+
+
+def _role(name: object, where: str) -> str:
+    if not isinstance(name, str) or plain(name) not in _ROLES:
+        found = repr(name[:80]) if isinstance(name, str) else kind(name)
+        raise RowError("bad-turns", f"the role of {where} is {found}; known are {', '.join(_ROLES)}")
+    return _ROLES[plain(name)]
+
+
+def _content(value: object, where: str) -> str:
+    """The text of a turn: a string, or OpenAI's list of text parts (one a line)."""
+    parts = value if isinstance(value, list) else [{"type": "text", "text": value}]
+    return _clean("\n".join(_part(part, where) for part in parts), where)
+
+
+def _part(part: object, where: str) -> str:
+    row = _keyed(part.items()) if isinstance(part, Mapping) else {}
+    text = row.get("text")
+    if row.get("type") != "text":
+        raise RowError("bad-turns", f"{where} holds a part whose type is not 'text'; only text can be learned")
+    if not isinstance(text, str):
+        raise RowError("bad-turns", f"the content of {where} is {kind(text)}; it must be text")
+    return text
+
+
+def _text(value: object, key: str) -> str:
+    """The text of a flat field; null is empty, and whole numbers (label codes, sums) are their decimal text."""
+    if value is None:
+        return ""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise RowError("bad-turns", f"{key} is {kind(value)}; write it as text")
+    return _clean(value, key)
+
+
+def _clean(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise RowError("encoding", f"{where} holds {half}, half of a character (a lone surrogate); delete it") from None
+    return text.strip()
+
+
+def kind(value: object) -> str:
+    """The type of a value in words that need no Python."""
+    words = {
+        type(None): "null",
+        str: "text",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+        bool: "a truth value",
+    }
+    return words.get(type(value), f"a value of type {type(value).__name__}")
+
+
+def _with_system(turns: list[Message], system: str | None) -> list[Message]:
+    kept = [turn for turn in turns if turn.role != "system" or turn.content]
+    if len(kept) > 1 and kept[0].role == "system" and kept[0] == kept[1]:
+        del kept[0]  # said both beside the conversation and in it
+    given = _text(system, "system")
+    if given and all(turn.role != "system" for turn in kept):
+        kept.insert(0, Message("system", given))
+    return kept
+
+
+def _require_order(turns: list[Message]) -> None:
+    if all(turn.role != "user" for turn in turns):
+        raise RowError("no-user-turn", "no turn has the role user; add the question")
+    for number, turn in enumerate(turns[1:], 2):
+        if turn.role == "system":
+            raise RowError("bad-turns", f"turn {number} is a system turn; only the first may be")
+    for number, turn in enumerate(turns[:-1], 1):
+        if turn.role == "assistant" and not turn.content:
+            raise RowError("bad-turns", f"turn {number}, an assistant's, is empty; every assistant turn is learned")
+
+
+def _require_answer(last: Message, shape: Shape) -> None:
+    if last.role != "assistant":
+        raise RowError("bad-turns", f"the last turn is the {last.role}'s; end with the assistant's answer")
+    if not last.content:
+        place = " or ".join(shape.answer) or f"the last turn of {shape.question[0]}"
+        raise RowError("no-answer", f"{place} is missing or empty; write the answer or delete the row")

@@ -1,0 +1,185 @@
+"""Scores per row and per task: free generation against the answer, and held-out loss.
+
+A row is first read once together with its right answer. That gives the loss, and, where every answer token is also
+the likeliest, what greedy decoding would write, at no further cost; only the other rows are generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from treering.data.example import Example, Message
+from treering.files import write_file
+from treering.metrics import exact_match, token_f1
+from treering.model import Tokens, compute, encode, encode_prompt, logits_at, pad, use_bf16
+from treering.progress import bar
+from treering.train import Stop, make_batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from treering.config import Config
+
+METRIC_VERSION = 1
+"""Raised when the same answers would get other scores; results of different versions are not compared."""
+
+METRICS = {"exact_match": exact_match, "token_f1": token_f1}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One scored row. `loss` is the mean cross entropy of the answer's tokens, in nats."""
+
+    id: str
+    task: str
+    metric: str
+    score: float
+    loss: float
+    prediction: str
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[Example, str]],
+    metrics: Mapping[str, str],
+    config: Config,
+    *,
+    title: str = "evaluating",
+    stop: Stop | None = None,
+    quiet: bool = False,
+) -> list[Result]:
+    """Score `rows` (example, task); `metrics` names each task's metric. The model is never told the task."""
+    model.eval()
+    pad_id = cast(int, tokenizer.pad_token_id)
+    bf16, size = use_bf16(config)[0], config.eval.batch_size
+    tokens = [encode(tokenizer, example, last_only=True) for example, _ in rows]
+    order = sorted(range(len(rows)), key=lambda at: (len(tokens[at].ids), tokens[at].id))
+    losses: dict[int, float] = {}
+    predictions: dict[int, str] = {}
+    with bar(title, len(rows), quiet) as advance:
+        for start in range(0, len(order), size):
+            if stop is not None:
+                stop.check()
+            part = order[start : start + size]
+            batch = make_batch([tokens[at] for at in part], {}, pad_id, model.device)
+            with compute(bf16, model.device):
+                logits = logits_at(model, **batch.inputs, at=batch.at)
+            counts = [len(tokens[at].answers) for at in part]
+            right = (logits.argmax(-1) == batch.targets).split(counts)
+            loss = cross_entropy(logits, batch.targets, reduction="none").split(counts)
+            for at, row_right, row_loss in zip(part, right, loss, strict=True):
+                losses[at] = row_loss.mean().item()
+                if row_right.all():
+                    predictions[at] = rows[at][0].answer
+            advance(len(part))
+    wrong = [at for at in range(len(rows)) if at not in predictions]
+    limits = _answer_limits(rows, tokens, metrics)
+    with bar(f"{title}: writing {len(wrong)} answers", len(wrong), quiet) as advance:
+        for limit in sorted(set(limits.values())):
+            chosen = [at for at in wrong if limits[rows[at][1]] == limit]
+            prompts = [rows[at][0].prompt for at in chosen]
+            texts = generate(
+                model, tokenizer, prompts, min(limit, config.eval.max_new_tokens), config, advance=advance, stop=stop
+            )
+            predictions.update(zip(chosen, texts, strict=True))
+    return [
+        Result(
+            example.id,
+            task,
+            metrics[task],
+            METRICS[metrics[task]](predictions[at], example.answer),
+            losses[at],
+            predictions[at],
+        )
+        for at, (example, task) in enumerate(rows)
+    ]
+
+
+def _answer_limits(
+    rows: Sequence[tuple[Example, str]], tokens: Sequence[Tokens], metrics: Mapping[str, str]
+) -> dict[str, int]:
+    """Longest answer to generate per task: two tokens past its longest label, four times past its longest text."""
+    longest: dict[str, int] = {}
+    for (_, task), row in zip(rows, tokens, strict=True):
+        longest[task] = max(longest.get(task, 0), len(row.answers))
+    return {task: n + 2 if metrics[task] == "exact_match" else 4 * n for task, n in longest.items()}
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Message]],
+    max_new_tokens: int,
+    config: Config,
+    *,
+    advance: Any = None,
+    stop: Stop | None = None,
+) -> list[str]:
+    """Greedy answers to `prompts`, in their order."""
+    model.eval()
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda at: len(ids[at]))
+    answers = [""] * len(ids)
+    for start in range(0, len(order), config.eval.batch_size):
+        if stop is not None:
+            stop.check()
+        part = order[start : start + config.eval.batch_size]
+        inputs = {n: t.to(model.device) for n, t in pad([ids[at] for at in part], cast(int, tokenizer.pad_token_id), left=True).items()}
+        with compute(use_bf16(config)[0], model.device):
+            written = cast(Any, model).generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        texts = tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for at, text in zip(part, texts, strict=True):
+            answers[at] = text.strip()
+        if advance is not None:
+            advance(len(part))
+    return answers
+
+
+def task_scores(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """Per task: `score` and `loss` (means), `rows` and `metric`."""
+    tasks: dict[str, list[Result]] = {}
+    for result in results:
+        tasks.setdefault(result.task, []).append(result)
+    return {
+        task: {
+            "score": sum(r.score for r in found) / len(found),
+            "loss": sum(r.loss for r in found) / len(found),
+            "rows": len(found),
+            "metric": found[0].metric,
+        }
+        for task, found in tasks.items()
+    }
+
+
+def write_results(path: Path, results: Sequence[Result]) -> None:
+    """Keep per-row results as Parquet: ids and outcomes; the rows' texts stay in the catalog."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = ("id", "task", "metric", "score", "loss", "prediction")
+    table = pa.table({name: [asdict(result)[name] for result in results] for name in names})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    write_file(path, sink.getvalue().to_pybytes())
+
+
+def read_results(path: Path) -> list[Result]:
+    """What `write_results` kept."""
+    import pyarrow.parquet as pq
+
+    return [Result(**row) for row in pq.read_table(path).to_pylist()]

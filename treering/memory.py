@@ -1,0 +1,190 @@
+"""The memory: which old rows to keep, and which of them to replay.
+
+A row's place is decided by a fixed pseudo-random priority made of the seed and its id; each cell (a task, or a label of
+a task) keeps its rows of lowest priority. That is a uniform sample without replacement of all rows the cell ever saw
+(a bottom-k sample, the weightless case of Efraimidis and Spirakis 2006), whatever the order or the batches they came in, and it can shrink at any
+time without another random draw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from treering.data.example import Example
+from treering.files import write_file, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+AUTO_SHARE = 0.02
+AUTO_ROWS_PER_LABEL = 2
+LABELS_OF_AN_OPEN_TASK = 10
+"""A task whose answers are no label set gets the room of a task with this many labels."""
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """One kept row: its id, its task, and its label ("" in a task without a label set)."""
+
+    id: str
+    task: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What the model answered when it had learned a row: `ids` int32 and `logits` float16, both `[answer tokens, k]`."""
+
+    ids: Tensor
+    logits: Tensor
+
+
+class Memory:
+    """A bounded set of old rows, with stored teacher logits for each.
+
+    Args:
+        size: rows kept: a count, a share of all rows seen such as "2%", or "auto" (for each task the larger of 2% of
+            its rows and two rows a label).
+        policy: "balanced" (equal quotas per task and per label inside it) or "reservoir" (uniform over all rows seen).
+        seed: decides which rows of a cell stay.
+    """
+
+    def __init__(self, size: int | str = "auto", policy: str = "balanced", seed: int = 0) -> None:
+        self.size, self.policy, self.seed = size, policy, seed
+        self.rows: dict[str, Remembered] = {}
+        self.seen: dict[str, dict[str, int]] = {}
+        self.teachers: dict[str, Teacher] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, examples: Iterable[Example], task: str, labelled: bool = True) -> None:
+        """Show new rows of `task`; keep what fits. `labelled` says that the answers are a label set."""
+        counts = self.seen.setdefault(task, {})
+        for example in examples:
+            if example.id in self.rows:
+                continue
+            row = Remembered(example.id, task, example.label if labelled else "")
+            counts[row.label] = counts.get(row.label, 0) + 1
+            self.rows[row.id] = row
+        kept = self._balanced() if self.policy == "balanced" else self._first(self.rows.values(), self._budget())
+        self.rows = {row.id: row for row in sorted(kept, key=self._priority)}
+        self.teachers = {id: teacher for id, teacher in self.teachers.items() if id in self.rows}
+
+    def draw(self, count: int, epoch: int = 0) -> list[str]:
+        """`count` ids, each kept row as often as the others (give or take one), in an order that `epoch` decides."""
+        drawn: list[str] = []
+        ids = list(self.rows)
+        shuffle = random.Random(f"{self.seed}:{epoch}").shuffle
+        while ids and len(drawn) < count:
+            shuffle(ids)
+            drawn += ids[: count - len(drawn)]
+        return drawn
+
+    def by_task(self) -> dict[str, int]:
+        """Kept rows per task."""
+        counts: dict[str, int] = dict.fromkeys(self.seen, 0)
+        for row in self.rows.values():
+            counts[row.task] += 1
+        return counts
+
+    def save(self, folder: Path) -> None:
+        """Write `memory.json` and `memory.safetensors` (the stored logits, row after row) into `folder`."""
+        import torch
+        from safetensors.torch import save
+
+        rows = list(self.rows.values())
+        write_json(
+            folder / "memory.json",
+            {
+                "size": self.size,
+                "policy": self.policy,
+                "seed": self.seed,
+                "seen": self.seen,
+                "rows": [[row.id, row.task, row.label] for row in rows],
+            },
+        )
+        empty = Teacher(torch.empty(0, 0, dtype=torch.int32), torch.empty(0, 0, dtype=torch.float16))
+        teachers = [self.teachers.get(row.id, empty) for row in rows]
+        tensors = {
+            "tokens": torch.tensor([len(t.ids) for t in teachers], dtype=torch.int32),
+            "ids": torch.cat([t.ids for t in teachers if len(t.ids)] or [empty.ids]),
+            "logits": torch.cat([t.logits for t in teachers if len(t.ids)] or [empty.logits]),
+        }
+        write_file(folder / "memory.safetensors", save(tensors))
+
+    @classmethod
+    def load(cls, folder: Path) -> Memory:
+        """Read what `save` wrote."""
+        from safetensors.torch import load_file
+
+        stored = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
+        memory = cls(stored["size"], stored["policy"], stored["seed"])
+        memory.seen = stored["seen"]
+        memory.rows = {id: Remembered(id, task, label) for id, task, label in stored["rows"]}
+        tensors = load_file(folder / "memory.safetensors")
+        start = 0
+        for id, tokens in zip(memory.rows, tensors["tokens"].tolist(), strict=True):
+            if tokens:
+                memory.teachers[id] = Teacher(
+                    tensors["ids"][start : start + tokens], tensors["logits"][start : start + tokens]
+                )
+            start += tokens
+        return memory
+
+    def _priority(self, row: Remembered) -> bytes:
+        return hashlib.blake2b(f"{self.seed}:{row.id}".encode(), digest_size=8).digest()
+
+    def _first(self, rows: Iterable[Remembered], count: int) -> list[Remembered]:
+        return sorted(rows, key=self._priority)[:count]
+
+    def _budget(self) -> int:
+        """Rows kept in all."""
+        if self.size == "auto":
+            return sum(self._auto(labels) for labels in self.seen.values())
+        if isinstance(self.size, str):
+            return round(float(self.size[:-1]) / 100 * sum(sum(labels.values()) for labels in self.seen.values()))
+        return self.size
+
+    def _balanced(self) -> list[Remembered]:
+        cells: dict[str, dict[str, list[Remembered]]] = defaultdict(lambda: defaultdict(list))
+        for row in self.rows.values():
+            cells[row.task][row.label].append(row)
+        stock = {task: sum(map(len, labels.values())) for task, labels in cells.items()}
+        if self.size == "auto":
+            quotas = {task: min(self._auto(self.seen[task]), stock[task]) for task in cells}
+        else:
+            quotas = fair_shares(self._budget(), stock)
+        kept = []
+        for task, labels in cells.items():
+            shares = fair_shares(quotas[task], {label: len(rows) for label, rows in labels.items()})
+            for label, rows in labels.items():
+                kept += self._first(rows, shares[label])
+        return kept
+
+    @staticmethod
+    def _auto(labels: Mapping[str, int]) -> int:
+        named = LABELS_OF_AN_OPEN_TASK if "" in labels else len(labels)
+        return max(math.ceil(AUTO_SHARE * sum(labels.values())), AUTO_ROWS_PER_LABEL * named)
+
+
+def fair_shares(total: int, stock: Mapping[str, int]) -> dict[str, int]:
+    """Split `total` into equal shares, none above its stock; what one cannot use goes to the others.
+
+    Odd rows go to the smaller stocks' successors in the order of `stock`'s sorted names, so the split is repeatable.
+    """
+    shares: dict[str, int] = {}
+    left = total
+    names: Sequence[str] = sorted(stock, key=lambda name: (stock[name], name))
+    for position, name in enumerate(names):
+        shares[name] = min(stock[name], left // (len(names) - position))
+        left -= shares[name]
+    return shares

@@ -1,0 +1,99 @@
+"""What learns and what protects: the registry of methods, the protocol they follow, and how they combine.
+
+Importing this module loads no method: settings are checked without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from treering.config import Config
+    from treering.memory import Memory
+    from treering.train import Batch
+
+FINETUNING_TYPES: dict[str, str] = {
+    "lora": "treering.methods.lora:LoRA",
+    "full": "treering.methods.full:Full",
+    "freeze": "treering.methods.freeze:Freeze",
+}
+"""What learns."""
+
+PROTECT: dict[str, str] = {
+    "replay": "treering.methods.replay:Replay",
+    "distill": "treering.methods.distill:Distill",
+}
+"""What protects old knowledge."""
+
+
+class Method(Protocol):
+    """The hooks of a method. Each is optional: a method has only those it needs.
+
+    A method is built from the whole `Config` and knows nothing of files, tasks' names or versions.
+    """
+
+    def prepare(self, model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
+        """Freeze, wrap or load what `after_update` returned last time; returns the model to train."""
+
+    def replay(self, new: Sequence[str], memory: Memory, epoch: int) -> list[str]:
+        """Ids of remembered rows to mix into this epoch beside the ids in `new`."""
+
+    def loss(self, model: PreTrainedModel, batch: Batch, logits: Tensor) -> Tensor | None:
+        """An extra scalar loss, or None. `logits` is `[answer tokens of the batch, vocabulary]`, float32."""
+
+    def after_step(self, model: PreTrainedModel) -> None:
+        """Called after each optimiser step: projection, averaging."""
+
+    def after_update(self, model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Tensors to keep in the version; they come back as `state` in the next update."""
+
+
+class Methods:
+    """The methods of one update, called in the order: what learns first, then `protect` as listed."""
+
+    def __init__(self, config: Config) -> None:
+        self.by_name: dict[str, Any] = {config.finetuning_type: _load(FINETUNING_TYPES[config.finetuning_type])(config)}
+        for name in config.protect:
+            self.by_name[name] = _load(PROTECT[name])(config)
+
+    def prepare(self, model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
+        """Let each method prepare `model` with its own part of `state` (keys `<name>.<key>`)."""
+        for name, hook in self._hooks("prepare"):
+            own = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
+            model = hook(model, own)
+        return model
+
+    def replay(self, new: Sequence[str], memory: Memory, epoch: int) -> list[str]:
+        """All ids that the methods want replayed in this epoch."""
+        return [row for _, hook in self._hooks("replay") for row in hook(new, memory, epoch)]
+
+    def losses(self, model: PreTrainedModel, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
+        """The extra losses by method name."""
+        found = {name: hook(model, batch, logits) for name, hook in self._hooks("loss")}
+        return {name: loss for name, loss in found.items() if loss is not None}
+
+    def after_step(self, model: PreTrainedModel) -> None:
+        """Let each method act on the weights after an optimiser step."""
+        for _, hook in self._hooks("after_step"):
+            hook(model)
+
+    def after_update(self, model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """The state of all methods, keys `<name>.<key>`."""
+        return {
+            f"{name}.{key}": tensor
+            for name, hook in self._hooks("after_update")
+            for key, tensor in hook(model, batches).items()
+        }
+
+    def _hooks(self, hook: str) -> list[tuple[str, Any]]:
+        return [(name, getattr(method, hook)) for name, method in self.by_name.items() if hasattr(method, hook)]
+
+
+def _load(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)

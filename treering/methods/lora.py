@@ -1,0 +1,45 @@
+"""LoRA: low-rank adapters on frozen weights (Hu et al. 2021, arXiv:2106.09685), through peft."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+
+from treering.config import Config
+from treering.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class LoRA:
+    """Adds an adapter, or goes on with the one the parent version has."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def prepare(self, model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
+        """Returns a `PeftModel` whose float32 adapter alone is trained. Raises `ConfigError` if the ranks differ."""
+        if not isinstance(model, PeftModel):
+            return cast("PreTrainedModel", get_peft_model(model, self._adapter()))
+        rank = cast(LoraConfig, model.peft_config["default"]).r
+        if rank != self.config.lora_rank:
+            raise ConfigError(
+                f"lora_rank is {self.config.lora_rank}, but the parent version's adapter has rank {rank}: "
+                f"set lora_rank: {rank}, or start a new workspace"
+            )
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        return cast("PreTrainedModel", model)
+
+    def _adapter(self) -> LoraConfig:
+        target = self.config.lora_target
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.config.lora_rank,
+            lora_alpha=self.config.alpha,
+            lora_dropout=self.config.lora_dropout,
+            target_modules="all-linear" if target == "all" else [name.strip() for name in target.split(",")],
+        )

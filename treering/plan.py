@@ -1,0 +1,105 @@
+"""What an update is made of, fixed before it starts, so that it can be repeated, resumed or refused a second time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from treering import registry
+from treering.config import Config
+from treering.files import write_json
+from treering.registry import Version
+
+if TYPE_CHECKING:
+    from treering.workspace import Workspace
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`rows` and `fresh` are the new training and held-out ids by task; `machine` is what the bits depend on."""
+
+    parent: str | None
+    base: str
+    config: dict[str, Any]
+    rows: dict[str, list[str]]
+    fresh: dict[str, list[str]]
+    machine: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """The same for the same rows, parent, base model and settings."""
+        content = [self.parent, self.base, self.config, self.rows]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def row_ids(self) -> list[str]:
+        """The new training ids, task after task."""
+        return [id for ids in self.rows.values() for id in ids]
+
+    @property
+    def fresh_ids(self) -> set[str]:
+        """The new held-out ids."""
+        return {id for ids in self.fresh.values() for id in ids}
+
+
+def make_plan(ws: Workspace, parent: Version | None, config: Config, base: str) -> Plan:
+    """All rows that neither `parent` nor its ancestors learned, and the held-out rows none of them was measured on."""
+    import torch
+
+    from treering.model import use_bf16
+
+    rows = ws.catalog.waiting(registry.consumed(ws, parent))
+    measured = parent.manifest["held_out"] if parent else {}
+    seen = {id for ids in measured.values() for id in ids}
+    fresh = {}
+    for task, ids in ws.catalog.held_out().items():
+        slice_ = [id for id in ids if id not in seen]
+        if slice_ and (task in rows or task in measured):
+            fresh[task] = slice_
+    machine = {
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "bf16": use_bf16(config)[0],
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+    return Plan(parent.name if parent else None, base, config.model_dump(mode="json"), rows, fresh, machine)
+
+
+def stage(ws: Workspace, plan: Plan) -> tuple[Plan, Path]:
+    """The folder to work in, and the plan to follow.
+
+    An interrupted update with the same parent, base and settings whose rows all still wait is taken up again, with its
+    own rows (what came since waits for the next update). Any other remains are removed.
+    """
+    waiting = set(plan.row_ids)
+    chosen: tuple[Plan, Path] | None = None
+    for folder in sorted(ws.versions.glob(".staging-*")):
+        found = _read(folder / PLAN)
+        if (
+            chosen is None
+            and found is not None
+            and (found.parent, found.base, found.config) == (plan.parent, plan.base, plan.config)
+            and found.machine == plan.machine
+            and waiting.issuperset(found.row_ids)
+        ):
+            chosen = found, folder
+        else:
+            registry.discard(folder)
+    if chosen is None:
+        folder = ws.versions / f".staging-{plan.digest[:12]}"
+        folder.mkdir()
+        write_json(folder / PLAN, asdict(plan))
+        chosen = plan, folder
+    return chosen
+
+
+def _read(path: Path) -> Plan | None:
+    try:
+        return Plan(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None

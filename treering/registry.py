@@ -1,0 +1,255 @@
+"""Versions: read, checked, committed, promoted, rolled back.
+
+A version is a folder that never changes. Which of them serves is told by the symbolic link `current`; every promotion
+and rollback is first noted in `history.jsonl`, so that a crash between the two is finished by the next command.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from treering.errors import UsageError, VersionError
+from treering.files import append_line, fsync_folder, fsync_tree, sha256, write_json
+
+if TYPE_CHECKING:
+    from treering.workspace import Workspace
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"v[1-9][0-9]*")
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version: its name (`v3`) and its folder."""
+
+    name: str
+    folder: Path
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What the version says of itself. Raises `VersionError` if it is damaged, edited or too new."""
+        path = self.folder / MANIFEST
+        try:
+            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            stated, number = manifest["digest"], int(manifest["format"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise VersionError(f"{self.name}: {path} cannot be read ({error}); restore the folder from a backup") from None
+        if number > FORMAT:
+            raise VersionError(f"{self.name} has format {number}, newer than {FORMAT}: update treering")
+        if stated != _digest(manifest):
+            raise VersionError(f"{self.name}: {path} was edited; restore the folder from a backup")
+        return manifest
+
+    @property
+    def number(self) -> int:
+        """3 for `v3`."""
+        return int(self.name[1:])
+
+    @property
+    def parent(self) -> str | None:
+        """Name of the version this one was trained from; None: the base model."""
+        parent: str | None = self.manifest["parent"]
+        return parent
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Score per task, a fraction between 0 and 1."""
+        return {task: found["score"] for task, found in self.manifest["scores"].items()}
+
+    @property
+    def promote(self) -> bool:
+        """Whether the gate said promote."""
+        return bool(self.manifest["verdict"]["promote"])
+
+    @property
+    def summary(self) -> str:
+        """The verdict in a sentence."""
+        return str(self.manifest["verdict"]["summary"])
+
+    @property
+    def rows(self) -> list[str]:
+        """Ids of the rows that this version's own update consumed."""
+        return [id for ids in self.manifest["rows"].values() for id in ids]
+
+    def problems(self) -> list[str]:
+        """What `manifest.json` promises and the folder does not hold, file by file."""
+        try:
+            promised: dict[str, str] = self.manifest["files"]
+        except VersionError as error:
+            return [str(error)]
+        found = {str(p.relative_to(self.folder)): p for p in self.folder.rglob("*") if p.is_symlink() or not p.is_dir()}
+        problems = []
+        for name, digest in promised.items():
+            path = found.get(name)
+            if path is None:
+                problems.append(f"{self.name}: {name} is missing")
+            elif path.is_symlink() or not path.is_file():
+                problems.append(f"{self.name}: {name} is not a plain file")
+            elif sha256(path) != digest:
+                problems.append(f"{self.name}: {name} was changed since the version was made")
+        problems += [f"{self.name}: {name} does not belong to it" for name in sorted(found) if name not in {*promised, MANIFEST}]
+        return problems
+
+    def check(self) -> Version:
+        """This version, if every file is as it was made. Raises `VersionError` that names each that is not."""
+        problems = self.problems()
+        if problems:
+            raise VersionError("refused to load:\n  " + "\n  ".join(problems) + "\nrestore the folder from a backup")
+        return self
+
+
+def versions(ws: Workspace) -> list[Version]:
+    """All versions, oldest first."""
+    found = [Version(p.name, p) for p in ws.versions.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=lambda version: version.number)
+
+
+def get(ws: Workspace, name: str | None = None) -> Version:
+    """The version of that name, or `current`. Raises `UsageError` if there is none."""
+    if name is None or name == "current":
+        version = current(ws)
+        if version is None:
+            raise UsageError(f"{ws.root} has no current version yet; run `treering update` first")
+        return version
+    known = [version.name for version in versions(ws)]
+    if name not in known:
+        raise UsageError(f"there is no version {name!r}; there are: {', '.join(known) or 'none yet'}")
+    return Version(name, ws.versions / name)
+
+
+def current(ws: Workspace) -> Version | None:
+    """The version that serves, or None."""
+    try:
+        name = Path(os.readlink(ws.current)).name
+    except FileNotFoundError:
+        return None
+    except OSError:
+        raise VersionError(f"{ws.current} is not a symbolic link; remove it and run `treering promote vN`") from None
+    if not (ws.versions / name).is_dir():
+        raise VersionError(f"current points to {name}, which is missing; restore it, or `treering promote` another")
+    return Version(name, ws.versions / name)
+
+
+def lineage(ws: Workspace, version: Version | None) -> Iterator[Version]:
+    """`version`, its parent, and so on."""
+    while version is not None:
+        yield version
+        version = Version(version.parent, ws.versions / version.parent) if version.parent else None
+
+
+def consumed(ws: Workspace, version: Version | None) -> set[str]:
+    """Ids of all rows that `version` and its ancestors learned."""
+    return {id for ancestor in lineage(ws, version) for id in ancestor.rows}
+
+
+def commit(ws: Workspace, staging: Path, manifest: dict[str, Any]) -> Version:
+    """Turn a finished staging folder into the next version: hash, write the manifest last, fsync, rename."""
+    fsync_tree(staging)
+    files = {str(p.relative_to(staging)): sha256(p) for p in sorted(staging.rglob("*")) if p.is_file()}
+    name = next_name(ws)
+    whole = {"format": FORMAT, "name": name, **manifest, "files": files}
+    write_json(staging / MANIFEST, {**whole, "digest": _digest(whole)})
+    folder = ws.versions / name
+    staging.rename(folder)
+    fsync_folder(ws.versions)
+    return Version(name, folder)
+
+
+def next_name(ws: Workspace) -> str:
+    """The name that the next committed version gets."""
+    return f"v{max((v.number for v in versions(ws)), default=0) + 1}"
+
+
+def promote(ws: Workspace, version: Version, *, event: str = "promote", forced: bool = False) -> None:
+    """Make `version` current."""
+    version.check()
+    before = current(ws)
+    append_line(
+        ws.history,
+        {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "event": event,
+            "version": version.name,
+            "previous": before.name if before else None,
+            "forced": forced,
+        },
+    )
+    _link(ws, version.name)
+
+
+def rollback(ws: Workspace, name: str | None) -> Version:
+    """Make the version promoted before `current`, or the one named, current. Raises `UsageError` if there is none."""
+    if name is None:
+        stack = _promoted(ws)
+        if len(stack) < 2:
+            here = stack[-1] if stack else "no version"
+            raise UsageError(f"{here} is current and nothing was promoted before it; name a version to go to")
+        name = stack[-2]
+    version = get(ws, name)
+    promote(ws, version, event="rollback")
+    return version
+
+
+def history(ws: Workspace) -> list[dict[str, Any]]:
+    """Every promotion and rollback, oldest first; a line that a crash left unfinished is not one."""
+    if not ws.history.exists():
+        return []
+    lines = ws.history.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def recover(ws: Workspace) -> None:
+    """Finish what a crash left half done: a noted promotion whose link was not moved, a commit that was not promoted."""
+    for scratch in ws.versions.glob(".link-*"):
+        scratch.unlink()
+    events = history(ws)
+    here = current(ws)
+    if events and (here is None or here.name != events[-1]["version"]):
+        _link(ws, events[-1]["version"])
+        here = current(ws)
+    newest = (versions(ws) or [None])[-1]
+    if newest is None or any(event["version"] == newest.name for event in events):
+        return
+    if newest.promote and newest.manifest["promote_wanted"] and newest.parent == (here.name if here else None):
+        promote(ws, newest)
+
+
+def _promoted(ws: Workspace) -> list[str]:
+    """The promoted versions, as a stack: a rollback takes off all above its target."""
+    stack: list[str] = []
+    for event in history(ws):
+        name = event["version"]
+        if event["event"] == "rollback" and name in stack:
+            stack = stack[: stack.index(name) + 1]
+        elif not stack or stack[-1] != name:
+            stack.append(name)
+    return stack
+
+
+def _link(ws: Workspace, name: str) -> None:
+    scratch = ws.versions / f".link-{os.getpid()}"
+    scratch.unlink(missing_ok=True)
+    scratch.symlink_to(Path(ws.versions.name) / name)
+    scratch.replace(ws.current)
+    fsync_folder(ws.root)
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def discard(staging: Path) -> None:
+    """Remove a staging folder."""
+    shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,169 @@
+"""A workspace: its paths, its lock, and its recovery when opened."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from treering import registry
+from treering.config import Config
+from treering.errors import LockError, UsageError, full_disk_is_clear
+from treering.files import write_file
+from treering.registry import Version
+
+if TYPE_CHECKING:
+    from treering.data.catalog import Catalog
+    from treering.data.intake import Ingested
+
+SETTINGS = "treering.yaml"
+
+
+class Workspace:
+    """A folder that holds settings, data and versions. Open one with `Workspace(path)`, make one with `create`."""
+
+    def __init__(self, root: str | Path = ".") -> None:
+        self._lay_out(Path(root))
+        if not (self.root / SETTINGS).is_file():
+            raise UsageError(f"{self.root} is no workspace (it has no {SETTINGS}); make one with `treering init DIR`")
+        with self.lock("recovery", "registry", wait=True):
+            registry.recover(self)
+
+    def _lay_out(self, root: Path) -> None:
+        self.root = root.resolve()
+        self.inbox = self.root / "inbox"
+        self.versions = self.root / "versions"
+        self.current = self.root / "current"
+        self.history = self.root / "history.jsonl"
+
+    @classmethod
+    def create(
+        cls, root: str | Path, *, adapter: str | Path | None = None, **settings: Any
+    ) -> Workspace:
+        """Make a workspace in `root`, which may exist but holds no workspace yet.
+
+        `settings` go into `treering.yaml`; `adapter` is a PEFT folder that becomes v1. Raises `ConfigError` for wrong
+        settings, `UsageError` if there is a workspace already; then nothing is left behind.
+        """
+        ws = cls.__new__(cls)
+        ws._lay_out(Path(root))
+        if (ws.root / SETTINGS).exists():
+            raise UsageError(f"{ws.root} is a workspace already")
+        config = Config.build(dict(settings))
+        found = _adapter_folder(adapter) if adapter is not None else None
+        with full_disk_is_clear(ws.root):
+            for folder in (ws.inbox, ws.versions):
+                folder.mkdir(parents=True, exist_ok=True)
+            if found is not None:
+                from treering.pipeline import adopt
+
+                adopt(ws, found, config)
+            # Written last: a folder is a workspace once it has this file.
+            write_file(ws.root / SETTINGS, _settings_text(settings).encode())
+        return cls(ws.root)
+
+    def config(self, overrides: Iterable[str] = ()) -> Config:
+        """The settings in `treering.yaml` with `key=value` overrides. Raises `ConfigError`."""
+        return Config.load(self.root / SETTINGS, overrides)
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """The rows and the quarantine."""
+        from treering.data.catalog import Catalog
+
+        return Catalog(self.root / "treering.db")
+
+    def ingest(
+        self,
+        source: str | Path | Sequence[str | Path] | Iterable[Mapping[str, object]] | None = None,
+        *,
+        task: str | None = None,
+        held_out: str | Path | Iterable[Mapping[str, object]] | None = None,
+    ) -> Ingested:
+        """Take in files, folders or rows (dictionaries in any known shape); the inbox by default."""
+        from treering.data.intake import ingest
+
+        with full_disk_is_clear(self.root):
+            return ingest(self, source, task=task, held_out=held_out)
+
+    def update(self, *overrides: str, promote: bool = True, quiet: bool = True, **settings: Any) -> Version | None:
+        """Run one update over everything new; returns the new version, or None if nothing was new.
+
+        `overrides` are `key=value` texts, `settings` the same as keywords.
+        """
+        from treering import pipeline
+
+        texts = [*overrides, *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
+        return pipeline.update(self, texts, promote=promote, quiet=quiet).version
+
+    def promote(self, name: str, *, force: bool = False) -> Version:
+        """Make a version current. Raises `UsageError` for one that the gate held, unless `force`."""
+        with self.lock("promote", "registry", wait=True), full_disk_is_clear(self.root):
+            version = registry.get(self, name)
+            if not version.promote and not force:
+                raise UsageError(
+                    f"{name} was held by the gate: {version.summary}. Use --force to promote it anyway"
+                )
+            registry.promote(self, version, forced=not version.promote)
+            return version
+
+    def rollback(self, name: str | None = None) -> Version:
+        """Go back to the version promoted before the current one, or to the one named."""
+        with self.lock("rollback", "registry", wait=True), full_disk_is_clear(self.root):
+            return registry.rollback(self, name)
+
+    @contextmanager
+    def lock(self, command: str, name: Literal["update", "registry"], wait: bool = False) -> Iterator[None]:
+        """Hold one of the workspace's two locks; it goes with the process that held it.
+
+        `update` is held for as long as an update runs, `registry` while versions are committed or `current` is moved,
+        so that rolling back never waits for an update. Raises `LockError` that says who holds it.
+        """
+        descriptor = os.open(self.root / f".{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise LockError(f"{self.root} is in use by {_holder(descriptor)}; wait for it or stop it") from None
+            os.ftruncate(descriptor, 0)
+            note = {
+                "command": command,
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            os.pwrite(descriptor, json.dumps(note).encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        note = json.loads(os.pread(descriptor, 4096, 0))
+        return f"`treering {note['command']}` (process {note['pid']} on {note['host']}, since {note['since']})"
+    except (ValueError, KeyError):
+        return "another process"
+
+
+def _adapter_folder(adapter: str | Path) -> Path:
+    folder = Path(adapter)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise UsageError(f"--adapter {folder}: no {name} in it; name a PEFT folder with safetensors weights")
+    return folder
+
+
+def _settings_text(settings: Mapping[str, Any]) -> str:
+    head = "# Settings of this treering workspace; every key is described in docs/configuration.md.\n"
+    return head + (yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True) if settings else "")
+
