@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from treering.evaluate import METRIC_VERSION, Result, evaluate, read_results, write_results
+from treering.evaluate import METRIC_VERSION, evaluate
 from treering.memory import Memory
 from treering.methods import Methods
 from treering.metrics import is_label_set
 from treering.model import Tokens, encode, load, load_tokenizer, save_weights, use_bf16
 from treering.registry import Version
+from treering.results import Result, read_results, write_results
 from treering.train import make_batch, peak_rate, plan_steps, teach, train
 
 if TYPE_CHECKING:
@@ -187,4 +188,3 @@ def _state(parent: Version | None) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(path)
-

@@ -98,7 +98,7 @@ class EvalConfig(Section):
     """Rows scored at once."""
 
     max_new_tokens: int = Field(128, ge=1)
-    """Longest generated answer, in tokens; tasks with a label set stop earlier, two tokens after their longest label."""
+    """Longest generated answer, in tokens; tasks with a label set stop two tokens past their longest label."""
 
 
 class Config(Section):
@@ -230,7 +230,9 @@ class Config(Section):
         except ValidationError as error:
             problems += [_explain(e) for e in error.errors()]
         if problems:
-            raise ConfigError(f"{source}: {len(problems)} wrong setting(s), nothing was changed:\n  " + "\n  ".join(problems))
+            raise ConfigError(
+                f"{source}: {len(problems)} wrong setting(s), nothing was changed:\n  " + "\n  ".join(problems)
+            )
         return config
 
 
@@ -284,7 +286,9 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained", "literal")))
+    where = ".".join(
+        str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained", "literal"))
+    )
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown setting{_near(str(error['loc'][-1]), _keys(error['loc']))}"
     got = "" if error["type"] == "value_error" and not error["loc"] else f" (got {error['input']!r})"

@@ -36,11 +36,15 @@ class LockError(TreeringError):
     """Another process is changing the workspace."""
 
 
-class InterruptedUpdate(TreeringError):
+class UpdateInterruptedError(TreeringError):
     """An update was asked to stop; its checkpoint is kept and the next update resumes it."""
 
 
-_FULL = {errno.ENOSPC: "no space is left", errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file-size limit is met"}
+_FULL = {
+    errno.ENOSPC: "no space is left",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "a file-size limit is met",
+}
 
 
 @contextmanager

@@ -7,18 +7,16 @@ the likeliest, what greedy decoding would write, at no further cost; only the ot
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from treering.data.example import Example, Message
-from treering.files import write_file
 from treering.metrics import exact_match, token_f1
 from treering.model import Tokens, compute, encode, encode_prompt, logits_at, pad, use_bf16
 from treering.progress import bar
+from treering.results import Result
 from treering.train import Stop, make_batch
 
 if TYPE_CHECKING:
@@ -30,18 +28,6 @@ METRIC_VERSION = 1
 """Raised when the same answers would get other scores; results of different versions are not compared."""
 
 METRICS = {"exact_match": exact_match, "token_f1": token_f1}
-
-
-@dataclass(frozen=True)
-class Result:
-    """One scored row. `loss` is the mean cross entropy of the answer's tokens, in nats."""
-
-    id: str
-    task: str
-    metric: str
-    score: float
-    loss: float
-    prediction: str
 
 
 @torch.no_grad()
@@ -133,7 +119,10 @@ def generate(
         if stop is not None:
             stop.check()
         part = order[start : start + config.eval.batch_size]
-        inputs = {n: t.to(model.device) for n, t in pad([ids[at] for at in part], cast(int, tokenizer.pad_token_id), left=True).items()}
+        inputs = {
+            n: t.to(model.device)
+            for n, t in pad([ids[at] for at in part], cast(int, tokenizer.pad_token_id), left=True).items()
+        }
         with compute(use_bf16(config)[0], model.device):
             written = cast(Any, model).generate(
                 **inputs,
@@ -148,38 +137,3 @@ def generate(
         if advance is not None:
             advance(len(part))
     return answers
-
-
-def task_scores(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
-    """Per task: `score` and `loss` (means), `rows` and `metric`."""
-    tasks: dict[str, list[Result]] = {}
-    for result in results:
-        tasks.setdefault(result.task, []).append(result)
-    return {
-        task: {
-            "score": sum(r.score for r in found) / len(found),
-            "loss": sum(r.loss for r in found) / len(found),
-            "rows": len(found),
-            "metric": found[0].metric,
-        }
-        for task, found in tasks.items()
-    }
-
-
-def write_results(path: Path, results: Sequence[Result]) -> None:
-    """Keep per-row results as Parquet: ids and outcomes; the rows' texts stay in the catalog."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    names = ("id", "task", "metric", "score", "loss", "prediction")
-    table = pa.table({name: [asdict(result)[name] for result in results] for name in names})
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    write_file(path, sink.getvalue().to_pybytes())
-
-
-def read_results(path: Path) -> list[Result]:
-    """What `write_results` kept."""
-    import pyarrow.parquet as pq
-
-    return [Result(**row) for row in pq.read_table(path).to_pylist()]

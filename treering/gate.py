@@ -8,7 +8,7 @@ the old tasks are pooled, and each task alone holds the candidate only if it is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import norm
 
 from treering.config import GateConfig
-from treering.evaluate import Result
+from treering.results import Result
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,12 @@ class Verdict:
 
 
 def judge(
-    before: Sequence[Result], after: Sequence[Result], old: Sequence[str], fresh: set[str], config: GateConfig, seed: int
+    before: Sequence[Result],
+    after: Sequence[Result],
+    old: Iterable[str],
+    fresh: set[str],
+    config: GateConfig,
+    seed: int,
 ) -> Verdict:
     """Compare candidate (`after`) with current (`before`) on the rows both were scored on.
 
@@ -79,15 +84,17 @@ def held_for(reason: str) -> Verdict:
 
 
 def _old_task(task: str, pairs: Sequence[tuple[Result, Result]], config: GateConfig, seed: int) -> Judgement:
-    drop_ok, found = _bounds(task, pairs, config, seed)
+    found = paired(task, pairs, config, seed)
     worse = found["upper"] < 0 and -found["change"] > config.margin
     collapsed = -found["change"] > config.floor
     enough = found["rows"] >= found["rows_needed"]
-    passed = not (worse or collapsed) and (drop_ok or not enough)
+    passed = not (worse or collapsed) and (found["lower"] >= -config.margin or not enough)
     if collapsed:
         reason = f"fell by {_points(-found['change'])}, more than the floor of {_points(config.floor)}"
     elif worse or not passed:
-        reason = f"changed by {_points(found['change'])} (bounds {_range(found)}); the margin is {_points(config.margin)}"
+        reason = (
+            f"changed by {_points(found['change'])} (bounds {_range(found)}); the margin is {_points(config.margin)}"
+        )
     elif enough:
         reason = f"no worse: changed by {_points(found['change'])} (bounds {_range(found)})"
     else:
@@ -96,9 +103,9 @@ def _old_task(task: str, pairs: Sequence[tuple[Result, Result]], config: GateCon
 
 
 def _pool(pairs: Sequence[tuple[Result, Result]], config: GateConfig, seed: int) -> Judgement:
-    drop_ok, found = _bounds("old tasks together", pairs, config, seed)
+    found = paired("old tasks together", pairs, config, seed)
     enough = found["rows"] >= found["rows_needed"]
-    passed = drop_ok if enough else -found["change"] <= config.margin
+    passed = -(found["lower"] if enough else found["change"]) <= config.margin
     reason = f"changed by {_points(found['change'])} (bounds {_range(found)}); the margin is {_points(config.margin)}"
     if not enough:
         reason += f"; {_too_few(found, config)}, so the mean alone decides"
@@ -109,12 +116,12 @@ def _gain(pairs: Sequence[tuple[Result, Result]], config: GateConfig, seed: int)
     if not pairs:
         nothing = {"before": None, "after": None, "lower": 0.0, "upper": 0.0, "rows": 0, "rows_needed": 0}
         return _judgement("new data", nothing, True, "no held-out rows of the new data, so its gain is not measured")
-    _, found = _bounds("new data", pairs, config, seed)
+    found = paired("new data", pairs, config, seed)
     # What is already perfect cannot gain.
     wanted = min(config.min_gain, 1 - found["before"])
     loss = float(np.mean([after.loss - before.loss for before, after in pairs]))
     gained = found["change"] > 0 and found["change"] >= wanted
-    # A score that did not move says little (few rows, or right already); the loss then tells whether anything was learned.
+    # A score that did not move says little (few rows, or right already); then the loss tells if anything was learned.
     passed = gained or (found["upper"] >= wanted and loss < 0)
     reason = f"changed by {_points(found['change'])} (bounds {_range(found)}), held-out loss by {loss:+.3f}"
     if not passed:
@@ -122,16 +129,17 @@ def _gain(pairs: Sequence[tuple[Result, Result]], config: GateConfig, seed: int)
     return _judgement("new data", {**found, "rows_needed": 0}, passed, reason)
 
 
-def _bounds(
-    name: str, pairs: Sequence[tuple[Result, Result]], config: GateConfig, seed: int
-) -> tuple[bool, dict[str, Any]]:
+def paired(name: str, pairs: Sequence[tuple[Result, Result]], config: GateConfig, seed: int) -> dict[str, Any]:
+    """Means of both, their difference (`change`), its one-sided bootstrap bounds, and the rows there are and needed."""
     before = np.asarray([b.score for b, _ in pairs])
     after = np.asarray([a.score for _, a in pairs])
     difference = after - before
+    # Rows with equal differences are interchangeable, so a resample is a multinomial draw over the distinct ones.
+    values, counts = np.unique(difference, return_counts=True)
     rng = np.random.default_rng([seed, *name.encode()])
-    means = rng.choice(difference, (config.resamples, len(difference))).mean(axis=1)
+    means = rng.multinomial(len(pairs), counts / len(pairs), config.resamples) @ values / len(pairs)
     lower, upper = np.quantile(means, [1 - config.confidence, config.confidence])
-    found = {
+    return {
         "before": float(before.mean()),
         "after": float(after.mean()),
         "change": float(difference.mean()),
@@ -140,7 +148,6 @@ def _bounds(
         "rows": len(pairs),
         "rows_needed": rows_needed(float(difference.std()), config),
     }
-    return bool(lower >= -config.margin), found
 
 
 def rows_needed(spread: float, config: GateConfig) -> int:

@@ -1,9 +1,9 @@
 """The memory: which old rows to keep, and which of them to replay.
 
-A row's place is decided by a fixed pseudo-random priority made of the seed and its id; each cell (a task, or a label of
-a task) keeps its rows of lowest priority. That is a uniform sample without replacement of all rows the cell ever saw
-(a bottom-k sample, the weightless case of Efraimidis and Spirakis 2006), whatever the order or the batches they came in, and it can shrink at any
-time without another random draw.
+A row's place is decided by a fixed pseudo-random priority made of the seed and its id; each cell (a task, or a label
+of a task) keeps its rows of lowest priority. That is a uniform sample without replacement of all rows the cell ever
+saw (a bottom-k sample, the weightless case of Efraimidis and Spirakis 2006), whatever the order or the batches they
+came in, and it can shrink at any time without another random draw.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Remembered:
 
 @dataclass(frozen=True)
 class Teacher:
-    """What the model answered when it had learned a row: `ids` int32 and `logits` float16, both `[answer tokens, k]`."""
+    """What the model answered once it had learned a row: `ids` int32, `logits` float16, both `[answer tokens, k]`."""
 
     ids: Tensor
     logits: Tensor

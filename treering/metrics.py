@@ -13,9 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from treering.data.example import normalise
+
+Vector = NDArray[np.float64]
 
 
 def average_accuracy(R: ArrayLike) -> float:
@@ -28,14 +30,13 @@ def new(R: ArrayLike, learned: Sequence[int]) -> float:
     return _mean(_when_learned(R, learned))
 
 
-def old(R: ArrayLike, learned: Sequence[int]) -> float:
-    """Mean of the last row over all tasks but those the last update first taught."""
-    R = np.asarray(R, dtype=float)
-    return _mean(_last(R)[_earlier(R, learned)])
+def old(R: ArrayLike) -> float:
+    """Mean of the last row over all tasks but the last one learned (the last column)."""
+    return _mean(_last(R)[:-1])
 
 
 def backward_transfer(R: ArrayLike, learned: Sequence[int]) -> float:
-    """BWT: mean of `R[T][j] - R[learned[j]][j]` over earlier tasks (Lopez-Paz and Ranzato 2017). Below 0: forgetting."""
+    """BWT: mean of `R[T][j] - R[learned[j]][j]` over earlier tasks (Lopez-Paz and Ranzato 2017); forgetting is < 0."""
     R = np.asarray(R, dtype=float)
     return _mean((_last(R) - _when_learned(R, learned))[_earlier(R, learned)])
 
@@ -89,7 +90,7 @@ class Matrix:
         found = {
             "average_accuracy": average_accuracy(R),
             "new": new(R, self.learned),
-            "old": old(R, self.learned),
+            "old": old(R),
             "bwt": backward_transfer(R, self.learned),
             "forgetting": forgetting(R, self.learned),
         }
@@ -117,19 +118,20 @@ def is_label_set(answers: Sequence[str]) -> bool:
 
 
 def _mean(values: ArrayLike) -> float:
-    values = np.asarray(values, dtype=float)
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else float("nan")
+    found = np.asarray(values, dtype=float)
+    found = found[~np.isnan(found)]
+    return float(found.mean()) if len(found) else float("nan")
 
 
-def _last(R: ArrayLike) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    return np.asarray(R, dtype=float)[-1]
+def _last(R: ArrayLike) -> Vector:
+    last: Vector = np.asarray(R, dtype=float)[-1]
+    return last
 
 
-def _when_learned(R: ArrayLike, learned: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _when_learned(R: ArrayLike, learned: Sequence[int]) -> Vector:
     R = np.asarray(R, dtype=float)
     return np.asarray([R[update, j] for j, update in enumerate(learned)])
 
 
-def _earlier(R: np.ndarray[tuple[int, int], np.dtype[np.float64]], learned: Sequence[int]) -> list[int]:
+def _earlier(R: NDArray[np.float64], learned: Sequence[int]) -> list[int]:
     return [j for j, update in enumerate(learned) if update < len(R) - 1]

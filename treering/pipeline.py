@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import resource
 import shutil
@@ -20,9 +21,9 @@ from treering.registry import Version
 if TYPE_CHECKING:
     from treering.candidate import Candidate
     from treering.config import Config
-    from treering.evaluate import Result
     from treering.gate import Verdict
     from treering.plan import Plan
+    from treering.results import Result
     from treering.workspace import Workspace
 
 LIBRARIES = ("accelerate", "peft", "safetensors", "tokenizers", "torch", "transformers", "treering")
@@ -133,7 +134,7 @@ def _commit(
 ) -> Version:
     """Write everything the version consists of and make it appear under its name."""
     from treering import report
-    from treering.evaluate import task_scores
+    from treering.results import task_scores
 
     plan, parent, config = candidate.plan, candidate.parent, candidate.config
     scores, parent_scores = task_scores(after), task_scores(before)
@@ -143,7 +144,9 @@ def _commit(
         {task: found["score"] for task, found in scores.items()},
         plan.rows,
     )
-    flips = negative_flips({r.id: r.score for r in before if r.id not in plan.fresh_ids}, {r.id: r.score for r in after})
+    flips = negative_flips(
+        {r.id: r.score for r in before if r.id not in plan.fresh_ids}, {r.id: r.score for r in after}
+    )
     manifest = {
         "created": _now(),
         "parent": plan.parent,
@@ -160,7 +163,7 @@ def _commit(
         "scores": scores,
         "parent_scores": parent_scores,
         "matrix": asdict(matrix),
-        "summary": {**matrix.summary(), "negative_flips": None if flips != flips else flips},
+        "summary": {**matrix.summary(), "negative_flips": None if math.isnan(flips) else flips},
         "verdict": verdict.as_dict(),
         "promote_wanted": promote,
         "memory": candidate.memory.by_task(),

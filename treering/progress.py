@@ -14,14 +14,15 @@ SECONDS_BETWEEN_LINES = 5.0
 class Advance(Protocol):
     """Moves the bar on by `steps`, with a short note beside it."""
 
-    def __call__(self, steps: int = 1, note: str = "") -> None: ...
+    def __call__(self, steps: int = 1, note: str = "") -> None:
+        """Move."""
 
 
 @contextmanager
 def bar(title: str, total: int, quiet: bool = False) -> Iterator[Advance]:
     """A progress bar over `total` steps; yields the function that moves it."""
     if quiet or total == 0:
-        yield lambda steps=1, note="": None
+        yield _silent
     elif sys.stderr.isatty():
         with _terminal(title, total) as advance:
             yield advance
@@ -29,10 +30,21 @@ def bar(title: str, total: int, quiet: bool = False) -> Iterator[Advance]:
         yield _lines(title, total)
 
 
+def _silent(steps: int = 1, note: str = "") -> None:
+    del steps, note
+
+
 @contextmanager
 def _terminal(title: str, total: int) -> Iterator[Advance]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),

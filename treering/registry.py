@@ -44,7 +44,9 @@ class Version:
             manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             stated, number = manifest["digest"], int(manifest["format"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise VersionError(f"{self.name}: {path} cannot be read ({error}); restore the folder from a backup") from None
+            raise VersionError(
+                f"{self.name}: {path} cannot be read ({error}); restore the folder from a backup"
+            ) from None
         if number > FORMAT:
             raise VersionError(f"{self.name} has format {number}, newer than {FORMAT}: update treering")
         if stated != _digest(manifest):
@@ -98,7 +100,9 @@ class Version:
                 problems.append(f"{self.name}: {name} is not a plain file")
             elif sha256(path) != digest:
                 problems.append(f"{self.name}: {name} was changed since the version was made")
-        problems += [f"{self.name}: {name} does not belong to it" for name in sorted(found) if name not in {*promised, MANIFEST}]
+        problems += [
+            f"{self.name}: {name} does not belong to it" for name in sorted(found) if name not in {*promised, MANIFEST}
+        ]
         return problems
 
     def check(self) -> Version:
@@ -218,9 +222,10 @@ def recover(ws: Workspace) -> None:
     if events and (here is None or here.name != events[-1]["version"]):
         _link(ws, events[-1]["version"])
         here = current(ws)
-    newest = (versions(ws) or [None])[-1]
-    if newest is None or any(event["version"] == newest.name for event in events):
+    made = versions(ws)
+    if not made or any(event["version"] == made[-1].name for event in events):
         return
+    newest = made[-1]
     if newest.promote and newest.manifest["promote_wanted"] and newest.parent == (here.name if here else None):
         promote(ws, newest)
 

@@ -1,3 +1,205 @@
-"""stub"""
+"""The report of a version: one HTML file that opens anywhere, with no network.
+
+All of it comes from the manifest and the training log. Names of tasks are user input: Jinja2 escapes every value, and
+the page's own policy runs no script but those whose hashes it states.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from hashlib import sha256
+from itertools import cycle
 from pathlib import Path
-def write(folder, name, manifest, log): (folder/"report.html").write_text("x")
+from typing import Any
+
+from treering.files import write_file
+
+TEMPLATES = Path(__file__).with_name("templates")
+
+SHADES = 21
+"""Steps of the colour scale: one every 5 points."""
+
+RAMPS = {"light": ("#f0f5fb", "#0a4286"), "dark": ("#1b2733", "#9fcdfb")}
+"""Colours of score 0 and 100: one hue, so that it reads the same to every eye, and on paper."""
+
+LINES = (("#2f81d6", "solid"), ("#c9690f", "dash"), ("#2a9d7c", "dot"), ("#a65fb5", "dashdot"))
+"""Curves differ in dash as well as in colour; the colours are seen on white and on black."""
+
+MOST_POINTS = 2000
+"""Longer curves are thinned: a screen shows no more, and the file stays small."""
+
+
+def write(folder: Path, name: str, manifest: Mapping[str, Any], log: Sequence[Mapping[str, float]]) -> Path:
+    """Write `report.html` for the version `name` into `folder`."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    env = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {"points": _points, "duration": _duration, "text": _text, "csp": _csp_hash}
+    path = folder / "report.html"
+    write_file(path, env.get_template("report.html.j2").render(_content(name, manifest, log)).encode())
+    return path
+
+
+def _content(name: str, manifest: Mapping[str, Any], log: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    from plotly.offline import get_plotlyjs
+
+    return {
+        "name": name,
+        "manifest": manifest,
+        "created": datetime.fromisoformat(manifest["created"]),
+        "updates": _updates(name, manifest),
+        "tasks": [_task(task, manifest) for task in _task_names(manifest)],
+        "shades": {theme: _shades(*ramp) for theme, ramp in RAMPS.items()},
+        "settings": dict(_flat(manifest["config"])),
+        "plots": _plots(log) if log else {},
+        "plotly": get_plotlyjs() if log else "",
+        "thinned": _thinning(log),
+    }
+
+
+def _task_names(manifest: Mapping[str, Any]) -> list[str]:
+    keys = ("scores", "parent_scores", "rows", "held_out", "memory")
+    return list(dict.fromkeys([*manifest["matrix"]["tasks"], *(task for key in keys for task in manifest[key])]))
+
+
+def _updates(name: str, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The score matrix, a row an update. It knows the names of the last two versions only."""
+    matrix = manifest["matrix"]
+    last = len(matrix["R"]) - 1
+    names = {last - 1: manifest["parent"], last: name}
+    return [
+        {
+            "name": names.get(number),
+            "cells": [
+                {"score": score, "shade": _shade(score), "first": learned == number}
+                for score, learned in zip(scores, matrix["learned"], strict=True)
+            ],
+        }
+        for number, scores in enumerate(matrix["R"])
+    ]
+
+
+def _task(task: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    matrix = manifest["matrix"]
+    before, after = (manifest[key].get(task) or {} for key in ("parent_scores", "scores"))
+    score_before, score = before.get("score"), after.get("score")
+    first = dict(zip(matrix["tasks"], matrix["learned"], strict=True)).get(task) == len(matrix["R"]) - 1
+    return {
+        "name": task,
+        "taught": "first taught" if first else "taught more" if task in manifest["rows"] else "not taught",
+        "score_before": score_before,
+        "score": score,
+        "change": None if score is None or score_before is None else score - score_before,
+        "loss_before": before.get("loss"),
+        "loss": after.get("loss"),
+        "metric": manifest["metrics"].get(task),
+        "new_rows": len(manifest["rows"].get(task, ())),
+        "held_out_rows": len(manifest["held_out"].get(task, ())),
+        "memory_rows": manifest["memory"].get(task, 0),
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _plots(log: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    """The plotly figures by title."""
+    terms = dict.fromkeys(key for entry in log for key in entry if key not in {"step", "lr", "tokens_per_second"})
+    return {
+        "Loss": _figure(log, {term: "cross entropy" if term == "loss" else term for term in terms}, "loss"),
+        "Learning rate": _figure(log, {"lr": "learning rate"}, "learning rate"),
+        "Speed": _figure(log, {"tokens_per_second": "speed"}, "tokens per second"),
+    }
+
+
+def _figure(log: Sequence[Mapping[str, float]], terms: Mapping[str, str], unit: str) -> dict[str, Any]:
+    """Data and layout for plotly, and the same in `words`. The page's style sheet colours text and axes."""
+    every = _thinning(log)
+    kept = [entry for number, entry in enumerate(log) if number % every == 0 or number == len(log) - 1]
+    traces, words = [], []
+    for (term, title), (colour, dash) in zip(terms.items(), cycle(LINES), strict=False):
+        x, y = zip(*((entry["step"], entry[term]) for entry in kept if term in entry), strict=True)
+        # plotly reads tags in names as markup
+        traces.append({"x": x, "y": y, "name": html.escape(title), "line": {"color": colour, "dash": dash, "width": 2}})
+        words.append(f"{title} {y[0]:.4g} at step {x[0]:.0f}, {y[-1]:.4g} at step {x[-1]:.0f}")
+    axis = {"automargin": True, "fixedrange": True, "zeroline": False, "gridcolor": "#888"}
+    layout = {
+        "xaxis": {**axis, "title": {"text": "step"}, "showgrid": False},
+        "yaxis": {**axis, "title": {"text": unit}, "rangemode": "tozero"},
+        "showlegend": len(traces) > 1,
+        "legend": {"orientation": "h", "y": 1, "yanchor": "bottom"},
+        "margin": {"l": 0, "r": 8, "t": 8, "b": 0},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "system-ui, sans-serif", "size": 13},
+    }
+    return {"data": traces, "layout": layout, "words": "; ".join(words)}
+
+
+def _thinning(log: Sequence[Mapping[str, float]]) -> int:
+    """Every how many steps a point is drawn."""
+    return math.ceil(len(log) / MOST_POINTS)
+
+
+def _shade(score: float | None) -> int | None:
+    return None if score is None else round(score * (SHADES - 1))
+
+
+def _shades(low: str, high: str) -> list[tuple[str, str]]:
+    """Background and text colour of each step from `low` to `high`; black or white, whichever is read better."""
+    found = []
+    for step in range(SHADES):
+        ends = zip(bytes.fromhex(low[1:]), bytes.fromhex(high[1:]), strict=True)
+        colour = "#" + bytes(round(a + (b - a) * step / (SHADES - 1)) for a, b in ends).hex()
+        found.append((colour, "#000000" if _contrast(colour, "#000000") >= _contrast(colour, "#ffffff") else "#ffffff"))
+    return found
+
+
+def _contrast(one: str, other: str) -> float:
+    """Contrast of two colours as WCAG 2 defines it; 4.5 is enough to read small text."""
+    dark, light = sorted(_luminance(bytes.fromhex(colour[1:])) for colour in (one, other))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def _luminance(rgb: bytes) -> float:
+    linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def _points(value: float, sign: str = "") -> str:
+    """A fraction on the scale to 100, with a true minus and no negative zero; `sign="+"` shows the plus, too."""
+    return f"{round(100 * value, 1) + 0.0:{sign}.1f}".replace("-", "−")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _text(value: Any) -> str:
+    """A setting as a person would write it."""
+    if value is None:
+        return "not set"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _csp_hash(script: str) -> str:
+    return "sha256-" + b64encode(sha256(script.encode()).digest()).decode()

@@ -13,8 +13,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_model(folder: Path, *, hidden_size: int = 32, layers: int = 2, seed: int = 0) -> Path:
-    """Write a two-layer Llama (about 60,000 weights, float32) and its tokenizer into `folder`; returns `folder`."""
+def tiny_model(folder: Path, *, hidden_size: int = 64, layers: int = 2, seed: int = 0) -> Path:
+    """Write a two-layer Llama (about 90,000 weights, float32) and its tokenizer into `folder`; returns `folder`."""
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -39,6 +39,7 @@ def tiny_model(folder: Path, *, hidden_size: int = 32, layers: int = 2, seed: in
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=2048,
+        initializer_range=0.2,  # Wider than usual, so that adapters on these random weights can learn.
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -51,6 +52,9 @@ def tiny_model(folder: Path, *, hidden_size: int = 32, layers: int = 2, seed: in
 def toy_rows(task: str, count: int = 40, labels: int = 4) -> list[dict[str, str]]:
     """`count` text and label rows of `task`, `labels` labels in turn, that even the tiny model can learn."""
     return [
-        {"text": f"{task} item {number}: sort {chr(97 + number % labels)}", "label": f"{task} {chr(97 + number % labels)}"}
+        {
+            "text": f"{task} item {number}: sort {chr(97 + number % labels)}",
+            "label": f"{task} {chr(97 + number % labels)}",
+        }
         for number in range(count)
     ]

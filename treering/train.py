@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
-from treering.errors import InterruptedUpdate, TreeringError
+from treering.errors import TreeringError, UpdateInterruptedError
 from treering.files import fsync_tree, write_file, write_json
 from treering.memory import Memory, Teacher
 from treering.methods import Methods
@@ -143,9 +143,11 @@ class Stop:
         self.asked = False
 
     def check(self) -> None:
-        """Raise `InterruptedUpdate` if asked to stop."""
+        """Raise `UpdateInterruptedError` if asked to stop."""
         if self.asked:
-            raise InterruptedUpdate("stopped as asked; the checkpoint is kept: run `treering update` again to resume")
+            raise UpdateInterruptedError(
+                "stopped as asked; the checkpoint is kept: run `treering update` again to resume"
+            )
 
 
 @contextmanager
@@ -186,7 +188,7 @@ def train(
 
     Loss: cross entropy averaged over the answer tokens of the optimiser step, plus what the methods add.
     With `checkpoints` (a folder) the state is saved every `save_steps` and an earlier run there is resumed to the
-    same bits. Raises `InterruptedUpdate` (after a checkpoint) when `stop` was asked, `TreeringError` on a loss that
+    same bits. Raises `UpdateInterruptedError` (after a checkpoint) when `stop` was asked, `TreeringError` on a loss that
     is not finite.
     """
     torch.set_flush_denormal(True)
@@ -211,24 +213,25 @@ def train(
             started = time.perf_counter()
             entry: dict[str, float] = {"step": number + 1, "loss": 0.0}
             batches = [
-                make_batch([rows[id] for id in ids], teachers or {}, pad_id, accelerator.device) for ids in steps[number]
+                make_batch([rows[id] for id in ids], teachers or {}, pad_id, accelerator.device)
+                for ids in steps[number]
             ]
             tokens = sum(len(batch.targets) for batch in batches)
             for batch in batches:
                 with compute(bf16, accelerator.device):
                     logits = logits_at(model, **batch.inputs, at=batch.at)
                 loss = cross_entropy(logits, batch.targets, reduction="sum") / tokens
-                entry["loss"] += loss.item()
+                entry["loss"] += float(loss)
                 for name, extra in methods.losses(model, batch, logits).items():
                     loss = loss + extra / len(batches)
-                    entry[name] = entry.get(name, 0.0) + extra.item() / len(batches)
+                    entry[name] = entry.get(name, 0.0) + float(extra) / len(batches)
                 accelerator.backward(loss)
             if not all(math.isfinite(value) for value in entry.values()):
                 raise TreeringError(
                     f"the loss is not finite at step {number + 1} ({entry}); set a lower learning_rate than "
                     f"{peak_rate(config):g}. Rows of the step: {', '.join(id for ids in steps[number] for id in ids)}"
                 )
-            entry["lr"] = schedule.get_last_lr()[0]
+            entry["lr"] = float(schedule.get_last_lr()[0])
             accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -262,7 +265,11 @@ def rate_schedule(config: Config, steps: int) -> Callable[[int], float]:
 
 
 def _save(
-    folder: Path, step: int, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, log: list[dict[str, float]]
+    folder: Path,
+    step: int,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    log: list[dict[str, float]],
 ) -> None:
     """A checkpoint appears under its name whole; the one before goes away after it."""
     partial = folder / f".step-{step}"

@@ -46,9 +46,7 @@ class Workspace:
         self.history = self.root / "history.jsonl"
 
     @classmethod
-    def create(
-        cls, root: str | Path, *, adapter: str | Path | None = None, **settings: Any
-    ) -> Workspace:
+    def create(cls, root: str | Path, *, adapter: str | Path | None = None, **settings: Any) -> Workspace:
         """Make a workspace in `root`, which may exist but holds no workspace yet.
 
         `settings` go into `treering.yaml`; `adapter` is a PEFT folder that becomes v1. Raises `ConfigError` for wrong
@@ -110,9 +108,7 @@ class Workspace:
         with self.lock("promote", "registry", wait=True), full_disk_is_clear(self.root):
             version = registry.get(self, name)
             if not version.promote and not force:
-                raise UsageError(
-                    f"{name} was held by the gate: {version.summary}. Use --force to promote it anyway"
-                )
+                raise UsageError(f"{name} was held by the gate: {version.summary}. Use --force to promote it anyway")
             registry.promote(self, version, forced=not version.promote)
             return version
 
@@ -166,4 +162,3 @@ def _adapter_folder(adapter: str | Path) -> Path:
 def _settings_text(settings: Mapping[str, Any]) -> str:
     head = "# Settings of this treering workspace; every key is described in docs/configuration.md.\n"
     return head + (yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True) if settings else "")
-

@@ -136,7 +136,7 @@ class Catalog:
         """Rows stored for training, held out, and in quarantine."""
         with self.engine.connect() as db:
             query = sa.select(_rows.c.split, sa.func.count()).group_by(_rows.c.split)
-            splits: dict[str, int] = {split: count for split, count in db.execute(query)}
+            splits: dict[str, int] = dict(db.execute(query).all())
             refused = db.execute(sa.select(sa.func.count()).select_from(_quarantine)).scalar_one()
         return {
             "train": splits.get("train", 0),
@@ -162,7 +162,7 @@ class Writer:
         found: dict[str, Split] = {}
         for start in range(0, len(ids), _CHUNK):
             query = sa.select(_rows.c.id, _rows.c.split).where(_rows.c.id.in_(ids[start : start + _CHUNK]))
-            found |= {id: split for id, split in self.db.execute(query)}
+            found |= dict(self.db.execute(query).all())
         return found
 
     def has_given_held_out(self, task: str) -> bool:

@@ -68,7 +68,9 @@ def ingest(
     stored when a path does not exist or a task cannot be named.
     """
     config = config or ws.config()
-    batches = _batches(ws, source, task, "train", config) + _batches(ws, held_out, task, "held_out", config, named=False)
+    batches = _batches(ws, source, task, "train", config) + _batches(
+        ws, held_out, task, "held_out", config, named=False
+    )
     if source is None:
         batches = [b for b in batches if b.digest is None or ws.catalog.file_hash(b.name) != b.digest]
     if not batches:
@@ -97,11 +99,11 @@ def ingest(
                 writer.remember_file(batch.name, batch.digest)
             advance()
         for name, rows in incoming.items():
-            rows = _split(writer, name, rows, config.val_size)
-            writer.add(rows)
-            tasks[name] = len(rows)
-            total["accepted"] += len(rows)
-            total["held_out"] += sum(row.split == "held_out" for row in rows)
+            placed = _split(writer, name, rows, config.val_size)
+            writer.add(placed)
+            tasks[name] = len(placed)
+            total["accepted"] += len(placed)
+            total["held_out"] += sum(row.split == "held_out" for row in placed)
     return Ingested(**total, tasks=tasks, reasons=reasons)
 
 
@@ -136,7 +138,8 @@ def _split(writer: Writer, task: str, rows: list[Stored], share: float) -> list[
         return rows
     chosen = choose_held_out([row.example.id for row in rows], share)
     return [
-        Stored(r.example, r.task, "held_out" if r.example.id in chosen else "train", False, r.file, r.line) for r in rows
+        Stored(r.example, r.task, "held_out" if r.example.id in chosen else "train", False, r.file, r.line)
+        for r in rows
     ]
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from treering.data.shapes import KNOWN_KEYS, RowError, plain, require_columns
 
 if TYPE_CHECKING:
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
 
 _WRAPPERS = ("data", "train", "rows")
 _DELIMITERS = (",", ";", "\t")
@@ -304,7 +304,7 @@ def _named(number: int, cells: list[str] | RowError, raw: str, names: list[str])
 
 
 def _parquet(path: Path) -> Iterator[Found]:
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq
 
     number = 0
     try:

@@ -20,4 +20,6 @@ class Full:
 
     def prepare(self, model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
         """Returns the model in float32, all of it trained: bfloat16 would swallow small steps."""
-        return model.float().requires_grad_(True)
+        model.float()
+        model.requires_grad_(True)
+        return model

@@ -1,0 +1,122 @@
+"""Using a version: score it on any file, answer a file of prompts, chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from treering.data.example import Example, Message
+from treering.data.read import Bad, Row, find_files, read
+from treering.errors import UsageError
+from treering.evaluate import evaluate, generate
+from treering.files import write_file
+from treering.metrics import is_label_set
+from treering.model import load, load_tokenizer, resolve
+from treering.registry import Version
+from treering.results import read_results, task_scores
+
+if TYPE_CHECKING:
+    from treering.workspace import Workspace
+
+
+class Answerer:
+    """A version (or the base model, for None) loaded and ready to answer."""
+
+    def __init__(self, ws: Workspace, version: Version | None) -> None:
+        self.config = ws.config()
+        base = resolve(self.config.model_name_or_path, self.config.trust_remote_code)
+        self.name = version.name if version else "base"
+        self.tokenizer = load_tokenizer(base, self.config.trust_remote_code)
+        self.model = load(base, self.config, version)
+
+    def answer(self, prompts: Sequence[Sequence[Message]], advance: Any = None) -> list[str]:
+        """Greedy answers, in the order of `prompts`."""
+        limit = self.config.eval.max_new_tokens
+        return generate(self.model, self.tokenizer, prompts, limit, self.config, advance=advance)
+
+
+def score(
+    ws: Workspace, version: Version | None, *, data: Path | None = None, task: str | None = None, quiet: bool = False
+) -> dict[str, Any]:
+    """Scores per task on the catalog's held-out rows, or on the rows of `data`; kept results are not measured again."""
+    if data is not None:
+        rows, refused = _read(ws, data)
+        pairs = [(row.example, task or "data") for row in rows]
+    else:
+        refused = []
+        held_out = {t: ids for t, ids in ws.catalog.held_out().items() if task in (None, t)}
+        if not held_out:
+            raise UsageError(f"no held-out rows{f' of task {task!r}' if task else ''} are stored; ingest some first")
+        examples = ws.catalog.examples([id for ids in held_out.values() for id in ids])
+        pairs = [(examples[id], t) for t, ids in held_out.items() for id in ids]
+    known = version.manifest["metrics"] if version else {}
+    kept = {}
+    if version is not None and data is None and version.manifest["scores"]:
+        kept = {r.id: r for r in read_results(version.folder / "results.parquet")}
+    missing = [(example, t) for example, t in pairs if example.id not in kept]
+    metrics = {t: known.get(t) or _metric([e for e, name in pairs if name == t]) for t in {t for _, t in pairs}}
+    results = [kept[example.id] for example, _ in pairs if example.id in kept]
+    if missing:
+        loaded = Answerer(ws, version)
+        results += evaluate(loaded.model, loaded.tokenizer, missing, metrics, loaded.config, quiet=quiet)
+    return {
+        "version": version.name if version else "base",
+        "tasks": task_scores(results),
+        "quarantined": [f"{bad.file}, line {bad.line}: {bad.reason}" for bad in refused],
+    }
+
+
+def predict(ws: Workspace, version: Version | None, source: Path, target: Path, quiet: bool = False) -> dict[str, Any]:
+    """Answer every row of `source`; `target` gets a JSON line a row: messages, prediction, answer if given, version."""
+    from treering.progress import bar
+
+    rows, refused = _read(ws, source, need_answer=False)
+    if not rows:
+        raise UsageError(
+            f"{source} holds no row to answer" + "".join(f"; line {b.line}: {b.reason}" for b in refused[:3])
+        )
+    loaded = Answerer(ws, version)
+    asked = [_split(row.example) for row in rows]
+    with bar("answering", len(rows), quiet) as advance:
+        answers = loaded.answer([prompt for prompt, _ in asked], advance)
+    lines = [
+        {
+            "messages": [{"role": m.role, "content": m.content} for m in prompt],
+            "prediction": answer,
+            **({"answer": wanted} if wanted is not None else {}),
+            "version": loaded.name,
+        }
+        for (prompt, wanted), answer in zip(asked, answers, strict=True)
+    ]
+    write_file(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    return {
+        "version": loaded.name,
+        "rows": len(rows),
+        "output": str(target),
+        "quarantined": [f"{bad.file}, line {bad.line}: {bad.reason}" for bad in refused],
+    }
+
+
+def _split(example: Example) -> tuple[Sequence[Message], str | None]:
+    """The turns to answer, and the right answer if the row has one."""
+    if example.messages[-1].role == "assistant":
+        return example.prompt, example.answer
+    return example.messages, None
+
+
+def _read(ws: Workspace, path: Path, need_answer: bool = True) -> tuple[list[Row], list[Bad]]:
+    rows: list[Row] = []
+    refused: list[Bad] = []
+    for file in find_files(path):
+        for found in read(file, system=ws.config().default_system, need_answer=need_answer):
+            if isinstance(found, Row):
+                rows.append(found)
+            else:
+                refused.append(found)
+    return rows, refused
+
+
+def _metric(examples: Sequence[Example]) -> str:
+    return "exact_match" if is_label_set([example.label for example in examples]) else "token_f1"

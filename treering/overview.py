@@ -1,0 +1,98 @@
+"""What the workspace looks like now, and how two versions differ; reads files only, no model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from treering import registry
+from treering.registry import Version
+
+if TYPE_CHECKING:
+    from treering.workspace import Workspace
+
+
+def status(ws: Workspace) -> dict[str, Any]:
+    """What serves, what waits, what is stored."""
+    here = registry.current(ws)
+    waiting = ws.catalog.waiting(registry.consumed(ws, here))
+    return {
+        "workspace": str(ws.root),
+        "current": here.name if here else None,
+        "scores": here.scores if here else {},
+        "waiting": {task: len(ids) for task, ids in waiting.items()},
+        "inbox": _unread(ws),
+        "rows": ws.catalog.counts(),
+        "versions": len(registry.versions(ws)),
+        "interrupted": any(ws.versions.glob(".staging-*")),
+    }
+
+
+def _unread(ws: Workspace) -> list[str]:
+    """Files of the inbox that were not ingested as they are now."""
+    from treering.data.read import find_files
+    from treering.files import sha256
+
+    if not ws.inbox.is_dir():
+        return []
+    files = find_files(ws.inbox)
+    return [str(f.relative_to(ws.inbox)) for f in files if ws.catalog.file_hash(str(f.resolve())) != sha256(f)]
+
+
+def list_versions(ws: Workspace) -> dict[str, Any]:
+    """All versions, oldest first, and which is current."""
+    here = registry.current(ws)
+    rows = [
+        {
+            "name": version.name,
+            "parent": version.parent,
+            "created": version.manifest["created"],
+            "promote": version.promote,
+            "verdict": version.summary,
+            "average_accuracy": version.manifest["summary"].get("average_accuracy"),
+            "forgetting": version.manifest["summary"].get("forgetting"),
+            "rows": len(version.rows),
+        }
+        for version in registry.versions(ws)
+    ]
+    return {"versions": rows, "current": here.name if here else None}
+
+
+def compare(ws: Workspace, first: Version, second: Version) -> dict[str, Any]:
+    """Per task: both scores, their difference with its bounds, and the flips, on the rows both were scored on."""
+    from treering.gate import paired
+    from treering.results import read_results
+
+    before, after = (
+        {r.id: r for r in read_results(v.folder / "results.parquet")} if v.manifest["scores"] else {}
+        for v in (first, second)
+    )
+    config = ws.config()
+    tasks = {}
+    for task in dict.fromkeys([*first.scores, *second.scores]):
+        pairs = [(before[id], r) for id, r in after.items() if r.task == task and id in before]
+        found: dict[str, Any] = {first.name: first.scores.get(task), second.name: second.scores.get(task)}
+        if pairs:
+            bounds = paired(task, pairs, config.gate, config.seed)
+            found |= {"difference": bounds["change"], "lower": bounds["lower"], "upper": bounds["upper"]}
+        found |= {
+            "rows": len(pairs),
+            "lost": sorted(r.id for was, r in pairs if was.score == 1 and r.score < 1),
+            "gained": sorted(r.id for was, r in pairs if was.score < 1 and r.score == 1),
+        }
+        tasks[task] = found
+    settings = {
+        key: [first.manifest["config"].get(key), second.manifest["config"].get(key)]
+        for key in {**first.manifest["config"], **second.manifest["config"]}
+        if first.manifest["config"].get(key) != second.manifest["config"].get(key)
+    }
+    return {"versions": [first.name, second.name], "tasks": tasks, "settings": settings}
+
+
+def verify(ws: Workspace) -> dict[str, Any]:
+    """Check every version's files against its manifest, and `current` against the versions."""
+    problems = [problem for version in registry.versions(ws) for problem in version.problems()]
+    try:
+        registry.current(ws)
+    except registry.VersionError as error:
+        problems.append(str(error))
+    return {"ok": not problems, "versions": len(registry.versions(ws)), "problems": problems}

@@ -1,0 +1,57 @@
+"""Per-row results, and what they come to per task; kept without the rows' texts, which stay in the catalog."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from treering.files import write_file
+
+
+@dataclass(frozen=True)
+class Result:
+    """One scored row. `loss` is the mean cross entropy of the answer's tokens, in nats."""
+
+    id: str
+    task: str
+    metric: str
+    score: float
+    loss: float
+    prediction: str
+
+
+def task_scores(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """Per task: `score` and `loss` (means), `rows` and `metric`."""
+    tasks: dict[str, list[Result]] = {}
+    for result in results:
+        tasks.setdefault(result.task, []).append(result)
+    return {
+        task: {
+            "score": sum(r.score for r in found) / len(found),
+            "loss": sum(r.loss for r in found) / len(found),
+            "rows": len(found),
+            "metric": found[0].metric,
+        }
+        for task, found in tasks.items()
+    }
+
+
+def write_results(path: Path, results: Sequence[Result]) -> None:
+    """Keep per-row results as Parquet: ids and outcomes; the rows' texts stay in the catalog."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = ("id", "task", "metric", "score", "loss", "prediction")
+    table = pa.table({name: [asdict(result)[name] for result in results] for name in names})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    write_file(path, sink.getvalue().to_pybytes())
+
+
+def read_results(path: Path) -> list[Result]:
+    """What `write_results` kept."""
+    import pyarrow.parquet as pq
+
+    return [Result(**row) for row in pq.read_table(path).to_pylist()]
