@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from treering.data.example import Example, Message
 from treering.data.read import Bad, Row, find_files, read
-from treering.errors import UsageError
+from treering.errors import UsageError, full_disk_is_clear
 from treering.evaluate import evaluate, generate
 from treering.files import write_file
 from treering.metrics import is_label_set
@@ -51,7 +51,7 @@ def score(
             raise UsageError(f"no held-out rows{f' of task {task!r}' if task else ''} are stored; ingest some first")
         examples = ws.catalog.examples([id for ids in held_out.values() for id in ids])
         pairs = [(examples[id], t) for t, ids in held_out.items() for id in ids]
-    known = version.manifest["metrics"] if version else {}
+    known = version.check().manifest["metrics"] if version else {}
     kept = {}
     if version is not None and data is None and version.manifest["scores"]:
         kept = {r.id: r for r in read_results(version.folder / "results.parquet")}
@@ -72,6 +72,8 @@ def predict(ws: Workspace, version: Version | None, source: Path, target: Path, 
     """Answer every row of `source`; `target` gets a JSON line a row: messages, prediction, answer if given, version."""
     from treering.progress import bar
 
+    if target.is_dir() or not target.parent.is_dir():
+        raise UsageError(f"--output {target} is no file in an existing folder; name one")
     rows, refused = _read(ws, source, need_answer=False)
     if not rows:
         raise UsageError(
@@ -90,7 +92,8 @@ def predict(ws: Workspace, version: Version | None, source: Path, target: Path, 
         }
         for (prompt, wanted), answer in zip(asked, answers, strict=True)
     ]
-    write_file(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    with full_disk_is_clear(target.parent):
+        write_file(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     return {
         "version": loaded.name,
         "rows": len(rows),

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from treering.errors import ConfigError
 from treering.evaluate import METRIC_VERSION, evaluate
+from treering.files import fsync_tree
 from treering.memory import Memory
 from treering.methods import Methods
 from treering.metrics import is_label_set
@@ -52,6 +54,7 @@ class Candidate:
         self.stop, self.quiet = stop, quiet
         torch.set_num_threads(plan.machine["threads"])
         self.tokenizer = load_tokenizer(base, config.trust_remote_code)
+        _check_kind(parent, config)
         self.model = load(base, config, parent)
         self.methods = Methods(config)
         self.memory = _memory(parent, config)
@@ -84,6 +87,7 @@ class Candidate:
     def learn(self) -> list[dict[str, float]]:
         """Train on the new rows and what the methods mix in; returns the log, an entry a step."""
         started = time.perf_counter()
+        torch.manual_seed(self.config.seed)  # New adapters begin at random.
         self.model = self.methods.prepare(self.model, _state(self.parent))
         rows = {id: encode(self.tokenizer, self.examples[id]) for id in [*self.plan.row_ids, *self.memory.rows]}
         lengths = {id: len(row.ids) for id, row in rows.items()}
@@ -118,8 +122,9 @@ class Candidate:
             rows = [self._tokens(id) for id in self.memory.rows if id not in self.memory.teachers]
             self.memory.teachers |= teach(self.model, rows, self.config, pad_id=self._pad_id, quiet=self.quiet)
 
-    def write(self, folder: Path, base_name: str, results: Sequence[Result]) -> None:
+    def write(self, base_name: str, results: Sequence[Result]) -> None:
         """Fill `folder` with what the version consists of, all but its report and manifest."""
+        folder = self.folder
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         save_weights(self.model, self.tokenizer, folder, base_name)
@@ -132,6 +137,12 @@ class Candidate:
             from safetensors.torch import save_file
 
             save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / "state.safetensors")
+        fsync_tree(folder)  # Here, not in the commit, so that a rollback need not wait for it.
+
+    @property
+    def folder(self) -> Path:
+        """Where the version takes shape."""
+        return self.staging / "version"
 
     @property
     def evaluation(self) -> dict[str, Any]:
@@ -169,6 +180,19 @@ class Candidate:
         pairs = [(self.examples[id], task) for id, task in rows]
         return evaluate(
             self.model, self.tokenizer, pairs, self.metrics, self.config, title=title, stop=self.stop, quiet=self.quiet
+        )
+
+
+def _check_kind(parent: Version | None, config: Config) -> None:
+    """Raise `ConfigError` where an adapter would have to grow on a whole model, or the other way round."""
+    if parent is None:
+        return
+    adapter = (parent.folder / "adapter_config.json").exists()
+    if adapter != (config.finetuning_type == "lora"):
+        kind = "lora" if adapter else parent.manifest["config"]["finetuning_type"]
+        raise ConfigError(
+            f"finetuning_type is {config.finetuning_type}, but {parent.name} is {'an adapter' if adapter else 'a whole model'}: "
+            f"set finetuning_type: {kind}, or start a new workspace"
         )
 
 

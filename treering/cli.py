@@ -30,6 +30,22 @@ app.add_typer(bench, name="bench")
 Folder = Annotated[Path, typer.Option("--workspace", "-w", metavar="DIR", help="The workspace's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 HERE = Path()
+INTERRUPTED = 130  # What typer makes of Ctrl-C, as shells do.
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"treering {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -49,6 +65,10 @@ def init(
 
     imported = read_config(source) if source else Imported()
     settings = imported.settings | ({"model_name_or_path": model} if model else {})
+    base = settings.get("model_name_or_path")
+    if base and Path(base).is_dir():
+        # A path relative to here would mean nothing to a command that is run elsewhere.
+        settings["model_name_or_path"] = str(Path(base).resolve())
     ws = Workspace.create(directory or workspace, adapter=adapter or imported.adapter, **settings)
     from treering import registry
 
@@ -117,7 +137,8 @@ def update(
         "reason": outcome.reason,
         "version": version.name if version else None,
     }
-    lines = [f"{outcome.status}: {outcome.reason}" if version is None else f"{version.name} {outcome.reason}"]
+    head = version.name if version and outcome.reason == version.summary else f"{outcome.status}:"
+    lines = [f"{head} {outcome.reason}"]
     if outcome.plan:
         result["plan"] = outcome.plan
         lines += [f"  {task}: {count} new rows" for task, count in outcome.plan["rows"].items()]
@@ -126,12 +147,7 @@ def update(
         result["report"] = str(version.folder / "report.html")
         lines += _choices(version) + _matrix(version) + [f"report: {result['report']}"]
     _show(result, as_json, lines)
-    if (
-        version is not None
-        and not version.manifest["verdict"]["promote"]
-        or outcome.status == "held"
-        and not no_promote
-    ):
+    if version is not None and (not version.promote or (outcome.status == "held" and not no_promote)):
         raise typer.Exit(2)
 
 
@@ -225,8 +241,9 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Go back to the version promoted before, or to the one named."""
-    name = _open(workspace).rollback(version).name
-    _show({"current": name}, as_json, [f"{name} is current; rows that only later versions learned are new again"])
+    found = _open(workspace).rollback(version)
+    name = found.name if found else None
+    _show({"current": name}, as_json, [f"{name or 'the base model'} serves; rows learned since are new again"])
 
 
 @app.command()
@@ -329,7 +346,10 @@ def quality(
 
 
 def main() -> None:
-    """Run the command line; exit codes: 0 done, 1 runtime error, 2 held by the gate, 3 usage or configuration error."""
+    """Run the command line.
+
+    Exit codes: 0 done, 1 runtime error, 2 held by the gate, 3 usage or configuration error, 130 interrupted.
+    """
     sys.exit(run(sys.argv[1:]))
 
 
@@ -339,19 +359,21 @@ def run(arguments: list[str]) -> int:
 
     as_json = "--json" in arguments
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = app(args=arguments, prog_name="treering", standalone_mode=False)
     except TreeringError as error:
         return _fail(str(error), error.exit_code, as_json)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 1, as_json)
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except OSError as error:
+        return _fail(str(error), 1, as_json)
     except Exception as error:
-        # Typer's own usage errors carry an exit code and a way to print themselves; anything else is a bug to see whole.
+        # Typer's own usage errors carry a way to print themselves; anything else is a bug to see whole.
         if not hasattr(error, "format_message"):
             raise
         return _fail(error.format_message(), 3, as_json)
+    if code == INTERRUPTED:
+        return _fail("interrupted", code, as_json)
     return code if isinstance(code, int) else 0
 
 

@@ -6,7 +6,7 @@ Keys that LLaMA-Factory also has carry its names.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +20,9 @@ from treering.methods import FINETUNING_TYPES, PROTECT
 class Section(BaseModel):
     """A group of settings: no unknown keys, nothing changed after it was checked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 def _share_or_count(value: object) -> object:
@@ -32,7 +34,7 @@ def _share_or_count(value: object) -> object:
         if not 0 <= share <= 100:
             raise ValueError("a share lies between 0% and 100%")
         return f"{share:g}%"
-    if isinstance(value, bool) or (isinstance(value, int) and value < 0):
+    if isinstance(value, bool) or not isinstance(value, int | str) or (isinstance(value, int) and value < 0):
         raise ValueError("write auto, a number of rows (0 or more) or a share such as 2%")
     return value
 
@@ -190,7 +192,9 @@ class Config(Section):
     @classmethod
     def _known_protect(cls, value: object) -> object:
         names = [value] if isinstance(value, str) else value
-        return tuple(_known(n, PROTECT) for n in names) if isinstance(names, list | tuple) else names
+        if not isinstance(names, list | tuple):
+            raise ValueError("write a list, such as [replay, distill], or [] for no protection")
+        return tuple(_known(name, PROTECT) for name in names)
 
     @field_validator("freeze_trainable_layers")
     @classmethod
@@ -228,7 +232,7 @@ class Config(Section):
         try:
             config = cls.model_validate(values)
         except ValidationError as error:
-            problems += [_explain(e) for e in error.errors()]
+            problems += _explain(error.errors())
         if problems:
             raise ConfigError(
                 f"{source}: {len(problems)} wrong setting(s), nothing was changed:\n  " + "\n  ".join(problems)
@@ -285,18 +289,33 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _explain(error: Any) -> str:
-    where = ".".join(
-        str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained", "literal"))
-    )
-    if error["type"] == "extra_forbidden":
-        return f"{where}: unknown setting{_near(str(error['loc'][-1]), _keys(error['loc']))}"
-    got = "" if error["type"] == "value_error" and not error["loc"] else f" (got {error['input']!r})"
-    return f"{where + ': ' if where else ''}{error['msg'].removeprefix('Value error, ')}{got}"
+def _explain(errors: Iterable[Any]) -> list[str]:
+    """One line a setting: what each kind of value that it may have found wrong."""
+    wrong: dict[str, list[str]] = {}
+    got: dict[str, str] = {}
+    for error in errors:
+        where, group = _place(error["loc"])
+        message = error["msg"].removeprefix("Value error, ").replace("Input should be ", "must be ")
+        if error["type"] == "extra_forbidden":
+            message = f"unknown setting{_near(where.rpartition('.')[2], group.model_fields)}"
+        elif error["type"] == "model_type":
+            message = f"is a group; set one of {', '.join(f'{where}.{name}' for name in group.model_fields)}"
+        elif error["type"].endswith("_parsing"):
+            message = message.partition(",")[0]
+        if error["loc"] and error["type"] != "extra_forbidden":
+            got[where] = f" (got {error['input']!r})"
+        wrong[where] = [*wrong[where], message.removeprefix("must be ")] if where in wrong else [message]
+    return [f"{where}{': ' if where else ''}{' or '.join(wrong[where])}{got.get(where, '')}" for where in wrong]
 
 
-def _keys(loc: tuple[Any, ...]) -> Iterator[str]:
-    model: Any = Config
-    for part in loc[:-1]:
-        model = model.model_fields[part].annotation
-    yield from model.model_fields
+def _place(loc: tuple[Any, ...]) -> tuple[str, type[Section]]:
+    """The setting's name without what pydantic adds for the kinds of value it tried, and the group it is (in)."""
+    group: type[Section] = Config
+    names: list[str] = []
+    for part in loc:
+        names.append(str(part))
+        field = group.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            break
+        group = field.annotation
+    return ".".join(names), group

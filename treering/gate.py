@@ -105,10 +105,11 @@ def _old_task(task: str, pairs: Sequence[tuple[Result, Result]], config: GateCon
 def _pool(pairs: Sequence[tuple[Result, Result]], config: GateConfig, seed: int) -> Judgement:
     found = paired("old tasks together", pairs, config, seed)
     enough = found["rows"] >= found["rows_needed"]
-    passed = -(found["lower"] if enough else found["change"]) <= config.margin
+    worse = found["upper"] < 0 and -found["change"] > config.margin
+    passed = found["lower"] >= -config.margin if enough else not worse and -found["change"] <= 2 * config.margin
     reason = f"changed by {_points(found['change'])} (bounds {_range(found)}); the margin is {_points(config.margin)}"
     if not enough:
-        reason += f"; {_too_few(found, config)}, so the mean alone decides"
+        reason += f"; {_too_few(found, config)}: held only if shown to be worse, or by a drop of twice the margin"
     return _judgement("old tasks together", found, passed, reason)
 
 

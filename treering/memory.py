@@ -47,6 +47,17 @@ class Teacher:
     logits: Tensor
 
 
+def stack(teachers: Sequence[Teacher]) -> tuple[Tensor, Tensor]:
+    """Ids and logits of all of them, row after row, `[all answer tokens, widest k]`; what a narrower one lacks is -inf."""
+    import torch
+    from torch.nn.functional import pad
+
+    widest = max(t.ids.shape[1] for t in teachers)
+    ids = torch.cat([pad(t.ids, (0, widest - t.ids.shape[1])) for t in teachers])
+    logits = torch.cat([pad(t.logits, (0, widest - t.logits.shape[1]), value=float("-inf")) for t in teachers])
+    return ids, logits
+
+
 class Memory:
     """A bounded set of old rows, with stored teacher logits for each.
 
@@ -114,11 +125,9 @@ class Memory:
         )
         empty = Teacher(torch.empty(0, 0, dtype=torch.int32), torch.empty(0, 0, dtype=torch.float16))
         teachers = [self.teachers.get(row.id, empty) for row in rows]
-        tensors = {
-            "tokens": torch.tensor([len(t.ids) for t in teachers], dtype=torch.int32),
-            "ids": torch.cat([t.ids for t in teachers if len(t.ids)] or [empty.ids]),
-            "logits": torch.cat([t.logits for t in teachers if len(t.ids)] or [empty.logits]),
-        }
+        ids, logits = stack(teachers or [empty])
+        tokens = torch.tensor([len(t.ids) for t in teachers], dtype=torch.int32)
+        tensors = {"tokens": tokens, "ids": ids, "logits": logits}
         write_file(folder / "memory.safetensors", save(tensors))
 
     @classmethod

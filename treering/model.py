@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -43,6 +44,7 @@ SHORTEST_SHARED_PREFIX = 8
 # Bars and warnings of libraries would break the one JSON object or the progress bar of a command.
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
@@ -180,9 +182,7 @@ def load_base(folder: Path, config: Config) -> PreTrainedModel:
         )
     except Exception as error:
         raise ModelError(f"{folder} holds no model that transformers can load ({_first_line(error)})") from None
-    if torch.cuda.is_available():
-        model.cuda()
-    return cast("PreTrainedModel", model)
+    return cast("PreTrainedModel", cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def load(base: Path, config: Config, version: Version | None = None) -> PreTrainedModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from treering import registry
+from treering.errors import VersionError
 from treering.registry import Version
 
 if TYPE_CHECKING:
@@ -93,6 +94,6 @@ def verify(ws: Workspace) -> dict[str, Any]:
     problems = [problem for version in registry.versions(ws) for problem in version.problems()]
     try:
         registry.current(ws)
-    except registry.VersionError as error:
+    except VersionError as error:
         problems.append(str(error))
     return {"ok": not problems, "versions": len(registry.versions(ws)), "problems": problems}

@@ -52,17 +52,20 @@ def update(
         from treering.candidate import Candidate
         from treering.data.intake import ingest
         from treering.model import fingerprint, resolve
-        from treering.plan import make_plan, stage
+        from treering.plan import clear, make_plan, stage
         from treering.train import stop_on_signals
 
         base = resolve(config.model_name_or_path, config.trust_remote_code)
         if not dry_run:
             ingest(ws, config=config, quiet=quiet)
-        parent = registry.current(ws)
+        with ws.changing("update"):
+            parent = registry.current(ws)
         plan = make_plan(ws, parent, config, fingerprint(base))
+        tried = next((v for v in registry.versions(ws) if v.manifest["plan"] == plan.digest), None)
+        if not dry_run and (tried is not None or not plan.rows):
+            clear(ws)
         if not plan.rows:
             return Outcome("nothing new", "every training row has been learned; put new files into the inbox")
-        tried = next((v for v in registry.versions(ws) if v.manifest["plan"] == plan.digest), None)
         if tried is not None:
             reason = f"{tried.name} was already made of these rows, this parent and these settings; {tried.summary}"
             return Outcome("held", reason, tried)
@@ -72,16 +75,21 @@ def update(
 
         with stop_on_signals() as stop:
             candidate = Candidate(ws, plan, parent, base, config, staging, stop=stop, quiet=quiet)
+            clear(ws, keep=staging)
             before = candidate.measure_parent()
             log = candidate.learn()
             after = candidate.measure()
             candidate.remember()
             verdict = gate.judge(before, after, candidate.metrics, plan.fresh_ids, config.gate, config.seed)
 
-            with ws.lock("update", "registry", wait=True):
+            candidate.write(_base_name(config), after)
+            with ws.changing("update"):
                 here = registry.current(ws)
                 if (here.name if here else None) != plan.parent:
                     verdict = gate.held_for(f"its parent {plan.parent or 'the base model'} is no longer current")
+                moved = len(set(plan.row_ids) & {id for ids in ws.catalog.held_out().values() for id in ids})
+                if moved:
+                    verdict = gate.held_for(f"{moved} of its rows were held out while it ran")
                 version = _commit(ws, candidate, before, after, verdict, log, promote)
                 registry.discard(staging)
                 if verdict.promote and promote:
@@ -132,7 +140,7 @@ def _commit(
     log: Sequence[dict[str, float]],
     promote: bool,
 ) -> Version:
-    """Write everything the version consists of and make it appear under its name."""
+    """Add report and manifest to what the candidate wrote, and make the version appear under its name."""
     from treering import report
     from treering.results import task_scores
 
@@ -175,10 +183,8 @@ def _commit(
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         },
     }
-    folder = candidate.staging / "version"
-    candidate.write(folder, _base_name(config), after)
-    report.write(folder, registry.next_name(ws), manifest, log)
-    return registry.commit(ws, folder, manifest)
+    report.write(candidate.folder, registry.next_name(ws), manifest, log)
+    return registry.commit(ws, candidate.folder, manifest)
 
 
 def _loads(model: Any, adapter: Path) -> None:

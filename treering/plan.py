@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any
 from treering import registry
 from treering.config import Config
 from treering.files import write_json
-from treering.registry import Version
+from treering.registry import PLAN, Version
 
 if TYPE_CHECKING:
     from treering.workspace import Workspace
-
-PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -71,31 +69,33 @@ def make_plan(ws: Workspace, parent: Version | None, config: Config, base: str) 
 
 
 def stage(ws: Workspace, plan: Plan) -> tuple[Plan, Path]:
-    """The folder to work in, and the plan to follow.
+    """The plan to follow, and the folder to work in.
 
     An interrupted update with the same parent, base and settings whose rows all still wait is taken up again, with its
-    own rows (what came since waits for the next update). Any other remains are removed.
+    own rows (what came since waits for the next update). `clear` removes any other remains.
     """
     waiting = set(plan.row_ids)
-    chosen: tuple[Plan, Path] | None = None
     for folder in sorted(ws.versions.glob(".staging-*")):
         found = _read(folder / PLAN)
         if (
-            chosen is None
-            and found is not None
+            found is not None
             and (found.parent, found.base, found.config) == (plan.parent, plan.base, plan.config)
             and found.machine == plan.machine
             and waiting.issuperset(found.row_ids)
         ):
-            chosen = found, folder
-        else:
+            return found, folder
+    folder = ws.versions / f".staging-{plan.digest[:12]}"
+    registry.discard(folder)
+    folder.mkdir()
+    write_json(folder / PLAN, asdict(plan))
+    return plan, folder
+
+
+def clear(ws: Workspace, keep: Path | None = None) -> None:
+    """Remove what interrupted updates left, all but the folder `keep`."""
+    for folder in ws.versions.glob(".staging-*"):
+        if folder != keep:
             registry.discard(folder)
-    if chosen is None:
-        folder = ws.versions / f".staging-{plan.digest[:12]}"
-        folder.mkdir()
-        write_json(folder / PLAN, asdict(plan))
-        chosen = plan, folder
-    return chosen
 
 
 def _read(path: Path) -> Plan | None:

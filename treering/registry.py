@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+PLAN = "plan.json"
 _NAME = re.compile(r"v[1-9][0-9]*")
 
 
@@ -133,13 +135,10 @@ def get(ws: Workspace, name: str | None = None) -> Version:
 
 
 def current(ws: Workspace) -> Version | None:
-    """The version that serves, or None."""
-    try:
-        name = Path(os.readlink(ws.current)).name
-    except FileNotFoundError:
+    """The version that serves, or None: the base model."""
+    name = _linked(ws)
+    if name is None:
         return None
-    except OSError:
-        raise VersionError(f"{ws.current} is not a symbolic link; remove it and run `treering promote vN`") from None
     if not (ws.versions / name).is_dir():
         raise VersionError(f"current points to {name}, which is missing; restore it, or `treering promote` another")
     return Version(name, ws.versions / name)
@@ -175,33 +174,26 @@ def next_name(ws: Workspace) -> str:
     return f"v{max((v.number for v in versions(ws)), default=0) + 1}"
 
 
-def promote(ws: Workspace, version: Version, *, event: str = "promote", forced: bool = False) -> None:
+def promote(ws: Workspace, version: Version, *, forced: bool = False) -> None:
     """Make `version` current."""
     version.check()
-    before = current(ws)
-    append_line(
-        ws.history,
-        {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "event": event,
-            "version": version.name,
-            "previous": before.name if before else None,
-            "forced": forced,
-        },
-    )
-    _link(ws, version.name)
+    _move(ws, "promote", version.name, forced)
 
 
-def rollback(ws: Workspace, name: str | None) -> Version:
-    """Make the version promoted before `current`, or the one named, current. Raises `UsageError` if there is none."""
-    if name is None:
-        stack = _promoted(ws)
-        if len(stack) < 2:
-            here = stack[-1] if stack else "no version"
-            raise UsageError(f"{here} is current and nothing was promoted before it; name a version to go to")
-        name = stack[-2]
-    version = get(ws, name)
-    promote(ws, version, event="rollback")
+def rollback(ws: Workspace, name: str | None) -> Version | None:
+    """Make the version promoted before `current`, or the one named, current.
+
+    Before the first promoted version there is the base model: then nothing is current, and None is returned. Raises
+    `UsageError` if no version is current.
+    """
+    stack = _promoted(ws)
+    if not stack:
+        raise UsageError(f"{ws.root} has no current version, so there is nothing to roll back")
+    if name is None and len(stack) == 1:
+        _move(ws, "rollback", None)
+        return None
+    version = get(ws, name or stack[-2]).check()
+    _move(ws, "rollback", version.name)
     return version
 
 
@@ -214,20 +206,22 @@ def history(ws: Workspace) -> list[dict[str, Any]]:
 
 
 def recover(ws: Workspace) -> None:
-    """Finish what a crash left half done: a noted promotion whose link was not moved, a commit that was not promoted."""
+    """Finish what a crash left half done: a noted promotion whose link was not moved, a commit that was not promoted.
+
+    Damage is passed over, so that it stops only the commands that meet it.
+    """
     for scratch in ws.versions.glob(".link-*"):
         scratch.unlink()
     events = history(ws)
-    here = current(ws)
-    if events and (here is None or here.name != events[-1]["version"]):
-        _link(ws, events[-1]["version"])
-        here = current(ws)
-    made = versions(ws)
-    if not made or any(event["version"] == made[-1].name for event in events):
-        return
-    newest = made[-1]
-    if newest.promote and newest.manifest["promote_wanted"] and newest.parent == (here.name if here else None):
-        promote(ws, newest)
+    with suppress(VersionError):
+        if events and events[-1]["version"] != _linked(ws):
+            _link(ws, events[-1]["version"])
+        made = versions(ws)
+        if not made or any(event["version"] == made[-1].name for event in events):
+            return
+        newest = made[-1]
+        if newest.promote and newest.manifest["promote_wanted"] and newest.parent == _linked(ws):
+            promote(ws, newest)
 
 
 def _promoted(ws: Workspace) -> list[str]:
@@ -235,18 +229,47 @@ def _promoted(ws: Workspace) -> list[str]:
     stack: list[str] = []
     for event in history(ws):
         name = event["version"]
-        if event["event"] == "rollback" and name in stack:
+        if name is None:
+            stack = []
+        elif event["event"] == "rollback" and name in stack:
             stack = stack[: stack.index(name) + 1]
         elif not stack or stack[-1] != name:
             stack.append(name)
     return stack
 
 
-def _link(ws: Workspace, name: str) -> None:
-    scratch = ws.versions / f".link-{os.getpid()}"
-    scratch.unlink(missing_ok=True)
-    scratch.symlink_to(Path(ws.versions.name) / name)
-    scratch.replace(ws.current)
+def _move(ws: Workspace, event: str, name: str | None, forced: bool = False) -> None:
+    """Note what is about to happen, then do it; `recover` does it if a crash comes between."""
+    note = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "event": event,
+        "version": name,
+        "previous": _linked(ws),
+        "forced": forced,
+    }
+    append_line(ws.history, note)
+    _link(ws, name)
+
+
+def _linked(ws: Workspace) -> str | None:
+    """The name that `current` points to, whether or not it is there."""
+    try:
+        return Path(os.readlink(ws.current)).name
+    except FileNotFoundError:
+        return None
+    except OSError:
+        raise VersionError(f"{ws.current} is not a symbolic link; remove it and run `treering promote vN`") from None
+
+
+def _link(ws: Workspace, name: str | None) -> None:
+    """Let `current` point to a version, by an atomic rename, or to none."""
+    if name is None:
+        ws.current.unlink(missing_ok=True)
+    else:
+        scratch = ws.versions / f".link-{os.getpid()}"
+        scratch.unlink(missing_ok=True)
+        scratch.symlink_to(Path(ws.versions.name) / name)
+        scratch.replace(ws.current)
     fsync_folder(ws.root)
 
 
@@ -256,5 +279,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def discard(staging: Path) -> None:
-    """Remove a staging folder."""
+    """Remove a staging folder: first its plan, so that what a crash leaves of it is never taken up again."""
+    with suppress(OSError):
+        (staging / PLAN).unlink()
     shutil.rmtree(staging, ignore_errors=True)

@@ -13,7 +13,6 @@ from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from hashlib import sha256
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,6 @@ SHADES = 21
 RAMPS = {"light": ("#f0f5fb", "#0a4286"), "dark": ("#1b2733", "#9fcdfb")}
 """Colours of score 0 and 100: one hue, so that it reads the same to every eye, and on paper."""
 
-LINES = (("#2f81d6", "solid"), ("#c9690f", "dash"), ("#2a9d7c", "dot"), ("#a65fb5", "dashdot"))
-"""Curves differ in dash as well as in colour; the colours are seen on white and on black."""
-
 MOST_POINTS = 2000
 """Longer curves are thinned: a screen shows no more, and the file stays small."""
 
@@ -38,13 +34,7 @@ def write(folder: Path, name: str, manifest: Mapping[str, Any], log: Sequence[Ma
     """Write `report.html` for the version `name` into `folder`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    env = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    env = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     env.filters |= {"points": _points, "duration": _duration, "text": _text, "csp": _csp_hash}
     path = folder / "report.html"
     write_file(path, env.get_template("report.html.j2").render(_content(name, manifest, log)).encode())
@@ -62,9 +52,8 @@ def _content(name: str, manifest: Mapping[str, Any], log: Sequence[Mapping[str, 
         "tasks": [_task(task, manifest) for task in _task_names(manifest)],
         "shades": {theme: _shades(*ramp) for theme, ramp in RAMPS.items()},
         "settings": dict(_flat(manifest["config"])),
-        "plots": _plots(log) if log else {},
+        "plots": _plots(log) if log else [],
         "plotly": get_plotlyjs() if log else "",
-        "thinned": _thinning(log),
     }
 
 
@@ -74,15 +63,18 @@ def _task_names(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _updates(name: str, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The score matrix, a row an update. It knows the names of the last two versions only."""
+    """The score matrix, a row an update; the manifest names the last two versions only."""
     matrix = manifest["matrix"]
-    last = len(matrix["R"]) - 1
-    names = {last - 1: manifest["parent"], last: name}
+    names = dict(enumerate((manifest["parent"], name), len(matrix["R"]) - 2))
     return [
         {
             "name": names.get(number),
             "cells": [
-                {"score": score, "shade": _shade(score), "first": learned == number}
+                {
+                    "score": score,
+                    "shade": None if score is None else round(score * (SHADES - 1)),
+                    "first": learned == number,
+                }
                 for score, learned in zip(scores, matrix["learned"], strict=True)
             ],
         }
@@ -118,47 +110,29 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
-def _plots(log: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
-    """The plotly figures by title."""
-    terms = dict.fromkeys(key for entry in log for key in entry if key not in {"step", "lr", "tokens_per_second"})
-    return {
-        "Loss": _figure(log, {term: "cross entropy" if term == "loss" else term for term in terms}, "loss"),
-        "Learning rate": _figure(log, {"lr": "learning rate"}, "learning rate"),
-        "Speed": _figure(log, {"tokens_per_second": "speed"}, "tokens per second"),
-    }
+def _plots(log: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+    """The curves, plot by plot; how they look is the template's."""
+    terms = dict.fromkeys(term for entry in log for term in entry if term not in {"step", "lr", "tokens_per_second"})
+    return [
+        _plot(log, "Loss", "loss", {term: "cross entropy" if term == "loss" else term for term in terms}),
+        _plot(log, "Learning rate", "learning rate", {"lr": "learning rate"}),
+        _plot(log, "Speed", "tokens per second", {"tokens_per_second": "tokens per second"}),
+    ]
 
 
-def _figure(log: Sequence[Mapping[str, float]], terms: Mapping[str, str], unit: str) -> dict[str, Any]:
-    """Data and layout for plotly, and the same in `words`. The page's style sheet colours text and axes."""
-    every = _thinning(log)
-    kept = [entry for number, entry in enumerate(log) if number % every == 0 or number == len(log) - 1]
-    traces, words = [], []
-    for (term, title), (colour, dash) in zip(terms.items(), cycle(LINES), strict=False):
-        x, y = zip(*((entry["step"], entry[term]) for entry in kept if term in entry), strict=True)
-        # plotly reads tags in names as markup
-        traces.append({"x": x, "y": y, "name": html.escape(title), "line": {"color": colour, "dash": dash, "width": 2}})
-        words.append(f"{title} {y[0]:.4g} at step {x[0]:.0f}, {y[-1]:.4g} at step {x[-1]:.0f}")
-    axis = {"automargin": True, "fixedrange": True, "zeroline": False, "gridcolor": "#888"}
-    layout = {
-        "xaxis": {**axis, "title": {"text": "step"}, "showgrid": False},
-        "yaxis": {**axis, "title": {"text": unit}, "rangemode": "tozero"},
-        "showlegend": len(traces) > 1,
-        "legend": {"orientation": "h", "y": 1, "yanchor": "bottom"},
-        "margin": {"l": 0, "r": 8, "t": 8, "b": 0},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": "system-ui, sans-serif", "size": 13},
-    }
-    return {"data": traces, "layout": layout, "words": "; ".join(words)}
-
-
-def _thinning(log: Sequence[Mapping[str, float]]) -> int:
-    """Every how many steps a point is drawn."""
-    return math.ceil(len(log) / MOST_POINTS)
-
-
-def _shade(score: float | None) -> int | None:
-    return None if score is None else round(score * (SHADES - 1))
+def _plot(log: Sequence[Mapping[str, float]], title: str, unit: str, terms: Mapping[str, str]) -> dict[str, Any]:
+    curves, words = [], []
+    for term, name in terms.items():
+        points = [(entry["step"], entry[term]) for entry in log if term in entry]
+        (first, start), (last, end) = points[0], points[-1]
+        words.append(f"{name}: {start:.4g} at step {first:.0f}, {end:.4g} at step {last:.0f}")
+        every = math.ceil(len(points) / MOST_POINTS)
+        if every > 1:
+            words[-1] += f" (one point in {every} is drawn)"
+        x, y = zip(*points[:-1:every], points[-1], strict=True)
+        # plotly reads tags in a name as markup.
+        curves.append({"name": html.escape(name, quote=False), "x": x, "y": y})
+    return {"title": title, "unit": unit, "curves": curves, "words": "; ".join(words)}
 
 
 def _shades(low: str, high: str) -> list[tuple[str, str]]:
@@ -166,25 +140,22 @@ def _shades(low: str, high: str) -> list[tuple[str, str]]:
     found = []
     for step in range(SHADES):
         ends = zip(bytes.fromhex(low[1:]), bytes.fromhex(high[1:]), strict=True)
-        colour = "#" + bytes(round(a + (b - a) * step / (SHADES - 1)) for a, b in ends).hex()
-        found.append((colour, "#000000" if _contrast(colour, "#000000") >= _contrast(colour, "#ffffff") else "#ffffff"))
+        rgb = bytes(round(a + (b - a) * step / (SHADES - 1)) for a, b in ends)
+        # At this luminance black and white have the same contrast (WCAG 2).
+        found.append(("#" + rgb.hex(), "#000000" if luminance(rgb) > 0.179 else "#ffffff"))
     return found
 
 
-def _contrast(one: str, other: str) -> float:
-    """Contrast of two colours as WCAG 2 defines it; 4.5 is enough to read small text."""
-    dark, light = sorted(_luminance(bytes.fromhex(colour[1:])) for colour in (one, other))
-    return (light + 0.05) / (dark + 0.05)
-
-
-def _luminance(rgb: bytes) -> float:
+def luminance(rgb: bytes) -> float:
+    """How bright a colour is, 0 to 1, as WCAG 2 defines it."""
     linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 def _points(value: float, sign: str = "") -> str:
-    """A fraction on the scale to 100, with a true minus and no negative zero; `sign="+"` shows the plus, too."""
-    return f"{round(100 * value, 1) + 0.0:{sign}.1f}".replace("-", "−")
+    """A fraction on the scale to 100, with a true minus; `sign="+"` shows the plus, too. Zero has no sign."""
+    rounded = round(100 * value, 1)
+    return f"{rounded:{sign}.1f}".replace("-", "−") if rounded else "0.0"
 
 
 def _duration(seconds: float) -> str:

@@ -43,7 +43,7 @@ def tiny_model(folder: Path, *, hidden_size: int = 64, layers: int = 2, seed: in
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        # No pad_token_id: it is the end mark, and a padding token's weights begin at zero, so adapters never learn it.
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

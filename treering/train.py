@@ -24,11 +24,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import LambdaLR
 
 from treering.errors import TreeringError, UpdateInterruptedError
-from treering.files import fsync_tree, write_file, write_json
-from treering.memory import Memory, Teacher
+from treering.files import fsync_folder, fsync_tree, write_file, write_json
+from treering.memory import Memory, Teacher, stack
 from treering.methods import Methods
 from treering.model import Tokens, compute, logits_at, pad, use_bf16
 from treering.progress import bar
@@ -79,8 +78,8 @@ def make_batch(
         targets += [row.ids[position] for position in row.answers]
     teacher_tensors = None
     if found:
-        ids, logits = torch.cat([t.ids for t in found]).long(), torch.cat([t.logits for t in found])
-        teacher_tensors = (torch.tensor(taught).to(device), ids.to(device), logits.to(device))
+        ids, logits = stack(found)
+        teacher_tensors = (torch.tensor(taught).to(device), ids.long().to(device), logits.to(device))
     return Batch(
         {"ids": inputs["input_ids"].to(device), "mask": inputs["attention_mask"].to(device)},
         torch.tensor(at).to(device),
@@ -112,7 +111,7 @@ def plan_steps(
     while True:
         rng = random.Random(f"{config.seed}:{epoch}")
         rows = [*new, *methods.replay(new, memory, epoch)]
-        if epoch == epochs - 1 and config.max_steps < 0:
+        if epoch == epochs - 1 and config.max_steps <= 0:
             rng.shuffle(rows)
             rows = rows[: math.ceil(len(rows) * (config.num_train_epochs - epoch))]
         batches = _length_batches(rows, lengths, size, rng)
@@ -198,15 +197,13 @@ def train(
     optimizer = torch.optim.AdamW(
         list(parameters.values()), lr=peak_rate(config), weight_decay=config.weight_decay, fused=True
     )
-    schedule = LambdaLR(optimizer, rate_schedule(config, len(steps)))
+    share = rate_schedule(config, len(steps))
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     bf16 = use_bf16(config)[0]
     log: list[dict[str, float]] = []
     done = 0
     if checkpoints is not None:
         done, log = _resume(checkpoints, parameters, optimizer)
-    for _ in range(done):
-        schedule.step()
     with bar("training", len(steps), quiet) as advance:
         advance(done)
         for number in range(done, len(steps)):
@@ -221,21 +218,22 @@ def train(
                 with compute(bf16, accelerator.device):
                     logits = logits_at(model, **batch.inputs, at=batch.at)
                 loss = cross_entropy(logits, batch.targets, reduction="sum") / tokens
-                entry["loss"] += float(loss)
+                entry["loss"] += float(loss.detach())
                 for name, extra in methods.losses(model, batch, logits).items():
                     loss = loss + extra / len(batches)
-                    entry[name] = entry.get(name, 0.0) + float(extra) / len(batches)
+                    entry[name] = entry.get(name, 0.0) + float(extra.detach()) / len(batches)
                 accelerator.backward(loss)
             if not all(math.isfinite(value) for value in entry.values()):
                 raise TreeringError(
                     f"the loss is not finite at step {number + 1} ({entry}); set a lower learning_rate than "
                     f"{peak_rate(config):g}. Rows of the step: {', '.join(id for ids in steps[number] for id in ids)}"
                 )
-            entry["lr"] = float(schedule.get_last_lr()[0])
+            entry["lr"] = peak_rate(config) * share(number)
+            for group in optimizer.param_groups:
+                group["lr"] = entry["lr"]
             accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
             methods.after_step(model)
             seconds = time.perf_counter() - started
             entry["tokens_per_second"] = sum(int(b.inputs["mask"].sum()) for b in batches) / seconds
@@ -276,6 +274,8 @@ def _save(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors = {"rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda_rng"] = torch.cuda.get_rng_state()
     for name, parameter in parameters.items():
         tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
         for key, value in optimizer.state[parameter].items():
@@ -285,6 +285,7 @@ def _save(
     fsync_tree(partial)
     shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
     partial.rename(folder / f"step-{step}")
+    fsync_folder(folder)
     for other in folder.glob("step-*"):
         if other.name != f"step-{step}":
             shutil.rmtree(other)
@@ -299,12 +300,16 @@ def _resume(
         return 0, []
     tensors = load_file(found[-1] / "state.safetensors")
     torch.set_rng_state(tensors["rng"])
+    if "cuda_rng" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda_rng"])
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"weight.{name}"])
-            optimizer.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+            # A weight that has had no gradient yet (an expert never chosen) has no such state.
+            if f"step.{name}" in tensors:
+                optimizer.state[parameter] = {
+                    key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
+                }
     state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
     return state["step"], state["log"]
 

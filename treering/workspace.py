@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -35,8 +35,8 @@ class Workspace:
         self._lay_out(Path(root))
         if not (self.root / SETTINGS).is_file():
             raise UsageError(f"{self.root} is no workspace (it has no {SETTINGS}); make one with `treering init DIR`")
-        with self.lock("recovery", "registry", wait=True):
-            registry.recover(self)
+        with self.changing("recovery"):
+            pass
 
     def _lay_out(self, root: Path) -> None:
         self.root = root.resolve()
@@ -56,6 +56,11 @@ class Workspace:
         ws._lay_out(Path(root))
         if (ws.root / SETTINGS).exists():
             raise UsageError(f"{ws.root} is a workspace already")
+        if ws.versions.is_dir() and registry.versions(ws):
+            raise UsageError(
+                f"{ws.root} holds versions but no {SETTINGS}, as an `init` that was cut off leaves it; "
+                f"put {SETTINGS} back, or remove {ws.versions}, {ws.history} and {ws.current}"
+            )
         config = Config.build(dict(settings))
         found = _adapter_folder(adapter) if adapter is not None else None
         with full_disk_is_clear(ws.root):
@@ -105,17 +110,24 @@ class Workspace:
 
     def promote(self, name: str, *, force: bool = False) -> Version:
         """Make a version current. Raises `UsageError` for one that the gate held, unless `force`."""
-        with self.lock("promote", "registry", wait=True), full_disk_is_clear(self.root):
+        with self.changing("promote"):
             version = registry.get(self, name)
             if not version.promote and not force:
                 raise UsageError(f"{name} was held by the gate: {version.summary}. Use --force to promote it anyway")
             registry.promote(self, version, forced=not version.promote)
             return version
 
-    def rollback(self, name: str | None = None) -> Version:
-        """Go back to the version promoted before the current one, or to the one named."""
-        with self.lock("rollback", "registry", wait=True), full_disk_is_clear(self.root):
+    def rollback(self, name: str | None = None) -> Version | None:
+        """Go back to the version promoted before the current one, or to the one named; None: the base model serves."""
+        with self.changing("rollback"):
             return registry.rollback(self, name)
+
+    @contextmanager
+    def changing(self, command: str) -> Iterator[None]:
+        """Hold the lock to move `current` or make versions appear; what its last holder left is finished first."""
+        with self.lock(command, "registry", wait=True), full_disk_is_clear(self.root):
+            registry.recover(self)
+            yield
 
     @contextmanager
     def lock(self, command: str, name: Literal["update", "registry"], wait: bool = False) -> Iterator[None]:
@@ -124,20 +136,26 @@ class Workspace:
         `update` is held for as long as an update runs, `registry` while versions are committed or `current` is moved,
         so that rolling back never waits for an update. Raises `LockError` that says who holds it.
         """
-        descriptor = os.open(self.root / f".{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(self.root / f".{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise LockError(
+                f"{self.root} cannot be locked ({error}); every command needs to write there, if only its lock"
+            ) from None
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise LockError(f"{self.root} is in use by {_holder(descriptor)}; wait for it or stop it") from None
-            os.ftruncate(descriptor, 0)
             note = {
                 "command": command,
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
                 "since": datetime.now(UTC).isoformat(timespec="seconds"),
             }
-            os.pwrite(descriptor, json.dumps(note).encode(), 0)
+            with suppress(OSError):  # On a full disk the lock holds all the same.
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(note).encode(), 0)
             yield
         finally:
             os.close(descriptor)

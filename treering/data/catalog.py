@@ -75,14 +75,13 @@ class Catalog:
         self.engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 60})
         sa.event.listen(self.engine, "connect", _durable)
         try:
-            with self.engine.begin() as db:
-                _tables.create_all(db)
-                schema = db.execute(sa.select(_meta.c.schema)).scalar()
-                if schema is None:
-                    db.execute(_meta.insert().values(schema=SCHEMA))
+            with self.engine.connect() as db:
+                if not sa.inspect(db).has_table(_meta.name):
+                    _create(db)
+                schema = db.execute(sa.select(_meta.c.schema)).scalar_one()
         except sa.exc.DatabaseError as error:
             raise TreeringError(f"{path} is no usable catalog: {error.orig}") from None
-        if schema is not None and schema > SCHEMA:
+        if schema > SCHEMA:
             raise TreeringError(f"{path} has catalog format {schema}, newer than {SCHEMA}: update treering")
 
     @contextmanager
@@ -214,6 +213,15 @@ class Writer:
         """Note the content with which a file was ingested."""
         self.db.execute(_files.delete().where(_files.c.path == path))
         self.db.execute(_files.insert().values(path=path, sha256=sha256))
+
+
+def _create(db: sa.Connection) -> None:
+    """Make the tables, all or none; whoever waited for another process that made them finds them made."""
+    db.execute(sa.text("BEGIN IMMEDIATE"))
+    _tables.create_all(db)
+    if db.execute(sa.select(_meta.c.schema)).first() is None:
+        db.execute(_meta.insert().values(schema=SCHEMA))
+    db.commit()
 
 
 def choose_held_out(ids: Sequence[str], share: float) -> set[str]:

@@ -76,11 +76,11 @@ def ingest(
     if not batches:
         return Ingested(0, 0, 0, 0, 0, {}, {})
     count_tokens = _counter(config)
-    trained = {id for version in registry.versions(ws) for id in version.rows}
     total = {"rows": 0, "accepted": 0, "duplicates": 0, "quarantined": 0, "held_out": 0}
     tasks: dict[str, int] = {}
     reasons: dict[str, int] = {}
     with ws.catalog.writing() as writer, bar("ingesting files", len(batches), quiet) as advance:
+        trained = {id for version in registry.versions(ws) for id in version.rows}
         incoming: dict[str, list[Stored]] = {}
         # Held-out files first, so that a row in both is held out.
         for batch in sorted(batches, key=lambda b: b.split != "held_out"):

@@ -1,0 +1,476 @@
+"""The command line: what docs/cli.md says of each command is what it does."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from treering import Workspace, bench, registry
+from treering.cli import app, run
+from treering.testing import toy_rows
+
+ROOT = Path(__file__).parents[1]
+QUICK = {
+    "bf16": False,
+    "learning_rate": 1e-2,
+    "max_steps": 2,
+    "per_device_train_batch_size": 8,
+    "eval": {"max_new_tokens": 4},
+}
+
+
+class Section:
+    """What docs/cli.md says of one command."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        tables = {head: rows for head, rows in re.findall(r"^\| (\w[\w ]*) \|.*\n\| --- .*\n((?:\|.*\n)+)", text, re.M)}
+        self.options = set(re.findall(r"^\| `(--[\w-]+)`", tables.get("option", ""), re.M))
+        self.keys: set[str] = set()
+        self.sometimes: set[str] = set()
+        for key, meaning in re.findall(r"^\| `(.+?)` \| (.*) \|$", tables.get("key", ""), re.M):
+            (self.sometimes if meaning.startswith("*sometimes*") else self.keys).add(key.replace("[]", ".[]"))
+
+    def check(self, value: Any, path: str = "") -> None:
+        """Assert that the JSON value has the documented keys and no others, as deep as they are documented."""
+        known = {key[len(path) :].split(".")[0] for key in self.keys | self.sometimes if key.startswith(path)} - {""}
+        if not known:
+            return
+        if known == {"[]"} or "*" in known:
+            inner = list(value) if known == {"[]"} else list(value.values())
+            assert inner, f"{path} is empty"
+            for element in inner:
+                self.check(element, f"{path}{known.copy().pop()}.")
+            return
+        must = {key[len(path) :].split(".")[0] for key in self.keys if key.startswith(path)}
+        must -= {key[len(path) :] for key in self.sometimes}
+        assert must - {""} <= set(value) <= known, path
+        for key in known & set(value):
+            self.check(value[key], f"{path}{key}.")
+
+
+def sections() -> dict[str, Section]:
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    parts = re.split(r"^## treering (.+)\n", text, flags=re.M)[1:]
+    return {name: Section(body) for name, body in zip(parts[::2], parts[1::2], strict=True)}
+
+
+DOCS = sections()
+
+
+def commands() -> dict[str, Any]:
+    def walk(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if hasattr(command, "commands"):
+            for inner in command.commands.values():
+                yield from walk(inner, f"{name} {inner.name}")
+        else:
+            yield name.strip(), command
+
+    return dict(walk(typer.main.get_command(app), ""))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """A workspace with v1 (pens) and v2 (cups), both promoted, and ten hats waiting. Only to be read."""
+    ws = Workspace.create(tmp_path_factory.mktemp("cli") / "ws", model_name_or_path=str(model_folder), **QUICK)
+    for task in ("pens", "cups"):
+        ws.ingest(toy_rows(task, 20), task=task)
+        version = ws.update()
+        assert version is not None and version.promote
+    ws.ingest(toy_rows("hats", 10), task="hats")
+    return ws.root
+
+
+@pytest.fixture
+def shop(made: Path, tmp_path: Path) -> Path:
+    """A copy of `made`, to be changed."""
+    return Path(shutil.copytree(made, tmp_path / "shop", symlinks=True))
+
+
+class Runner:
+    """Runs commands in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capsys, self.monkeypatch = capsys, monkeypatch
+
+    def text(self, *arguments: object, code: int = 0, stdin: str = "") -> tuple[str, str]:
+        self.monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        self.capsys.readouterr()
+        got = run([str(argument) for argument in arguments])
+        out, err = self.capsys.readouterr()
+        assert got == code, err
+        return out, err
+
+    def json(self, *arguments: object, code: int = 0, stdin: str = "") -> Any:
+        """The one object on standard output, with the keys that are documented."""
+        out, err = self.text(*arguments, "--json", code=code, stdin=stdin)
+        assert out.count("\n") == 1, out
+        found = json.loads(out)
+        if "error" in found:
+            assert found == {"error": found["error"], "exit_code": code}
+            assert found["error"] in err
+        else:
+            words = [str(argument) for argument in arguments]
+            DOCS[" ".join(words[: 2 if words[0] == "bench" else 1])].check(found)
+        return found
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Runner:
+    return Runner(capsys, monkeypatch)
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# The page and the program
+
+
+def test_every_command_is_documented_and_every_documented_command_exists() -> None:
+    assert set(DOCS) == set(commands())
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_options_are_those_documented(name: str) -> None:
+    options = {option for parameter in commands()[name].params for option in parameter.opts if option[:2] == "--"}
+    common = {"--json"} if name == "bench quality" else {"--json", "--workspace"}
+    assert common <= options
+    assert options - common == DOCS[name].options
+    assert f"treering {name}" in DOCS[name].text
+    assert DOCS[name].text.count("```") == 4  # Its form, and an example.
+    assert DOCS[name].keys
+
+
+# Reading
+
+
+@pytest.mark.parametrize("command", ["status", "versions", "show v1", "show current", "compare v1 v2", "verify"])
+def test_reading_commands(cli: Runner, made: Path, command: str) -> None:
+    assert cli.json(*command.split(), "-w", made)
+    out, _ = cli.text(*command.split(), "--workspace", made)
+    assert out.strip()
+
+
+def test_what_the_reading_commands_say(cli: Runner, made: Path) -> None:
+    status = cli.json("status", "-w", made)
+    assert (status["current"], status["versions"], status["waiting"]) == ("v2", 2, {"hats": 9})
+    assert status["rows"] == {"train": 45, "held_out": 5, "quarantined": 0}
+    assert [v["name"] for v in cli.json("versions", "-w", made)["versions"]] == ["v1", "v2"]
+    assert cli.json("show", "v2", "-w", made)["parent"] == "v1"
+    compared = cli.json("compare", "v1", "v2", "-w", made)
+    assert compared["versions"] == ["v1", "v2"] and compared["tasks"]["pens"]["rows"] == 2
+    out, _ = cli.text("versions", "-w", made)
+    assert out.splitlines()[1].startswith("* v2")
+
+
+def test_evaluate(cli: Runner, made: Path, tmp_path: Path) -> None:
+    assert set(cli.json("evaluate", "-w", made)["tasks"]) == {"pens", "cups", "hats"}
+    assert set(cli.json("evaluate", "v1", "--task", "pens", "-w", made)["tasks"]) == {"pens"}
+    assert cli.json("evaluate", "base", "--task", "pens", "-w", made)["version"] == "base"
+    rows = [*toy_rows("caps", 4), {"text": "no answer", "label": ""}]
+    found = cli.json("evaluate", "v1", "--data", write_rows(tmp_path / "c.jsonl", rows), "--task", "caps", "-w", made)
+    assert found["tasks"]["caps"]["rows"] == 4
+    assert len(found["quarantined"]) == 1 and "c.jsonl, line 5" in found["quarantined"][0]
+    assert "no held-out rows of task 'x'" in cli.json("evaluate", "--task", "x", "-w", made, code=3)["error"]
+    out, _ = cli.text("evaluate", "--task", "pens", "-w", made)
+    assert out.startswith("v2:\npens: ")
+
+
+@pytest.mark.parametrize(("version", "name"), [("base", "base"), ("v1", "v1"), (None, "v2")])
+def test_predict(cli: Runner, made: Path, tmp_path: Path, version: str | None, name: str) -> None:
+    source = write_rows(tmp_path / "in.jsonl", [*toy_rows("pens", 2), {"prompt": "and now?"}, {"odd": 1}])
+    target = tmp_path / "out.jsonl"
+    named = [version] if version else []
+    found = cli.json("predict", *named, "--input", source, "--output", target, "-w", made)
+    assert (found["version"], found["rows"], len(found["quarantined"])) == (name, 3, 1)
+    lines = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+    assert [set(line) for line in lines] == [{"messages", "prediction", "answer", "version"}] * 2 + [
+        {"messages", "prediction", "version"}
+    ]
+    assert lines[0]["answer"] == "pens a" and lines[0]["version"] == name
+
+
+def test_predict_names_a_place_it_cannot_write_to(cli: Runner, made: Path, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", toy_rows("pens", 2))
+    for target in (tmp_path / "none" / "out.jsonl", tmp_path):
+        found = cli.json("predict", "--input", source, "--output", target, "-w", made, code=3)
+        assert str(target) in found["error"]
+    assert "--output" in cli.json("predict", "--input", source, "-w", made, code=3)["error"]
+    assert "none.jsonl" in cli.json("predict", "--input", "none.jsonl", "--output", "o", "-w", made, code=3)["error"]
+
+
+def test_chat(cli: Runner, made: Path) -> None:
+    assert cli.json("chat", "base", "-w", made, stdin="hello")["version"] == "base"
+    assert cli.json("chat", "-w", made, stdin="hello")["version"] == "v2"
+    out, err = cli.text("chat", "v1", "-w", made, stdin="hello\nand now?\n\nnot read")
+    assert out.count("\n") >= 2
+    assert err.startswith("v1;")
+
+
+# Changing
+
+
+def test_init(cli: Runner, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model_folder.parent)
+    found = cli.json("init", tmp_path / "a", "--model", model_folder.name)
+    assert found["settings"] == {"model_name_or_path": str(model_folder)}  # Works from any folder.
+    assert found["workspace"] == str(tmp_path / "a") and found["version"] is None
+    assert "is a workspace already" in cli.json("init", tmp_path / "a", code=3)["error"]
+    assert cli.json("status", "-w", tmp_path / "a")["current"] is None
+    out, _ = cli.text("versions", "-w", tmp_path / "a")
+    assert out == "no version yet\n"
+    cli.json("init", "-w", tmp_path / "b")
+    assert Workspace(tmp_path / "b").config().model_name_or_path is None
+    assert "adapter_config.json" in cli.json("init", tmp_path / "c", "--adapter", tmp_path, code=3)["error"]
+    assert not (tmp_path / "c").exists()
+
+
+def test_init_from_another_tools_file(cli: Runner, tmp_path: Path, model_folder: Path) -> None:
+    source = tmp_path / "train.yaml"
+    source.write_text(f"model_name_or_path: {model_folder}\nlora_rank: 4\ntemplate: llama3\n", encoding="utf-8")
+    found = cli.json("init", tmp_path / "ws", "--from", source)
+    assert found["settings"]["lora_rank"] == 4
+    assert set(found["not_carried"]) == {"template"}
+    out, _ = cli.text("init", tmp_path / "ws2", "--from", source)
+    assert "not carried over: template (" in out
+
+
+def test_ingest_counts(cli: Runner, shop: Path, tmp_path: Path) -> None:
+    rows = [*toy_rows("caps", 10), toy_rows("caps", 1)[0], {"text": "?", "label": ""}, {"odd": 1}]
+    found = cli.json("ingest", write_rows(tmp_path / "caps.jsonl", rows), "-w", shop)
+    assert found == {
+        "rows": 13,
+        "accepted": 10,
+        "duplicates": 1,
+        "quarantined": 2,
+        "held_out": 1,
+        "tasks": {"caps": 10},
+        "reasons": {"no-answer": 1, "unknown-format": 1},
+    }
+    out, _ = cli.text("ingest", tmp_path / "caps.jsonl", "--task", "caps", "-w", shop)
+    assert out.startswith("13 rows: 0 accepted (0 held out), 11 duplicates, 2 quarantined\n")
+    assert "caps.jsonl, line 12: " in out
+
+    write_rows(shop / "inbox" / "socks" / "june.jsonl", toy_rows("socks", 10))
+    assert cli.json("status", "-w", shop)["inbox"] == ["socks/june.jsonl"]
+    assert cli.json("ingest", "-w", shop)["tasks"] == {"socks": 10}
+    assert cli.json("ingest", "-w", shop)["rows"] == 0
+
+    judge = write_rows(tmp_path / "judge.jsonl", toy_rows("belts", 4))
+    learn = write_rows(tmp_path / "learn.jsonl", toy_rows("belts", 10))
+    found = cli.json("ingest", learn, "--task", "belts", "--held-out", judge, "-w", shop)
+    assert (found["accepted"], found["held_out"], found["duplicates"]) == (10, 4, 4)
+
+
+def test_update_plans_promotes_and_finds_nothing_new(cli: Runner, shop: Path) -> None:
+    before = sorted(path.name for path in (shop / "versions").iterdir())
+    planned = cli.json("update", "--dry-run", "memory.size=3", "-w", shop)
+    assert (planned["status"], planned["plan"]["rows"]) == ("planned", {"hats": 9})
+    assert planned["plan"]["config"]["memory"]["size"] == 3
+    assert sorted(path.name for path in (shop / "versions").iterdir()) == before
+    found = cli.json("update", "memory.size=3", "gate.floor=0.5", "eval.max_new_tokens=3", "-w", shop)
+    assert (found["status"], found["version"], set(found["scores"])) == ("promoted", "v3", {"pens", "cups", "hats"})
+    assert Path(found["report"]).is_file()
+    config = cli.json("show", "v3", "-w", shop)["config"]
+    assert (config["memory"]["size"], config["gate"]["floor"], config["eval"]["max_new_tokens"]) == (3, 0.5, 3)
+    assert (config["memory"]["policy"], config["max_steps"]) == ("balanced", 2)
+    assert cli.json("update", "-w", shop)["status"] == "nothing new"
+    out, _ = cli.text("update", "-w", shop)
+    assert out.startswith("nothing new: ")
+
+
+def test_update_held_by_the_gate_is_exit_2(cli: Runner, shop: Path) -> None:
+    held = cli.json("update", "gate.min_gain=1", "--no-promote", "-w", shop, code=2)
+    assert (held["status"], held["version"], held["verdict"]["promote"]) == ("held", "v3", False)
+    again = cli.json("update", "gate.min_gain=1", "-w", shop, code=2)
+    assert again["version"] == "v3" and "was already made" in again["reason"]
+    out, _ = cli.text("update", "gate.min_gain=1", "-w", shop, code=2)
+    assert out.startswith("held: v3 was already made of these rows")
+    kept = cli.json("update", "max_steps=3", "--no-promote", "-w", shop)
+    assert (kept["status"], kept["version"], kept["verdict"]["promote"]) == ("held", "v4", True)
+    assert cli.json("status", "-w", shop)["current"] == "v2"
+    assert "--force" in cli.json("promote", "v3", "-w", shop, code=3)["error"]
+    assert cli.json("promote", "v3", "--force", "-w", shop) == {"current": "v3"}
+    assert cli.json("promote", "v4", "-w", shop) == {"current": "v4"}
+    assert cli.json("rollback", "-w", shop) == {"current": "v3"}
+    assert cli.json("rollback", "v1", "-w", shop) == {"current": "v1"}
+    assert "name a version" in cli.json("rollback", "-w", shop, code=3)["error"]
+    assert cli.json("status", "-w", shop)["waiting"] == {"cups": 18, "hats": 9}
+
+
+def test_verify_finds_an_edited_file(cli: Runner, shop: Path) -> None:
+    with (shop / "versions" / "v1" / "adapter_config.json").open("a") as file:
+        file.write(" ")
+    found = cli.json("verify", "-w", shop, code=1)
+    assert not found["ok"]
+    assert found["problems"] == ["v1: adapter_config.json was changed since the version was made"]
+    out, _ = cli.text("verify", "-w", shop, code=1)
+    assert "adapter_config.json" in out
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nope"], "nope"),
+        (["show"], "Missing argument"),
+        (["update", "--bad"], "--bad"),
+        (["predict"], "Missing option"),
+        (["status", "surplus"], "surplus"),
+        (["status", "-w"], "requires an argument"),
+        (["bench", "quality", "--data", "x", "--rows", "zero"], "'--rows'"),
+        (["bench", "quality", "--data", "x", "--rows", "0"], "'--rows'"),
+        (["bench", "quality", "--data", "x", "--rows", "1", "--per-label", "1"], "not both"),
+        (["bench", "quality", "--data", "none"], "none is no folder"),
+        (["bench", "quality", "--data", "none", "--methods", "best"], "unknown methods: best; known: untouched"),
+        (["status", "-w", "nowhere"], "is no workspace"),
+        (["init", "ws", "--from", "none.yaml"], "none.yaml does not exist"),
+    ],
+)
+def test_usage_errors_are_exit_3(
+    cli: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out, err = cli.text(*arguments, code=3)
+    assert out == "" and err.startswith("treering: ") and words in err
+    assert words in cli.json(*arguments, code=3)["error"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["show v9", "compare v1 v9", "promote v9", "rollback v9", "evaluate v9", "chat v9"])
+def test_unknown_versions_are_exit_3(cli: Runner, made: Path, command: str) -> None:
+    error = cli.json(*command.split(), "-w", made, code=3)["error"]
+    assert error == "there is no version 'v9'; there are: v1, v2"
+
+
+def test_config_errors_come_all_at_once_with_near_names(cli: Runner, made: Path) -> None:
+    wrong = ["lora_rnk=3", "gate.margn=1", "gate.floor=high", "learning_rate=fast", "memory=3", "protect=replya", "plain"]
+    error = cli.json("update", *wrong, "-w", made, code=3)["error"]
+    assert error.splitlines() == [
+        "treering.yaml: 7 wrong setting(s), nothing was changed:",
+        "  'plain' is not key=value",
+        "  protect: unknown name, did you mean 'replay'?; known: replay, distill (got 'replya')",
+        "  learning_rate: must be a valid number or 'auto' (got 'fast')",
+        "  memory: is a group; set one of memory.size, memory.policy, memory.replay_share (got 3)",
+        "  gate.floor: must be a valid number (got 'high')",
+        "  gate.margn: unknown setting, did you mean 'margin'?",
+        "  lora_rnk: unknown setting, did you mean 'lora_rank'?",
+    ]
+
+
+def test_no_permission_is_a_message(cli: Runner, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "treering.db")
+
+    monkeypatch.setattr(registry, "versions", refuse)
+    assert "treering.db" in cli.json("versions", "-w", made, code=1)["error"]
+
+
+def test_interrupted(cli: Runner, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(registry, "versions", interrupt)
+    assert cli.json("versions", "-w", made, code=130)["error"] == "interrupted"
+
+
+# Real processes
+
+
+def test_help_and_status_load_no_model_library(made: Path) -> None:
+    program = (
+        "import sys\nfrom treering.cli import run\n"
+        f"codes = run(['--help']), run(['bench', '--help']), run(['status', '-w', {str(made)!r}])\n"
+        "assert codes == (0, 0, 0), codes\n"
+        "assert not {'torch', 'transformers', 'peft', 'pyarrow'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: treering " in done.stdout and "v2 is current" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [("--version", 0), ("status --json", 3), ("nope", 3), ("verify --json", 1)]
+)
+def test_the_program(shop: Path, tmp_path: Path, arguments: str, code: int) -> None:
+    (shop / "versions" / "v1" / "README").touch()
+    folder = shop if code == 1 else tmp_path
+    program = Path(sys.executable).with_name("treering")
+    done = subprocess.run([program, *arguments.split()], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    if code == 0:
+        assert done.stdout == "treering 0.1.0\n"
+    elif "--json" in arguments:
+        assert json.loads(done.stdout)
+    else:
+        assert (done.stdout, done.stderr) == ("", "treering: No such command 'nope'.\n")
+
+
+# Benchmark
+
+
+class InProcess:
+    """Stands in for `multiprocessing.get_context`: a fresh process costs seconds."""
+
+    exitcode = 0
+
+    def __init__(self, method: str = "spawn") -> None:
+        pass
+
+    def Process(self, target: Any, args: Any) -> InProcess:  # noqa: N802
+        self.run = lambda: target(*args)
+        return self
+
+    def start(self) -> None:
+        self.run()
+
+    def join(self) -> None:
+        pass
+
+
+def test_bench_quality(cli: Runner, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for task in ("pens", "cups"):
+        write_rows(tmp_path / "data" / task / "train.jsonl", toy_rows(task, 16))
+        write_rows(tmp_path / "data" / task / "test.jsonl", toy_rows(task, 24)[16:])
+    options = ["--data", tmp_path / "data", "--model", model_folder, "--work", tmp_path / "work", "--epochs", 1]
+    real = cli.json("bench", "quality", *options, "--methods", "untouched")
+    assert list(real["methods"]) == ["untouched"]
+
+    monkeypatch.setattr(bench.multiprocessing, "get_context", InProcess)
+    names = ["untouched", "naive", "replay", "treering", "joint"]
+    found = cli.json("bench", "quality", *options, "--methods", ",".join(names))
+    assert list(found["methods"]) == names
+    assert found["methods"]["untouched"] == real["methods"]["untouched"]  # Read back, not run again.
+    (folder,) = (tmp_path / "work").iterdir()
+    assert {path.stem for path in folder.glob("*.json")} == set(names)
+    assert found["stream"]["tasks"] == dict.fromkeys(("cups", "pens"), {"train": 16, "test": 8})
+    assert [len(found["methods"][name]["matrix"]) for name in names] == [1, 2, 2, 2, 1]
+    assert [found["methods"][name]["memory_rows"] > 0 for name in names] == [False, False, True, True, False]
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("run again")
+
+    monkeypatch.setattr(bench, "_in_child", refuse)
+    assert cli.json("bench", "quality", *options, "--methods", ",".join(names)) == found
+    out, _ = cli.text("bench", "quality", *options, "--methods", "joint")
+    assert [line.split()[0] for line in out.splitlines()] == ["method", "joint"]
+    assert "memory.size" in cli.json("bench", "quality", *options, "--memory", "lots", code=3)["error"]
+    # Other rows are another stream, even under the same name.
+    write_rows(tmp_path / "data" / "pens" / "train.jsonl", toy_rows("pens", 12))
+    with pytest.raises(AssertionError, match="run again"):
+        cli.json("bench", "quality", *options, "--methods", "untouched")

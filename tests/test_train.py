@@ -1,0 +1,360 @@
+"""The loop: the right tokens, the same bits however often it is interrupted, the same gradients by every way."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from treering import model as model_module
+from treering.config import Config
+from treering.data.example import Example
+from treering.errors import TreeringError, UpdateInterruptedError
+from treering.memory import Memory, Teacher
+from treering.methods import Methods
+from treering.model import Tokens, encode, encode_prompt, load_base, load_tokenizer, logits_at
+from treering.testing import toy_rows
+from treering.train import Step, Stop, make_batch, plan_steps, rate_schedule, stop_on_signals, teach, train
+
+RECORDED = [6.25597, 4.77994, 3.44029, 2.49768, 1.89691]
+"""First five losses of `test_recorded_losses`, float32 on CPU."""
+
+
+def settings(folder: Path, **values: Any) -> Config:
+    return Config.build({"model_name_or_path": str(folder), "bf16": False, "protect": [], **values})
+
+
+def chat(*turns: tuple[str, str]) -> Example:
+    return Example.of([{"role": role, "content": content} for role, content in turns])
+
+
+def examples(count: int = 24, system: str | None = None) -> list[Example]:
+    head = [("system", system)] if system else []
+    return [chat(*head, ("user", row["text"]), ("assistant", row["label"])) for row in toy_rows("pens", count)]
+
+
+class Run:
+    """One update's worth of training, up to but not including `train`."""
+
+    def __init__(self, folder: Path, config: Config, rows: Sequence[Example] | None = None) -> None:
+        self.config = config
+        self.tokenizer = load_tokenizer(folder)
+        self.methods = Methods(config)
+        torch.manual_seed(config.seed)
+        self.model = self.methods.prepare(load_base(folder, config), {})
+        self.rows = {row.id: encode(self.tokenizer, row) for row in (examples() if rows is None else rows)}
+        lengths = {id: len(row.ids) for id, row in self.rows.items()}
+        self.steps = plan_steps(list(self.rows), Memory(), self.methods, lengths, config)
+
+    @property
+    def pad_id(self) -> int:
+        assert isinstance(self.tokenizer.pad_token_id, int)
+        return self.tokenizer.pad_token_id
+
+    def train(self, **options: Any) -> list[dict[str, float]]:
+        steps: list[Step] = options.pop("steps", self.steps)
+        return train(self.model, self.rows, steps, self.methods, self.config, pad_id=self.pad_id, quiet=True, **options)
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class StopAfter(Stop):
+    """Asks to stop once `steps` steps are done."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    @property
+    def asked(self) -> bool:  # type: ignore[override]
+        return self.left <= 1
+
+    def check(self) -> None:
+        super().check()
+        self.left -= 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"per_device_train_batch_size": 4},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "lora_dropout": 0.3},
+        {"per_device_train_batch_size": 4, "finetuning_type": "freeze", "freeze_trainable_layers": 1},
+    ],
+    ids=["plain", "accumulation and dropout", "freeze"],
+)
+def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path, model_folder: Path, values: dict[str, Any]) -> None:
+    config = settings(model_folder, num_train_epochs=1.0, **values)
+    whole = Run(model_folder, config)
+    log = whole.train(checkpoints=tmp_path / "whole")
+    assert len(log) == 6
+    for stops in ((1,), (2, 3), (5,), (1, 1, 1, 1, 1, 1)):
+        folder = tmp_path / str(stops)
+        for steps in stops:
+            with pytest.raises(UpdateInterruptedError, match="resume"):
+                Run(model_folder, config).train(checkpoints=folder, stop=StopAfter(steps))
+            # Whatever random numbers other code draws in between do not matter.
+            torch.manual_seed(12345)
+        last = Run(model_folder, config)
+        resumed = last.train(checkpoints=folder)
+        assert same_bits(whole.weights(), last.weights())
+        assert [(e["loss"], e["lr"]) for e in resumed] == [(e["loss"], e["lr"]) for e in log]
+
+
+def test_a_checkpoint_that_was_not_finished_is_not_used(tmp_path: Path, model_folder: Path) -> None:
+    config = settings(model_folder, num_train_epochs=1.0, per_device_train_batch_size=4)
+    whole = Run(model_folder, config)
+    whole.train()
+    with pytest.raises(UpdateInterruptedError):
+        Run(model_folder, config).train(checkpoints=tmp_path, stop=StopAfter(2))
+    shutil.copytree(tmp_path / "step-2", tmp_path / ".step-5")
+    (tmp_path / ".step-5" / "state.safetensors").write_bytes(b"half")
+    last = Run(model_folder, config)
+    last.train(checkpoints=tmp_path)
+    assert same_bits(whole.weights(), last.weights())
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("step")) == ["step-6"]
+
+
+def test_checkpoints_come_every_save_steps(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr("treering.train._save", lambda folder, step, *_: saved.append(step))
+    Run(model_folder, settings(model_folder, per_device_train_batch_size=4, max_steps=5, save_steps=2)).train(
+        checkpoints=tmp_path
+    )
+    assert saved == [2, 4, 5]
+
+
+def test_accumulation_equals_one_large_batch(model_folder: Path) -> None:
+    def run(size: int, accumulate: int) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+        values = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate}
+        made = Run(model_folder, settings(model_folder, **values), mixed_lengths())
+        ids = list(made.rows)
+        log = made.train(steps=[[ids[at : at + size] for at in range(0, 16, size)]] * 3)
+        return made.weights(), log
+
+    (whole, log), (parts, part_log) = run(16, 1), run(8, 2)
+    assert [e["loss"] for e in part_log] == pytest.approx([e["loss"] for e in log], rel=1e-5)
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def mixed_lengths() -> list[Example]:
+    return [chat(("user", f"q{n} " * (1 + n % 5)), ("assistant", "yes " * (1 + n % 7) + str(n))) for n in range(16)]
+
+
+def test_answers_decode_to_the_answers_and_their_end_marks(model_folder: Path) -> None:
+    tokenizer = load_tokenizer(model_folder)
+    for example in [*examples(3), chat(("user", "héllo 🎉"), ("assistant", "«çà» 日本\n\n two lines"))]:
+        tokens = encode(tokenizer, example)
+        assert tokenizer.decode([tokens.ids[at] for at in tokens.answers]) == example.answer + "<|im_end|>"
+        assert tokens.ids[: tokens.answers[0]] == encode_prompt(tokenizer, example.prompt)
+        assert tokens.answers[-1] == len(tokens.ids) - 1
+
+
+def test_every_assistant_turn_is_trained_and_the_last_is_scored(model_folder: Path) -> None:
+    tokenizer = load_tokenizer(model_folder)
+    example = chat(("system", "s"), ("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two!"))
+    trained, scored = encode(tokenizer, example), encode(tokenizer, example, last_only=True)
+    assert tokenizer.decode([trained.ids[at] for at in trained.answers]) == "one<|im_end|>two!<|im_end|>"
+    assert tokenizer.decode([scored.ids[at] for at in scored.answers]) == "two!<|im_end|>"
+    assert trained.ids == scored.ids
+
+
+def test_an_empty_answer_is_its_end_mark(model_folder: Path) -> None:
+    tokenizer = load_tokenizer(model_folder)
+    tokens = encode(tokenizer, chat(("user", "say nothing"), ("assistant", "")))
+    assert [tokens.ids[at] for at in tokens.answers] == [tokenizer.eos_token_id]
+
+
+def test_only_answer_tokens_count(model_folder: Path) -> None:
+    """The loss is the cross entropy of a plain forward pass over the answer tokens; prompt targets are not in it."""
+    run = Run(model_folder, settings(model_folder))
+    rows = list(run.rows.values())[:5]
+    batch = make_batch(rows, {}, run.pad_id)
+    assert batch.targets.tolist() == [row.ids[at] for row in rows for at in row.answers]
+    logits = logits_at(run.model, **batch.inputs, at=batch.at)
+    wanted = torch.cat([run.model(torch.tensor([row.ids])).logits[0, [at - 1 for at in row.answers]] for row in rows])
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+    log = run.train(steps=[[[row.id for row in rows]]])
+    assert log[0]["loss"] == pytest.approx(cross_entropy(wanted, batch.targets).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_shared_prefix_changes_no_value(model_folder: Path, monkeypatch: pytest.MonkeyPatch, padding: int) -> None:
+    config = settings(model_folder, finetuning_type="full")
+    rows = [chat(("system", "Sort these."), ("user", "x" * (1 + padding * n)), ("assistant", f"{n}")) for n in range(4)]
+
+    def gradients(shortest: int) -> tuple[Tensor, dict[str, Tensor], int]:
+        monkeypatch.setattr(model_module, "SHORTEST_SHARED_PREFIX", shortest)
+        run = Run(model_folder, config, rows)
+        batch = make_batch(list(run.rows.values()), {}, run.pad_id)
+        calls: list[int] = []
+        run.model.register_forward_hook(lambda *_: calls.append(1))
+        logits = logits_at(run.model, **batch.inputs, at=batch.at)
+        cross_entropy(logits, batch.targets).backward()
+        return logits.detach(), {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None}, len(calls)
+
+    shared, shared_gradients, calls = gradients(1)
+    whole, whole_gradients, whole_calls = gradients(10_000)
+    assert (calls, whole_calls) == (2, 1)
+    torch.testing.assert_close(shared, whole, rtol=1e-4, atol=1e-5)
+    assert shared_gradients.keys() == whole_gradients.keys()
+    for name, gradient in whole_gradients.items():
+        torch.testing.assert_close(shared_gradients[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_nothing_is_shared_into_an_answer(model_folder: Path) -> None:
+    """Rows that are the same down to their answers share the prompt, never the answer's first prediction."""
+    run = Run(model_folder, settings(model_folder))
+    row = next(iter(run.rows.values()))
+    batch = make_batch([row, row, row], {}, run.pad_id)
+    alone = logits_at(run.model, **make_batch([row], {}, run.pad_id).inputs, at=batch.at[: len(row.answers)])
+    torch.testing.assert_close(
+        logits_at(run.model, **batch.inputs, at=batch.at), alone.repeat(3, 1), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_rate_rises_and_falls() -> None:
+    def rates(**values: Any) -> list[float]:
+        return [rate_schedule(Config.build(values), 20)(step) for step in range(20)]
+
+    constant = rates(lr_scheduler_type="constant", warmup_ratio=0.2)
+    assert constant == pytest.approx([0.25, 0.5, 0.75, *[1.0] * 17])
+    linear = rates(lr_scheduler_type="linear", warmup_ratio=0.0)
+    assert linear == pytest.approx([1 - step / 20 for step in range(20)])
+    cosine = rates(lr_scheduler_type="cosine", warmup_ratio=0.1)
+    assert cosine[:3] == pytest.approx([0.5, 1.0, 1.0])
+    assert cosine[11] == pytest.approx(0.5)
+    assert cosine[2:] == sorted(cosine[2:], reverse=True)
+    assert all(0 < rate <= 1 for rate in cosine)
+    assert rate_schedule(Config(), 1)(0) == 1.0
+
+
+def test_recorded_losses(model_folder: Path) -> None:
+    """The first losses as they were when this test was written: a change of the loop that moves them is no accident."""
+    config = settings(model_folder, per_device_train_batch_size=8, learning_rate=1e-2, seed=7)
+    log = Run(model_folder, config).train()
+    assert [entry["loss"] for entry in log[:5]] == pytest.approx(RECORDED, abs=1e-3)
+
+
+def test_the_tiny_model_learns(model_folder: Path) -> None:
+    config = settings(model_folder, num_train_epochs=10, learning_rate=1e-2)
+    log = Run(model_folder, config).train()
+    assert log[-1]["loss"] < 0.5 * log[0]["loss"]
+    assert log[0].keys() >= {"step", "loss", "lr", "tokens_per_second"}
+
+
+def test_a_loss_that_is_not_finite_names_the_rows(model_folder: Path) -> None:
+    run = Run(model_folder, settings(model_folder, finetuning_type="full", per_device_train_batch_size=4))
+    with torch.no_grad():
+        next(run.model.parameters()).fill_(float("nan"))
+    with pytest.raises(TreeringError, match=r"not finite at step 1 .* lower learning_rate than 5e-05") as caught:
+        run.train()
+    assert all(id in str(caught.value) for ids in run.steps[0] for id in ids)
+    assert run.steps[1][0][0] not in str(caught.value)
+
+
+def test_training_warns_of_nothing(tmp_path: Path, model_folder: Path, recwarn: pytest.WarningsRecorder) -> None:
+    config = settings(model_folder, max_steps=3)
+    with pytest.raises(UpdateInterruptedError):
+        Run(model_folder, config).train(checkpoints=tmp_path, stop=StopAfter(1))
+    Run(model_folder, config).train(checkpoints=tmp_path)
+    assert [str(w.message) for w in recwarn if not issubclass(w.category, FutureWarning | DeprecationWarning)] == []
+
+
+@pytest.mark.parametrize(
+    ("values", "steps"),
+    [
+        ({"num_train_epochs": 1.0}, 6),
+        ({"num_train_epochs": 3.0}, 18),
+        ({"num_train_epochs": 0.5}, 3),
+        ({"num_train_epochs": 1.5}, 9),
+        ({"num_train_epochs": 0.01}, 1),
+        ({"num_train_epochs": 0.5, "max_steps": 0}, 3),
+        ({"max_steps": 1}, 1),
+        ({"max_steps": 20}, 20),
+        ({"num_train_epochs": 1.0, "gradient_accumulation_steps": 4}, 2),
+    ],
+)
+def test_epochs_and_steps(model_folder: Path, values: dict[str, Any], steps: int) -> None:
+    config = settings(model_folder, per_device_train_batch_size=4, **values)
+    ids = [f"{n:02}" for n in range(24)]
+    made = plan_steps(ids, Memory(), Methods(config), dict.fromkeys(ids, 5), config)
+    assert len(made) == steps
+    assert all(len(batch) <= 4 for step in made for batch in step)
+    assert all(len(step) <= config.gradient_accumulation_steps for step in made)
+
+
+def test_an_epoch_shows_each_row_once_in_an_order_of_its_own(model_folder: Path) -> None:
+    config = settings(model_folder, per_device_train_batch_size=4, num_train_epochs=2.0)
+    ids = [f"{n:02}" for n in range(23)]
+    lengths = {id: 5 + n % 3 for n, id in enumerate(ids)}
+    made = plan_steps(ids, Memory(), Methods(config), lengths, config)
+    epochs = [[id for step in made[at : at + 6] for batch in step for id in batch] for at in (0, 6)]
+    assert [sorted(epoch) for epoch in epochs] == [ids, ids]
+    assert epochs[0] != epochs[1]
+    assert made == plan_steps(ids, Memory(), Methods(config), lengths, config)
+    other = settings(model_folder, per_device_train_batch_size=4, num_train_epochs=2.0, seed=1)
+    assert made != plan_steps(ids, Memory(), Methods(other), lengths, other)
+
+
+def test_teachers_stand_at_their_own_tokens() -> None:
+    def teacher(tokens: int, first: int) -> Teacher:
+        ids = torch.arange(first, first + 2 * tokens, dtype=torch.int32).reshape(tokens, 2)
+        return Teacher(ids, ids.half())
+
+    rows = [Tokens("a", [1, 2, 3, 4], [2, 3]), Tokens("b", [1, 5, 6], [2]), Tokens("c", [1, 7, 8, 9], [1, 2, 3])]
+    batch = make_batch(rows, {"b": teacher(1, 10), "c": teacher(3, 20)}, pad_id=0)
+    assert batch.targets.tolist() == [3, 4, 6, 7, 8, 9]
+    assert batch.teacher is not None
+    at, ids, logits = batch.teacher
+    assert at.tolist() == [2, 3, 4, 5]
+    assert ids.tolist() == [[10, 11], [20, 21], [22, 23], [24, 25]]
+    assert logits.tolist() == ids.tolist()
+    assert make_batch(rows, {}, pad_id=0).teacher is None
+    # Logits stored for another tokenisation of the row are no teacher.
+    assert make_batch(rows, {"a": teacher(5, 0)}, pad_id=0).teacher is None
+
+
+def test_teach_stores_the_top_logits(model_folder: Path) -> None:
+    run = Run(model_folder, settings(model_folder, distill={"top_k": 3}, eval={"batch_size": 4}))
+    rows = list(run.rows.values())
+    found = teach(run.model, rows, run.config, pad_id=run.pad_id, quiet=True)
+    assert found.keys() == run.rows.keys()
+    with torch.no_grad():
+        plain = run.model(torch.tensor([rows[0].ids])).logits[0, [at - 1 for at in rows[0].answers]].topk(3)
+    stored = found[rows[0].id]
+    assert (stored.ids.dtype, stored.logits.dtype) == (torch.int32, torch.float16)
+    assert stored.ids.tolist() == plain.indices.tolist()
+    torch.testing.assert_close(stored.logits.float(), plain.values, rtol=1e-2, atol=1e-2)
+
+
+def test_a_signal_asks_and_a_second_one_ends() -> None:
+    import signal
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), stop_on_signals() as stop:  # noqa: PT012
+        assert not stop.asked
+        stop.check()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked
+        with pytest.raises(UpdateInterruptedError):
+            stop.check()
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_shared_lengths_are_finite() -> None:
+    schedule: Callable[[int], float] = rate_schedule(Config(warmup_ratio=0.99), 3)
+    assert all(math.isfinite(schedule(step)) and schedule(step) > 0 for step in range(3))
