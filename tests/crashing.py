@@ -64,11 +64,15 @@ class Process:
 class Server:
     """Forks processes that run `treering` commands on the workspace `root`."""
 
-    def __init__(self, root: Path, scratch: Path) -> None:
+    def __init__(self, root: Path, scratch: Path, model: Path) -> None:
         self.root, self.scratch, self.count = root, scratch, 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, __file__, str(model)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
 
     def start(self, *arguments: str, kill_at: int = 0, pause_at: str = "") -> Process:
@@ -134,12 +138,12 @@ class Disk:
 
     def _sql(self, statement: str) -> None:
         if not statement.startswith(("SELECT", "PRAGMA")):
-            self._change(f"sql {statement.split()[0]}")
+            self._change(f"sql {statement.partition(' ')[0]}")
 
-    def _fsync(self, descriptor: int) -> None:
-        self._change(f"fsync {os.readlink(f'/proc/self/fd/{descriptor}')}")
-        self.fsync(descriptor)
-        found = os.fstat(descriptor)
+    def _fsync(self, fd: Any) -> None:
+        self._change(f"fsync {os.readlink(f'/proc/self/fd/{fd}')}")
+        self.fsync(fd)
+        found = os.fstat(fd)
         self.synced[found.st_ino] = found.st_size
 
     def _change(self, name: str) -> None:
@@ -166,10 +170,11 @@ class Disk:
         return [path for path in found if ".db" not in path and not os.path.islink(path)]
 
 
-def serve() -> None:
+def serve(model: Path) -> None:
     """Fork what standard input asks for, one JSON object a line; answer with process ids and wait statuses."""
     import treering.candidate
     import treering.data.intake
+    import treering.gate
     import treering.methods.distill
     import treering.methods.lora
     import treering.methods.replay
@@ -177,15 +182,23 @@ def serve() -> None:
     import treering.pipeline
     import treering.report  # noqa: F401
     from treering.cli import run
+    from treering.config import Config
+    from treering.model import load_base, load_tokenizer
 
+    def answer(number: int) -> None:
+        sys.stdout.write(f"{number}\n")
+        sys.stdout.flush()
+
+    load_tokenizer(model)
+    load_base(model, Config(bf16=False))  # Imports the model's own code, too.
     for line in sys.stdin:
         question = json.loads(line)
         if "wait" in question:
-            print(os.waitpid(question["wait"], 0)[1], flush=True)
+            answer(os.waitpid(question["wait"], 0)[1])
             continue
         pid = os.fork()
         if pid:
-            print(pid, flush=True)
+            answer(pid)
             continue
         order = question["start"]
         folder = Path(order["folder"])
@@ -209,4 +222,4 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(Path(sys.argv[1]))

@@ -17,6 +17,7 @@ from treering.candidate import Candidate
 from treering.config import Config
 from treering.errors import ConfigError, LockError, ModelError, UpdateInterruptedError, UsageError, VersionError
 from treering.memory import Memory
+from treering.methods import PROTECT
 from treering.model import load, load_tokenizer
 from treering.registry import Version
 from treering.results import Result
@@ -61,7 +62,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def three(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Workspace:
     """A workspace that was taught three tasks. Tests only read it."""
     folder = tmp_path_factory.mktemp("three")
-    ws = Workspace.create(folder, model_name_or_path=str(model_folder), bf16=False, **LEARNS)
+    settings: dict[str, Any] = {"model_name_or_path": str(model_folder), "bf16": False, **LEARNS}
+    ws = Workspace.create(folder, **settings)
     for task in TASKS:
         learned(ws, task, count=40)
     return ws
@@ -230,7 +232,7 @@ def test_an_interrupted_update_ends_in_the_same_bytes(
 
 
 def test_rolling_back_brings_everything_back(copied: Workspace) -> None:
-    assert copied.rollback().name == "v2"
+    copied.rollback()
     assert current(copied) == "v2"
     assert waiting(copied) == {"hats": 36}
     assert Memory.load(registry.get(copied).folder).by_task() == {"pens": 8, "cups": 8}
@@ -364,7 +366,7 @@ def test_another_base_model_is_refused(workspace: MakeWorkspace, tmp_path: Path)
     assert learned(ws, "pens", count=40).promote
     other = tiny_model(tmp_path / "other", seed=1)
     ws.ingest(toy_rows("cups", 20), task="cups")
-    with pytest.raises(ModelError, match="v1 was made from the base model .* set model_name_or_path back"):
+    with pytest.raises(ModelError, match=r"v1 was made from the base model .* set model_name_or_path back"):
         ws.update(model_name_or_path=str(other))
     assert (names(ws), current(ws)) == (["v1"], "v1")
 
@@ -499,3 +501,33 @@ def test_results_are_kept_for_every_row(three: Workspace) -> None:
     held_out = [(id, task) for task, ids in three.catalog.held_out().items() for id in ids]
     assert [(result.id, result.task) for result in results] == held_out
     assert [r.task for r in read_results(folder / "parent.parquet")] == ["hats"] * 4
+
+
+class Counting:
+    """A user's own method that counts the rows of all updates."""
+
+    def __init__(self, config: Config) -> None:
+        self.before = 0
+
+    def prepare(self, model: Any, state: dict[str, Tensor]) -> Any:
+        self.before = int(state["rows"]) if state else 0
+        return model
+
+    def after_update(self, model: Any, batches: Sequence[Any]) -> dict[str, Tensor]:
+        return {"rows": torch.tensor(self.before + len(batches))}
+
+
+def test_the_state_of_a_method_of_ones_own_goes_with_the_version(
+    workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file
+
+    monkeypatch.setitem(PROTECT, "counting", f"{__name__}:Counting")
+    ws = workspace(protect=["counting"], **ONE_STEP)
+    for task, total in (("pens", 18), ("cups", 36)):
+        version = learned(ws, task)
+        ws.promote(version.name, force=True)
+        assert load_file(version.folder / "state.safetensors")["counting.rows"].item() == total
+    ws.rollback()
+    version = learned(ws, "hats", "max_steps=2")
+    assert load_file(version.folder / "state.safetensors")["counting.rows"].item() == 18 + 36

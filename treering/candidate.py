@@ -190,8 +190,9 @@ def _check_kind(parent: Version | None, config: Config) -> None:
     adapter = (parent.folder / "adapter_config.json").exists()
     if adapter != (config.finetuning_type == "lora"):
         kind = "lora" if adapter else parent.manifest["config"]["finetuning_type"]
+        what = "an adapter" if adapter else "a whole model"
         raise ConfigError(
-            f"finetuning_type is {config.finetuning_type}, but {parent.name} is {'an adapter' if adapter else 'a whole model'}: "
+            f"finetuning_type is {config.finetuning_type}, but {parent.name} is {what}: "
             f"set finetuning_type: {kind}, or start a new workspace"
         )
 

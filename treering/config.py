@@ -271,6 +271,8 @@ def _parse(text: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+    if isinstance(value, dict | list) and not text.lstrip().startswith(("{", "[")):
+        return text  # A sentence with a colon.
     # YAML 1.1 reads 1e-3 as text; people mean the number.
     if isinstance(value, str):
         try:

@@ -40,10 +40,13 @@ class UpdateInterruptedError(TreeringError):
     """An update was asked to stop; its checkpoint is kept and the next update resumes it."""
 
 
-_FULL = {
-    errno.ENOSPC: "no space is left",
-    errno.EDQUOT: "the quota is used up",
-    errno.EFBIG: "a file-size limit is met",
+_FULL = {errno.ENOSPC: "no space is left", errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file-size limit is met"}
+# How libraries say the same in words: safetensors and pyarrow give the system's number, SQLite its own messages.
+_TEXTS = {
+    **{f"(os error {number})": reason for number, reason in _FULL.items()},
+    **{f"errno {number}": reason for number, reason in _FULL.items()},
+    "database or disk is full": _FULL[errno.ENOSPC],
+    "disk I/O error": "the disk takes no more data",
 }
 
 
@@ -53,13 +56,11 @@ def full_disk_is_clear(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # safetensors and pyarrow report the operating system's number only in their text.
-        code = getattr(error, "errno", None)
-        texts = {number: f"(os error {number})" for number in _FULL}
-        found = next((n for n in _FULL if code == n or texts[n] in str(error) or f"errno {n}" in str(error)), None)
-        if found is None:
+        reason = _FULL.get(getattr(error, "errno", None) or 0)
+        reason = reason or next((found for text, found in _TEXTS.items() if text in str(error)), None)
+        if reason is None or isinstance(error, TreeringError):
             raise
         raise TreeringError(
-            f"cannot write to {folder}: {_FULL[found]}. Free some space and run the command again; "
+            f"cannot write to {folder}: {reason}. Free some space and run the command again; "
             "finished versions are untouched and an update resumes from its last checkpoint."
         ) from error

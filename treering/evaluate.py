@@ -63,7 +63,8 @@ def evaluate(
             loss = cross_entropy(logits, batch.targets, reduction="none").split(counts)
             for at, row_right, row_loss in zip(part, right, loss, strict=True):
                 losses[at] = row_loss.mean().item()
-                if row_right.all():
+                # An answer that is too long to be written whole (the end mark aside) is written after all.
+                if row_right.all() and len(row_right) - 1 <= config.eval.max_new_tokens:
                     predictions[at] = rows[at][0].answer
             advance(len(part))
     wrong = [at for at in range(len(rows)) if at not in predictions]
@@ -128,6 +129,9 @@ def generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                # Plain greedy, whatever the model's own generation_config.json asks for.
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )

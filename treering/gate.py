@@ -118,10 +118,10 @@ def _gain(pairs: Sequence[tuple[Result, Result]], config: GateConfig, seed: int)
         nothing = {"before": None, "after": None, "lower": 0.0, "upper": 0.0, "rows": 0, "rows_needed": 0}
         return _judgement("new data", nothing, True, "no held-out rows of the new data, so its gain is not measured")
     found = paired("new data", pairs, config, seed)
-    # What is already perfect cannot gain.
     wanted = min(config.min_gain, 1 - found["before"])
     loss = float(np.mean([after.loss - before.loss for before, after in pairs]))
-    gained = found["change"] > 0 and found["change"] >= wanted
+    # What is perfect cannot gain more.
+    gained = found["after"] == 1 or (found["change"] > 0 and found["change"] >= wanted)
     # A score that did not move says little (few rows, or right already); then the loss tells if anything was learned.
     passed = gained or (found["upper"] >= wanted and loss < 0)
     reason = f"changed by {_points(found['change'])} (bounds {_range(found)}), held-out loss by {loss:+.3f}"

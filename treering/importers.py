@@ -36,12 +36,13 @@ INCREMENTAL_METHODS: dict[str, dict[str, Any]] = {
 }
 
 _ELSEWHERE = {
-    "adapter_name_or_path": "an adapter becomes v1",
+    "adapter_name_or_path": "it is empty",
     "dataset": "ingest the files: treering ingest FILE --task NAME",
     "dataset_dir": "ingest the files: treering ingest FILE --task NAME",
     "data_path": "ingest it: treering ingest {value} --task NAME",
     "do_train": "treering update",
     "output_dir": "versions are kept in the workspace's versions/ folder",
+    "previous_model": "it is empty",
     "stage": "updates are supervised (sft)",
     "template": "the tokenizer's own chat template is used",
 }
@@ -68,11 +69,11 @@ def read_config(path: Path) -> Imported:
 def _llama_factory(values: dict[str, Any]) -> Imported:
     imported = Imported(adapter=_folder(values.get("adapter_name_or_path"), "adapter_name_or_path"))
     for key, value in values.items():
-        if key == "adapter_name_or_path":
+        if key == "adapter_name_or_path" and imported.adapter is not None:
             continue
-        if key in Config.model_fields and key not in _ELSEWHERE:
+        if key in Config.model_fields:
             _carry(imported, key, key, value)
-        elif (key, value) not in (("stage", "sft"), ("do_train", True)):
+        else:
             imported.left[str(key)] = _why(str(key), value)
     return imported
 
@@ -81,27 +82,32 @@ def _short_form(values: dict[str, Any]) -> Imported:
     previous = _folder(values.get("previous_model"), "previous_model")
     is_adapter = previous is not None and (previous / "adapter_config.json").exists()
     imported = Imported(adapter=previous if is_adapter else None)
-    for key, value in values.items():
-        if key in SHORT_FORM:
-            _carry(imported, key, SHORT_FORM[key], value)
-        elif key == "incremental_method" and str(value).lower() in INCREMENTAL_METHODS:
-            imported.settings.update(INCREMENTAL_METHODS[str(value).lower()])
-        elif key == "incremental_method":
-            known = ", ".join(INCREMENTAL_METHODS)
-            imported.left[key] = f"method {value!r} has no counterpart; known: {known}"
-        elif key != "previous_model":
-            imported.left[str(key)] = _why(str(key), value)
     if previous is not None and not is_adapter:
         # A whole model goes on as the base.
         imported.settings["model_name_or_path"] = str(previous)
-        if "model_name" in values:
-            imported.left["model_name"] = "previous_model is a whole model and is the base instead"
+    for key, value in values.items():
+        if key == "previous_model" and previous is not None:
+            continue
+        if key in SHORT_FORM or key in Config.model_fields:
+            _carry(imported, key, SHORT_FORM.get(key, key), value)
+        elif key == "incremental_method" and str(value).lower() in INCREMENTAL_METHODS:
+            for setting, meaning in INCREMENTAL_METHODS[str(value).lower()].items():
+                _carry(imported, key, setting, meaning)
+        elif key == "incremental_method":
+            known = ", ".join(INCREMENTAL_METHODS)
+            imported.left[key] = f"method {value!r} has no counterpart; known: {known}"
+        else:
+            imported.left[str(key)] = _why(str(key), value)
     return imported
 
 
 def _carry(imported: Imported, name: str, key: str, value: Any) -> None:
-    """Take the value over if treering accepts it there; otherwise say why not."""
+    """Take the value over if treering accepts it there and no other key gave one; otherwise say why not."""
     if value is None:
+        imported.left[name] = "it is empty"
+        return
+    if imported.settings.get(key, value) != value:
+        imported.left[name] = f"{key} is {imported.settings[key]} by another key"
         return
     try:
         Config.build({key: value})

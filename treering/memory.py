@@ -3,7 +3,8 @@
 A row's place is decided by a fixed pseudo-random priority made of the seed and its id; each cell (a task, or a label
 of a task) keeps its rows of lowest priority. That is a uniform sample without replacement of all rows the cell ever
 saw (a bottom-k sample, the weightless case of Efraimidis and Spirakis 2006), whatever the order or the batches they
-came in, and it can shrink at any time without another random draw.
+came in, and it can shrink at any time without another random draw. Where its room grows with the rows seen ("auto",
+"2%"), the rows that come later are kept a little more often: what was let go cannot be asked back.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Teacher:
 
 
 def stack(teachers: Sequence[Teacher]) -> tuple[Tensor, Tensor]:
-    """Ids and logits of all of them, row after row, `[all answer tokens, widest k]`; what a narrower one lacks is -inf."""
+    """Ids and logits of all, row after row, `[answer tokens, widest k]`; what a narrower one lacks is -inf."""
     import torch
     from torch.nn.functional import pad
 
@@ -188,12 +189,14 @@ class Memory:
 def fair_shares(total: int, stock: Mapping[str, int]) -> dict[str, int]:
     """Split `total` into equal shares, none above its stock; what one cannot use goes to the others.
 
-    Odd rows go to the smaller stocks' successors in the order of `stock`'s sorted names, so the split is repeatable.
+    Odd rows go to the first names, whatever the stocks: a share never grows again when more rows come in.
     """
-    shares: dict[str, int] = {}
+    shares = dict.fromkeys(stock, 0)
     left = total
-    names: Sequence[str] = sorted(stock, key=lambda name: (stock[name], name))
-    for position, name in enumerate(names):
-        shares[name] = min(stock[name], left // (len(names) - position))
-        left -= shares[name]
+    while left and (hungry := sorted(name for name in stock if shares[name] < stock[name])):
+        each = max(1, left // len(hungry))
+        for name in hungry[:left]:
+            more = min(each, stock[name] - shares[name])
+            shares[name] += more
+            left -= more
     return shares

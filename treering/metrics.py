@@ -44,7 +44,7 @@ def backward_transfer(R: ArrayLike, learned: Sequence[int]) -> float:
 def forgetting(R: ArrayLike, learned: Sequence[int]) -> float:
     """Mean of `max_{i<T} R[i][j] - R[T][j]` over earlier tasks (Chaudhry et al. 2018), i from `learned[j]` on."""
     R = np.asarray(R, dtype=float)
-    drops = [np.nanmax(R[learned[j] : -1, j]) - R[-1, j] for j in _earlier(R, learned)]
+    drops = [np.fmax.reduce(R[learned[j] : -1, j]) - R[-1, j] for j in _earlier(R, learned)]
     return _mean(np.asarray(drops))
 
 

@@ -198,8 +198,9 @@ def load(base: Path, config: Config, version: Version | None = None) -> PreTrain
     made_from = version.manifest["base"]
     if made_from["sha256"] != fingerprint(base):
         raise ModelError(
-            f"{version.name} was made from the base model {made_from['name']!r} (SHA-256 {made_from['sha256'][:12]}...), "
-            f"but {base} is another; set model_name_or_path back, or start a new workspace"
+            f"{version.name} was made from the base model {made_from['name']!r} "
+            f"(SHA-256 {made_from['sha256'][:12]}...), but {base} is another; "
+            "set model_name_or_path back, or start a new workspace"
         )
     if not (version.folder / "adapter_config.json").exists():
         return load_base(version.folder, config)
@@ -220,6 +221,8 @@ def save_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     adapter = model.peft_config["default"]
     adapter.base_model_name_or_path = base_name
     adapter.inference_mode = True
+    if isinstance(adapter.target_modules, set):
+        adapter.target_modules = sorted(adapter.target_modules)  # The same bytes whatever the order of a set.
     adapter.save_pretrained(str(folder))
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     write_file(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import resource
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treering import registry
-from treering.errors import full_disk_is_clear
+from treering.errors import UsageError, full_disk_is_clear
+from treering.files import write_file
 from treering.metrics import Matrix, negative_flips
 from treering.registry import Version
 
@@ -74,10 +76,14 @@ def update(
         plan, staging = stage(ws, plan)
 
         with stop_on_signals() as stop:
-            candidate = Candidate(ws, plan, parent, base, config, staging, stop=stop, quiet=quiet)
+            try:
+                candidate = Candidate(ws, plan, parent, base, config, staging, stop=stop, quiet=quiet)
+                before = candidate.measure_parent()
+                log = candidate.learn()
+            except UsageError:
+                registry.discard(staging)
+                raise
             clear(ws, keep=staging)
-            before = candidate.measure_parent()
-            log = candidate.learn()
             after = candidate.measure()
             candidate.remember()
             verdict = gate.judge(before, after, candidate.metrics, plan.fresh_ids, config.gate, config.seed)

@@ -53,6 +53,8 @@ class Version:
             raise VersionError(f"{self.name} has format {number}, newer than {FORMAT}: update treering")
         if stated != _digest(manifest):
             raise VersionError(f"{self.name}: {path} was edited; restore the folder from a backup")
+        if manifest["name"] != self.name:
+            raise VersionError(f"{self.name}: {path} is that of {manifest['name']}; give the folder its name back")
         return manifest
 
     @property
@@ -108,7 +110,7 @@ class Version:
         return problems
 
     def check(self) -> Version:
-        """This version, if every file is as it was made. Raises `VersionError` that names each that is not."""
+        """The version itself, if every file is as it was made. Raises `VersionError` that names each that is not."""
         problems = self.problems()
         if problems:
             raise VersionError("refused to load:\n  " + "\n  ".join(problems) + "\nrestore the folder from a backup")
@@ -201,8 +203,13 @@ def history(ws: Workspace) -> list[dict[str, Any]]:
     """Every promotion and rollback, oldest first; a line that a crash left unfinished is not one."""
     if not ws.history.exists():
         return []
-    lines = ws.history.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1]]
+    events = []
+    for number, line in enumerate(ws.history.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            raise VersionError(f"{ws.history}, line {number} is damaged; restore the file from a backup") from None
+    return events
 
 
 def recover(ws: Workspace) -> None:

@@ -170,6 +170,17 @@ def stop_on_signals() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _denormals_flushed() -> Iterator[None]:
+    """Numbers near zero become zero, which is many times faster; the caller's process goes on as it was."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@_denormals_flushed()
 def train(
     model: PreTrainedModel,
     rows: Mapping[str, Tokens],
@@ -187,10 +198,9 @@ def train(
 
     Loss: cross entropy averaged over the answer tokens of the optimiser step, plus what the methods add.
     With `checkpoints` (a folder) the state is saved every `save_steps` and an earlier run there is resumed to the
-    same bits. Raises `UpdateInterruptedError` (after a checkpoint) when `stop` was asked, `TreeringError` on a loss that
-    is not finite.
+    same bits. Raises `UpdateInterruptedError` (after a checkpoint) when `stop` was asked, `TreeringError` on a loss
+    that is not finite.
     """
-    torch.set_flush_denormal(True)
     torch.manual_seed(config.seed)
     model.train()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -191,8 +191,8 @@ class Writer:
         """Move a stored training row to the held-out side of `task`."""
         self.db.execute(_rows.update().where(_rows.c.id == id).values(split="held_out", given=True, task=task))
 
-    def quarantine(self, task: str, file: str, bad: Sequence[Bad]) -> None:
-        """Replace the quarantined rows of `file` by `bad`."""
+    def quarantine(self, task: str, file: str | None, bad: Sequence[Bad]) -> None:
+        """Replace the quarantined rows of `file` by `bad`; None: add them."""
         self.db.execute(_quarantine.delete().where(_quarantine.c.file == file))
         values = [
             {

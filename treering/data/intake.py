@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from treering.config import Config
     from treering.workspace import Workspace
 
+_PYTHON = "<python>"
+"""Stands for the file of rows that came from Python."""
+
 Rows = Iterable[Mapping[str, object]]
 Source = str | Path | Sequence[str | Path] | Rows | None
 
@@ -76,12 +79,12 @@ def ingest(
     if not batches:
         return Ingested(0, 0, 0, 0, 0, {}, {})
     count_tokens = _counter(config)
-    total = {"rows": 0, "accepted": 0, "duplicates": 0, "quarantined": 0, "held_out": 0}
+    total = {"rows": 0, "duplicates": 0, "quarantined": 0, "held_out": 0}
     tasks: dict[str, int] = {}
     reasons: dict[str, int] = {}
     with ws.catalog.writing() as writer, bar("ingesting files", len(batches), quiet) as advance:
         trained = {id for version in registry.versions(ws) for id in version.rows}
-        incoming: dict[str, list[Stored]] = {}
+        incoming: dict[str, Stored] = {}
         # Held-out files first, so that a row in both is held out.
         for batch in sorted(batches, key=lambda b: b.split != "held_out"):
             bad = []
@@ -89,31 +92,35 @@ def ingest(
                 total["rows"] += 1
                 refused = found if isinstance(found, Bad) else _refuse(found, count_tokens, config.cutoff_len)
                 if refused is None and isinstance(found, Row):
-                    refused = _take(writer, batch, found, trained, incoming, total)
+                    refused = _take(writer, batch, found, trained, incoming, total, tasks)
                 if refused is not None:
                     bad.append(refused)
                     reasons[refused.rule] = reasons.get(refused.rule, 0) + 1
             total["quarantined"] += len(bad)
-            writer.quarantine(batch.task, batch.name, bad)
+            writer.quarantine(batch.task, None if batch.name == _PYTHON else batch.name, bad)
             if batch.digest is not None:
                 writer.remember_file(batch.name, batch.digest)
             advance()
-        for name, rows in incoming.items():
-            placed = _split(writer, name, rows, config.val_size)
-            writer.add(placed)
-            tasks[name] = len(placed)
-            total["accepted"] += len(placed)
-            total["held_out"] += sum(row.split == "held_out" for row in placed)
-    return Ingested(**total, tasks=tasks, reasons=reasons)
+        for name in dict.fromkeys(row.task for row in incoming.values()):
+            rows = _split(writer, name, [row for row in incoming.values() if row.task == name], config.val_size)
+            writer.add(rows)
+            tasks[name] = tasks.get(name, 0) + len(rows)
+            total["held_out"] += sum(row.split == "held_out" for row in rows)
+    return Ingested(**total, accepted=sum(tasks.values()), tasks=tasks, reasons=reasons)
 
 
 def _take(
-    writer: Writer, batch: _Batch, row: Row, trained: set[str], incoming: dict[str, list[Stored]], total: dict[str, int]
+    writer: Writer,
+    batch: _Batch,
+    row: Row,
+    trained: set[str],
+    incoming: dict[str, Stored],
+    total: dict[str, int],
+    tasks: dict[str, int],
 ) -> Bad | None:
     """Put a good row where it belongs; returns it as refused if it cannot be held out any more."""
     id = row.example.id
-    stored: dict[str, Split] = writer.splits([id])
-    stored |= {r.example.id: r.split for rows in incoming.values() for r in rows if r.example.id == id}
+    stored = {id: incoming[id].split} if id in incoming else writer.splits([id])
     what = fate(id, batch.split, stored, trained)
     if what == "duplicate":
         total["duplicates"] += 1
@@ -122,13 +129,11 @@ def _take(
         return Bad(row.file, row.line, "held-out-was-trained", reason, row.example.answer[:200])
     elif what == "to_held_out":
         writer.hold_out(id, batch.task)
-        total["accepted"] += 1
+        tasks[batch.task] = tasks.get(batch.task, 0) + 1
         total["held_out"] += 1
     else:
         given = batch.split == "held_out"
-        incoming.setdefault(batch.task, []).append(
-            Stored(row.example, batch.task, batch.split, given, row.file, row.line)
-        )
+        incoming[id] = Stored(row.example, batch.task, batch.split, given, row.file, row.line)
     return None
 
 
@@ -170,15 +175,15 @@ def _batches(
         return [b for item in items for b in _files(Path(str(item)), task, split, config, by_name=named)]
     if task is None:
         raise UsageError("rows from Python need task='...', the name of the task they belong to")
-    return [_Batch("<python>", task, split, lambda: _convert(items, config), None)]
+    return [_Batch(_PYTHON, task, split, lambda: _convert(items, config), None)]
 
 
 def _convert(items: Sequence[Any], config: Config) -> Iterable[Row | Bad]:
     for number, item in enumerate(items, start=1):
         try:
-            yield Row("<python>", number, convert(item, system=config.default_system))
+            yield Row(_PYTHON, number, convert(item, system=config.default_system))
         except RowError as error:
-            yield Bad("<python>", number, error.rule, error.reason, repr(item)[:2000])
+            yield Bad(_PYTHON, number, error.rule, error.reason, repr(item)[:2000])
 
 
 def _files(path: Path, task: str | None, split: Split, config: Config, by_name: bool) -> list[_Batch]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Literal
 
 from treering.data.example import Example
 from treering.data.records import DATA_SUFFIXES, Found, records
-from treering.data.shapes import RowError, convert, kind
+from treering.data.shapes import RowError, convert
 from treering.errors import UsageError
 
 __all__ = ["DATA_SUFFIXES", "Bad", "Row", "RowError", "convert", "find_files", "read", "split_of"]
@@ -98,7 +98,7 @@ def _belongs(file: Path, folder: Path) -> bool:
     return file.is_file() and file.resolve().is_relative_to(folder)
 
 
-def _rows(path: Path, to_example: Callable[[Mapping[str, object]], Example]) -> Iterator[Row | Bad]:
+def _rows(path: Path, to_example: Callable[[object], Example]) -> Iterator[Row | Bad]:
     file = _printable(str(path))
     empty = True
     try:
@@ -113,20 +113,14 @@ def _rows(path: Path, to_example: Callable[[Mapping[str, object]], Example]) -> 
         yield _bad(file, 0, RowError("unreadable", f"{error}; make the file readable and add it again"), "")
 
 
-def _row(file: str, found: Found, to_example: Callable[[Mapping[str, object]], Example]) -> Row | Bad:
+def _row(file: str, found: Found, to_example: Callable[[object], Example]) -> Row | Bad:
     try:
-        return Row(file, found.line, to_example(_record(found)))
+        if found.error:
+            raise found.error
+        return Row(file, found.line, to_example(found.value))
     except RowError as error:
         raw = _as_json(found.value) if found.raw is None else found.raw
         return _bad(file, found.line, error, error.raw or raw)
-
-
-def _record(found: Found) -> Mapping[str, object]:
-    if found.error:
-        raise found.error
-    if not isinstance(found.value, Mapping):
-        raise RowError("not-an-object", f"the row is {kind(found.value)}; it must be an object with named values")
-    return found.value
 
 
 def _bad(file: str, line: int, error: RowError, raw: str) -> Bad:

@@ -44,12 +44,14 @@ class Shape(NamedTuple):
     build: Callable[[Fields, Shape], list[Message]]
 
 
-def convert(record: Mapping[str, object], system: str | None = None, need_answer: bool = True) -> Example:
+def convert(record: object, system: str | None = None, need_answer: bool = True) -> Example:
     """Turn one record into an example, or raise `RowError`.
 
     `system` becomes the system turn of a record that has none. With `need_answer=False` (for prediction) a record may
     lack its answer: the example's messages then end with the user's turn. An answer that is there is kept.
     """
+    if not isinstance(record, Mapping):
+        raise RowError("not-an-object", f"the row is {kind(record)}; it must be an object with named values")
     row = _keyed(record.items())
     shape = _shape_of(row)
     turns = _with_system(shape.build(row, shape), system)

@@ -1,0 +1,286 @@
+"""The gate on made-up results: what promotes, what holds, what it says, and how often it errs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from treering.config import GateConfig
+from treering.gate import Judgement, Verdict, held_for, judge, rows_needed
+from treering.results import Result
+
+ENOUGH = 400
+"""Held-out rows that suffice for the default margin where up to three rows in ten change sides."""
+
+
+def results(task: str, scores: Sequence[float], loss: float = 1.0, slice_: str = "") -> list[Result]:
+    return [
+        Result(f"{task}{slice_}-{number}", task, "exact_match", float(score), loss, "")
+        for number, score in enumerate(scores)
+    ]
+
+
+def ids(found: Sequence[Result]) -> set[str]:
+    return {result.id for result in found}
+
+
+def scores(right: int, wrong: int) -> list[int]:
+    return [1] * right + [0] * wrong
+
+
+def old(
+    before: Mapping[str, Sequence[float]],
+    after: Mapping[str, Sequence[float]],
+    config: GateConfig | None = None,
+    seed: int = 0,
+) -> Verdict:
+    """Judged on old tasks alone."""
+    was = [result for task, found in before.items() for result in results(task, found)]
+    now = [result for task, found in after.items() for result in results(task, found)]
+    return judge(was, now, list(before), set(), config or GateConfig(), seed)
+
+
+def fresh(before: Sequence[float], after: Sequence[float], loss_change: float = 0.0, **config: Any) -> Verdict:
+    """Judged on new data alone."""
+    was, now = results("new", before), results("new", after, loss=1.0 + loss_change)
+    return judge(was, now, ["new"], ids(was), GateConfig(**config), seed=0)
+
+
+def named(verdict: Verdict, name: str) -> Judgement:
+    [found] = [judgement for judgement in verdict.judgements if judgement.name == name]
+    return found
+
+
+def test_a_clear_win_promotes() -> None:
+    was = [*results("pens", scores(360, 40)), *results("cups", scores(5, 45))]
+    now = [*results("pens", scores(370, 30)), *results("cups", scores(45, 5), loss=0.1)]
+    verdict = judge(was, now, ["pens", "cups"], ids(results("cups", [0] * 50)), GateConfig(), seed=0)
+    assert verdict.promote
+    assert verdict.summary == "promoted: no old task is worse, and the new data was learned"
+    assert [j.name for j in verdict.judgements] == ["pens", "new data"]
+    pens = named(verdict, "pens")
+    assert (pens.before, pens.after, pens.rows) == (0.9, 0.925, 400)
+    assert pens.lower <= 0.025 <= pens.upper
+    assert pens.reason.startswith("no worse: changed by 2.5 points")
+    gain = named(verdict, "new data")
+    assert (gain.before, gain.after, gain.rows, gain.rows_needed) == (0.1, 0.9, 50, 0)
+    assert json.loads(json.dumps(verdict.as_dict(), allow_nan=False))["judgements"][0]["name"] == "pens"
+
+
+@pytest.mark.parametrize("rows", [4, 20, 200])
+def test_a_collapse_holds_however_few_the_rows(rows: int) -> None:
+    before, after = scores(rows, 0), scores(rows // 2, rows // 2)
+    verdict = old({"pens": before, "cups": scores(50, 0)}, {"pens": after, "cups": scores(50, 0)})
+    assert not verdict.promote
+    assert "pens: fell by 50.0 points, more than the floor of 25.0 points" in verdict.summary
+    assert "cups" not in verdict.summary
+
+
+def test_a_real_drop_with_enough_rows_holds() -> None:
+    verdict = old({"pens": scores(ENOUGH, 0)}, {"pens": scores(350, 50)})
+    assert not verdict.promote
+    assert "pens: changed by -12.5 points" in verdict.summary
+    assert "the margin is 5.0 points" in verdict.summary
+
+
+def test_a_drop_within_the_margin_passes() -> None:
+    assert old({"pens": scores(ENOUGH, 0)}, {"pens": scores(396, 4)}).promote
+
+
+def test_a_drop_that_may_be_beyond_the_margin_holds_where_rows_suffice() -> None:
+    """Not shown to be worse than the margin, but not shown to be no worse either: 19 of 400 rows lost."""
+    verdict = old({"pens": scores(ENOUGH, 0)}, {"pens": scores(381, 19)})
+    pens = named(verdict, "pens")
+    assert (pens.after or 0) - (pens.before or 0) > -0.05
+    assert pens.lower < -0.05
+    assert pens.rows >= pens.rows_needed
+    assert not verdict.promote
+
+
+def test_too_few_rows_are_said_and_counted() -> None:
+    verdict = old({"pens": scores(18, 2)}, {"pens": scores(18, 2)})
+    assert verdict.promote
+    assert "(too few held-out rows to be sure of pens" in verdict.summary
+    pens = named(verdict, "pens")
+    assert pens.rows_needed == rows_needed(0.0, GateConfig()) == 174
+    assert f"20 held-out rows are {174 - 20} too few to see a drop of 5.0 points" in pens.reason
+    assert pens.reason.endswith("judged with the other old tasks")
+    pool = named(verdict, "old tasks together")
+    assert pool.rows == 20
+    assert "154 too few" in pool.reason
+    assert "held only if shown to be worse" in pool.reason
+
+
+def test_small_tasks_are_pooled() -> None:
+    """Each alone is too small to tell; together ten tasks of 20 rows are 200."""
+    tasks = [f"task{number}" for number in range(10)]
+    same = old(dict.fromkeys(tasks, scores(20, 0)), dict.fromkeys(tasks, scores(20, 0)))
+    assert same.promote
+    assert named(same, "old tasks together").rows == 200
+    assert "too few" not in named(same, "old tasks together").reason
+    lost = old(dict.fromkeys(tasks, scores(20, 0)), dict.fromkeys(tasks, scores(18, 2)))
+    assert not lost.promote
+    assert "old tasks together: changed by -10.0 points" in lost.summary
+    assert all(judgement.passed for judgement in lost.judgements if judgement.name.startswith("task"))
+
+
+def test_few_rows_hold_what_lost_twice_the_margin() -> None:
+    assert old({"pens": scores(20, 0)}, {"pens": scores(19, 1)}).promote
+    verdict = old({"pens": scores(8, 0)}, {"pens": scores(7, 1)})
+    assert [judgement.name for judgement in verdict.judgements if not judgement.passed] == ["old tasks together"]
+    assert "old tasks together: changed by -12.5 points" in verdict.summary
+
+
+def test_a_drop_of_one_task_is_not_hidden_by_the_gain_of_another() -> None:
+    before = {"pens": scores(ENOUGH, 0), "cups": scores(0, ENOUGH)}
+    verdict = old(before, {"pens": scores(350, 50), "cups": scores(ENOUGH, 0)})
+    assert not verdict.promote
+    assert "pens" in verdict.summary
+
+
+def test_new_data_that_was_not_learned_holds() -> None:
+    verdict = fresh(scores(10, 40), scores(10, 40))
+    assert not verdict.promote
+    assert "new data: changed by 0.0 points" in verdict.summary
+    assert verdict.summary.endswith("a gain of at least 0.0 points or a lower loss is needed")
+    assert not fresh(scores(40, 10), scores(20, 30), loss_change=-0.5).promote
+    assert not fresh(scores(0, 4), scores(0, 4), loss_change=0.1).promote
+
+
+def test_a_lower_loss_is_learning_too() -> None:
+    assert fresh(scores(0, 4), scores(0, 4), loss_change=-0.1).promote
+    # Within the noise of few rows, the loss decides.
+    assert fresh(scores(10, 10), scores(9, 11), loss_change=-0.1).promote
+
+
+def test_a_gain_that_was_asked_for() -> None:
+    assert fresh(scores(10, 40), scores(20, 30), min_gain=0.2).promote
+    verdict = fresh(scores(10, 40), scores(15, 35), min_gain=0.4, loss_change=-1.0)
+    assert not verdict.promote
+    assert "a gain of at least 40.0 points" in verdict.summary
+
+
+@pytest.mark.parametrize("loss_change", [-0.1, 0.0, 0.1])
+def test_what_is_perfect_needs_no_gain(loss_change: float) -> None:
+    assert fresh(scores(20, 0), scores(20, 0), loss_change=loss_change).promote
+    assert fresh(scores(20, 0), scores(20, 0), loss_change=loss_change, min_gain=0.5).promote
+    assert fresh(scores(18, 2), scores(20, 0), loss_change=loss_change, min_gain=0.5).promote
+
+
+def test_what_was_perfect_must_not_get_worse() -> None:
+    assert not fresh(scores(200, 0), scores(150, 50), loss_change=0.1).promote
+
+
+def test_without_held_out_rows_the_gain_is_not_measured() -> None:
+    verdict = judge([], [], [], set(), GateConfig(), 0)
+    assert verdict.promote
+    assert "not measured" in named(verdict, "new data").reason
+
+
+def test_rows_scored_only_once_do_not_count() -> None:
+    was = results("pens", scores(ENOUGH, 0))
+    now = [*results("pens", scores(ENOUGH, 0)), *results("pens", scores(0, 300), slice_="later")]
+    verdict = judge(was, now, ["pens"], set(), GateConfig(), 0)
+    assert verdict.promote
+    assert named(verdict, "pens").rows == ENOUGH
+
+
+def test_a_new_slice_of_an_old_task_is_new_data() -> None:
+    was = [*results("pens", scores(ENOUGH, 0)), *results("pens", scores(0, 50), slice_="new")]
+    now = [*results("pens", scores(ENOUGH, 0)), *results("pens", scores(40, 10), slice_="new")]
+    verdict = judge(was, now, ["pens"], ids(was[ENOUGH:]), GateConfig(), 0)
+    assert (named(verdict, "pens").rows, named(verdict, "new data").rows) == (ENOUGH, 50)
+    assert verdict.promote
+
+
+def test_partial_scores_are_judged_too() -> None:
+    rng = np.random.default_rng(1)
+    f1 = rng.uniform(0.4, 0.9, ENOUGH)
+    for drop, promoted in ((0.01, True), (0.06, False)):
+        assert old({"pens": f1.tolist()}, {"pens": (f1 - drop).tolist()}).promote == promoted
+
+
+def test_the_same_seed_gives_the_same_verdict() -> None:
+    rng = np.random.default_rng(2)
+    before, after = rng.integers(0, 2, 300).tolist(), rng.integers(0, 2, 300).tolist()
+    verdicts = [old({"pens": before}, {"pens": after}, seed=seed) for seed in (5, 5, 6)]
+    assert verdicts[0] == verdicts[1] != verdicts[2]
+    # The order of the other tasks does not matter to a task's bounds.
+    alone = named(old({"pens": before}, {"pens": after}), "pens")
+    beside = named(old({"cups": before, "pens": before}, {"cups": after, "pens": after}), "pens")
+    assert alone == beside
+
+
+def test_no_margin_means_no_loss_at_all() -> None:
+    config = GateConfig(margin=0.0)
+    assert old({"pens": scores(50, 0)}, {"pens": scores(50, 0)}, config).promote
+    assert not old({"pens": scores(50, 0)}, {"pens": scores(49, 1)}, config).promote
+
+
+def test_held_for_a_reason() -> None:
+    verdict = held_for("the disk is on fire")
+    assert (verdict.promote, verdict.summary, verdict.judgements) == (False, "held: the disk is on fire", ())
+
+
+@given(st.floats(0, 0.7), st.floats(0.01, 0.2))
+def test_rows_needed_grow_with_the_spread_and_shrink_with_the_margin(spread: float, margin: float) -> None:
+    config = GateConfig(margin=margin)
+    needed = rows_needed(spread, config)
+    assert needed >= rows_needed(0.0, config) >= 1
+    assert rows_needed(spread + 0.1, config) >= needed >= rows_needed(spread, GateConfig(margin=margin * 2))
+    assert rows_needed(spread, GateConfig(margin=margin, confidence=0.99)) > needed
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=40),
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), max_size=40),
+)
+def test_whatever_the_scores_the_verdict_is_sound(pens: list[tuple[int, int]], new: list[tuple[int, int]]) -> None:
+    config = GateConfig(resamples=100)
+    was = [*results("pens", [b for b, _ in pens]), *results("new", [b for b, _ in new])]
+    now = [*results("pens", [a for _, a in pens]), *results("new", [a for _, a in new])]
+    verdict = judge(was, now, ["pens", "new"], ids(results("new", [0] * len(new))), config, 0)
+    assert verdict.promote == all(judgement.passed for judgement in verdict.judgements)
+    assert verdict.summary.startswith("promoted: " if verdict.promote else "held: ")
+    pens_found = named(verdict, "pens")
+    change = (pens_found.after or 0) - (pens_found.before or 0)
+    assert pens_found.lower - 1e-9 <= change <= pens_found.upper + 1e-9 or len(pens) < 30
+    if change < -config.floor:
+        assert not verdict.promote
+    if verdict.promote:
+        assert change >= -config.floor
+
+
+TRIALS = 300
+"""With which a rate of 5% is seen as more than 9% in one of a thousand."""
+
+
+def share_promoted(lost: float, flipped: float, rows: int) -> float:
+    """How often a candidate passes that truly lost `lost` of its score while `flipped` of the rows change sides."""
+    config = GateConfig(resamples=400)
+    promoted = 0
+    for trial in range(TRIALS):
+        rng = np.random.default_rng(trial)
+        before = rng.random(rows) < 0.7
+        draw = rng.random(rows)
+        # Of the rows that were right some go wrong, of those that were wrong some come right; on balance `lost`.
+        falls, rises = (flipped / 2 + lost) / 0.7, flipped / 2 / 0.3
+        after = np.where(before, draw >= falls, draw < rises)
+        verdict = old({"pens": before.astype(float).tolist()}, {"pens": after.astype(float).tolist()}, config, trial)
+        promoted += verdict.promote
+    return promoted / TRIALS
+
+
+def test_error_rates() -> None:
+    """A candidate that is no worse is seldom held, one that lost twice the margin seldom passes."""
+    rows = rows_needed(np.sqrt(0.08), GateConfig())
+    assert share_promoted(lost=0.0, flipped=0.08, rows=rows) >= 0.91
+    assert share_promoted(lost=0.10, flipped=0.08, rows=rows) <= 0.09
+    # Where there are rows enough to see it, losing the margin is too much.
+    assert share_promoted(lost=0.05, flipped=0.04, rows=2 * rows) <= 0.09
