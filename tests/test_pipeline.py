@@ -16,11 +16,12 @@ from treering import Workspace, pipeline, registry
 from treering.candidate import Candidate
 from treering.config import Config
 from treering.errors import ConfigError, LockError, ModelError, UpdateInterruptedError, UsageError, VersionError
+from treering.evaluate import evaluate
 from treering.memory import Memory
 from treering.methods import PROTECT
 from treering.model import load, load_tokenizer
 from treering.registry import Version
-from treering.results import Result
+from treering.results import Result, read_results
 from treering.testing import tiny_model, toy_rows
 from treering.train import Stop
 
@@ -494,8 +495,6 @@ def test_settings_are_checked_before_anything_happens(workspace: MakeWorkspace, 
 
 
 def test_results_are_kept_for_every_row(three: Workspace) -> None:
-    from treering.results import read_results
-
     folder = registry.get(three).folder
     results: Sequence[Result] = read_results(folder / "results.parquet")
     held_out = [(id, task) for task, ids in three.catalog.held_out().items() for id in ids]
@@ -531,3 +530,19 @@ def test_the_state_of_a_method_of_ones_own_goes_with_the_version(
     ws.rollback()
     version = learned(ws, "hats", "max_steps=2")
     assert load_file(version.folder / "state.safetensors")["counting.rows"].item() == 18 + 36
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "freeze"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_was_measured_is_what_serves(workspace: MakeWorkspace, model_folder: Path, kind: str, bf16: bool) -> None:
+    ws = workspace(finetuning_type=kind, bf16=bf16, max_steps=2, learning_rate=1e-2)
+    for task in ("pens", "cups"):
+        version = learned(ws, task)
+        ws.promote(version.name, force=True)
+    config = ws.config()
+    measured = read_results(version.folder / "results.parquet")
+    stored = ws.catalog.examples([result.id for result in measured])
+    rows = [(stored[result.id], result.task) for result in measured]
+    model = load(model_folder, config, version)
+    again = evaluate(model, load_tokenizer(model_folder), rows, version.manifest["metrics"], config, quiet=True)
+    assert again == measured

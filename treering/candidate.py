@@ -105,7 +105,9 @@ class Candidate:
             quiet=self.quiet,
         )
         if not hasattr(self.model, "peft_config") and use_bf16(self.config)[0]:
-            self.model = self.model.bfloat16()  # As it will be saved, so that what is measured is what serves.
+            # As it will be saved, so that what is measured is what serves; buffers (rotary frequencies) stay float32.
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.bfloat16()
         self.train_seconds = time.perf_counter() - started
         return log
 
