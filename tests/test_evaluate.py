@@ -99,9 +99,9 @@ def test_it_agrees_with_plain_greedy_decoding(taught: Taught, mixed: list[tuple[
 
 def test_generate_agrees_too(taught: Taught, mixed: list[tuple[Example, str]]) -> None:
     prompts = [example.prompt for example, _ in mixed]
-    written = generate(taught.model, taught.tokenizer, prompts, 16, taught.config)
+    written = generate(taught.model, taught.tokenizer, prompts, [16] * len(prompts), taught.config)
     assert written == [taught.write(prompt) for prompt in prompts]
-    assert generate(taught.model, taught.tokenizer, [], 16, taught.config) == []
+    assert generate(taught.model, taught.tokenizer, [], [], taught.config) == []
 
 
 def test_losses_are_those_of_a_plain_pass(taught: Taught, mixed: list[tuple[Example, str]]) -> None:

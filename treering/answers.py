@@ -33,8 +33,8 @@ class Answerer:
 
     def answer(self, prompts: Sequence[Sequence[Message]], advance: Any = None) -> list[str]:
         """Greedy answers, in the order of `prompts`."""
-        limit = self.config.eval.max_new_tokens
-        return generate(self.model, self.tokenizer, prompts, limit, self.config, advance=advance)
+        limits = [self.config.eval.max_new_tokens] * len(prompts)
+        return generate(self.model, self.tokenizer, prompts, limits, self.config, advance=advance)
 
 
 def score(

@@ -40,7 +40,11 @@ class UpdateInterruptedError(TreeringError):
     """An update was asked to stop; its checkpoint is kept and the next update resumes it."""
 
 
-_FULL = {errno.ENOSPC: "no space is left", errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file-size limit is met"}
+_FULL = {
+    errno.ENOSPC: "no space is left",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "a file-size limit is met",
+}
 # How libraries say the same in words: safetensors and pyarrow give the system's number, SQLite its own messages.
 _TEXTS = {
     **{f"(os error {number})": reason for number, reason in _FULL.items()},

@@ -68,15 +68,14 @@ def evaluate(
                     predictions[at] = rows[at][0].answer
             advance(len(part))
     wrong = [at for at in range(len(rows)) if at not in predictions]
-    limits = _answer_limits(rows, tokens, metrics)
     with bar(f"{title}: writing {len(wrong)} answers", len(wrong), quiet) as advance:
-        for limit in sorted(set(limits.values())):
-            chosen = [at for at in wrong if limits[rows[at][1]] == limit]
-            prompts = [rows[at][0].prompt for at in chosen]
-            texts = generate(
-                model, tokenizer, prompts, min(limit, config.eval.max_new_tokens), config, advance=advance, stop=stop
-            )
-            predictions.update(zip(chosen, texts, strict=True))
+        limits = [
+            min(_answer_limit(metrics[rows[at][1]], len(tokens[at].answers)), config.eval.max_new_tokens)
+            for at in wrong
+        ]
+        prompts = [rows[at][0].prompt for at in wrong]
+        texts = generate(model, tokenizer, prompts, limits, config, advance=advance, stop=stop)
+        predictions.update(zip(wrong, texts, strict=True))
     return [
         Result(
             example.id,
@@ -90,14 +89,12 @@ def evaluate(
     ]
 
 
-def _answer_limits(
-    rows: Sequence[tuple[Example, str]], tokens: Sequence[Tokens], metrics: Mapping[str, str]
-) -> dict[str, int]:
-    """Longest answer to generate per task: two tokens past its longest label, four times past its longest text."""
-    longest: dict[str, int] = {}
-    for (_, task), row in zip(rows, tokens, strict=True):
-        longest[task] = max(longest.get(task, 0), len(row.answers))
-    return {task: n + 2 if metrics[task] == "exact_match" else 4 * n for task, n in longest.items()}
+def _answer_limit(metric: str, tokens: int) -> int:
+    """Tokens to write for a row whose right answer has `tokens`: enough to see that a label is wrong, or to ramble.
+
+    It depends on the row alone, so that a row is scored alike whatever it is scored beside.
+    """
+    return tokens + 2 if metric == "exact_match" else 4 * tokens
 
 
 @torch.no_grad()
@@ -105,13 +102,13 @@ def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[Message]],
-    max_new_tokens: int,
+    limits: Sequence[int],
     config: Config,
     *,
     advance: Any = None,
     stop: Stop | None = None,
 ) -> list[str]:
-    """Greedy answers to `prompts`, in their order."""
+    """Greedy answers to `prompts`, in their order, each at most its own number of tokens long."""
     model.eval()
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda at: len(ids[at]))
@@ -127,7 +124,7 @@ def generate(
         with compute(use_bf16(config)[0], model.device):
             written = cast(Any, model).generate(
                 **inputs,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=max(limits[at] for at in part),
                 do_sample=False,
                 # Plain greedy, whatever the model's own generation_config.json asks for.
                 repetition_penalty=1.0,
@@ -135,9 +132,8 @@ def generate(
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        texts = tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for at, text in zip(part, texts, strict=True):
-            answers[at] = text.strip()
+        for at, row in zip(part, written[:, inputs["input_ids"].shape[1] :], strict=True):
+            answers[at] = cast(str, tokenizer.decode(row[: limits[at]], skip_special_tokens=True)).strip()
         if advance is not None:
             advance(len(part))
     return answers

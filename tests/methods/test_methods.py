@@ -77,8 +77,10 @@ def test_lora_goes_on_with_the_parents_adapter(model_folder: Path) -> None:
     assert again is model
     assert [id(parameter) for parameter in again.parameters()] == before
     assert all("lora_" in name for name in trained(again))
-    with pytest.raises(ConfigError, match=r"lora_rank is 8, but .* has rank 4: set lora_rank: 4"):
+    with pytest.raises(ConfigError, match=r"lora_rank is 8, but .* was made with 4: set lora_rank: 4"):
         LoRA(settings(model_folder)).prepare(model, {})
+    with pytest.raises(ConfigError, match=r"lora_alpha is 64, but .* was made with 8: set lora_alpha: 8"):
+        LoRA(settings(model_folder, lora_rank=4, lora_alpha=64)).prepare(model, {})
 
 
 def test_full_trains_everything_in_float32(model_folder: Path) -> None:

@@ -21,15 +21,19 @@ class LoRA:
         self.config = config
 
     def prepare(self, model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
-        """Returns a `PeftModel` whose float32 adapter alone is trained. Raises `ConfigError` if the ranks differ."""
+        """Returns a `PeftModel` whose float32 adapter alone is trained. Raises `ConfigError` if rank or scale differ."""
         if not isinstance(model, PeftModel):
             return cast("PreTrainedModel", get_peft_model(model, self._adapter()))
-        rank = cast(LoraConfig, model.peft_config["default"]).r
-        if rank != self.config.lora_rank:
-            raise ConfigError(
-                f"lora_rank is {self.config.lora_rank}, but the parent version's adapter has rank {rank}: "
-                f"set lora_rank: {rank}, or start a new workspace"
-            )
+        made = cast(LoraConfig, model.peft_config["default"])
+        for key, wanted, found in (
+            ("lora_rank", self.config.lora_rank, made.r),
+            ("lora_alpha", self.config.alpha, made.lora_alpha),
+        ):
+            if wanted != found:
+                raise ConfigError(
+                    f"{key} is {wanted}, but the parent version's adapter was made with {found}: "
+                    f"set {key}: {found}, or start a new workspace"
+                )
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
         return cast("PreTrainedModel", model)
