@@ -279,6 +279,13 @@ def test_what_was_half_removed_is_not_taken_up(whole: Whole) -> None:
     finish(whole)
 
 
+def test_the_plan_is_removed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plan.json").touch()
+    monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **options: None)
+    registry.discard(tmp_path)
+    assert not (tmp_path / "plan.json").exists()
+
+
 def test_wrong_settings_cost_no_checkpoint(whole: Whole) -> None:
     server = whole.restore("second")
     process = server.start("update", pause_at="/step-8")
