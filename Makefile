@@ -1,8 +1,8 @@
-# make setup | demo | test | format | build
+# make setup | demo | test | soak | format | build
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: setup demo test format build clean
+.PHONY: setup demo test soak format build clean
 
 setup: .venv/ready
 
@@ -19,6 +19,9 @@ demo: setup
 test: setup
 	scripts/check
 	$(BIN)/pytest
+
+soak: setup
+	scripts/soak
 
 format: setup
 	$(BIN)/ruff check --fix .

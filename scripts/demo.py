@@ -66,7 +66,8 @@ def main() -> int:
     figures = {"treering": current.manifest["summary"], "naive": naive[-1].manifest["summary"]}
     gain = figures["treering"]["average_accuracy"] - figures["naive"]["average_accuracy"]
     promoted = sum(version.promote for version in ours)
-    print(f"\ntreering is {100 * gain:+.1f} points from plain sequential LoRA; {promoted} of {len(ours)} updates promoted")
+    print(f"\n{100 * gain:+.1f} points of average accuracy over plain sequential LoRA")
+    print(f"{promoted} of {len(ours)} updates of treering promoted")
     print(f"{time.monotonic() - started:.0f} s; report: {report}")
     (FOLDER / "summary.json").write_text(json.dumps({**figures, "report": str(report)}, indent=1) + "\n")
     return 0

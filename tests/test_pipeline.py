@@ -22,8 +22,8 @@ from treering.methods import PROTECT
 from treering.model import load, load_tokenizer
 from treering.registry import Version
 from treering.results import Result, read_results
+from treering.stop import Stop
 from treering.testing import tiny_model, toy_rows
-from treering.train import Stop
 
 MakeWorkspace = Callable[..., Workspace]
 TASKS = ("pens", "cups", "hats")

@@ -20,8 +20,9 @@ from treering.errors import TreeringError, UpdateInterruptedError
 from treering.memory import Memory, Teacher
 from treering.methods import Methods
 from treering.model import Tokens, encode, encode_prompt, load_base, load_tokenizer, logits_at
+from treering.stop import Stop, stop_on_signals
 from treering.testing import toy_rows
-from treering.train import Step, Stop, make_batch, plan_steps, rate_schedule, stop_on_signals, teach, train
+from treering.train import Step, make_batch, plan_steps, rate_schedule, teach, train
 
 RECORDED = [6.26756, 4.77819, 3.45686, 2.24950, 1.56761]
 """First five losses of `test_recorded_losses`, float32 on CPU."""

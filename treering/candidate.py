@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torch
 
 from treering.errors import ConfigError
 from treering.evaluate import METRIC_VERSION, evaluate
-from treering.files import fsync_tree
+from treering.files import fsync_tree, write_file
 from treering.memory import Memory
 from treering.methods import Methods
 from treering.metrics import is_label_set
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from treering.config import Config
     from treering.data.example import Example
     from treering.plan import Plan
-    from treering.train import Step, Stop
+    from treering.stop import Stop
+    from treering.train import Step
     from treering.workspace import Workspace
 
 RESULTS = "results.parquet"
@@ -124,7 +126,7 @@ class Candidate:
             rows = [self._tokens(id) for id in self.memory.rows if id not in self.memory.teachers]
             self.memory.teachers |= teach(self.model, rows, self.config, pad_id=self._pad_id, quiet=self.quiet)
 
-    def write(self, base_name: str, results: Sequence[Result]) -> None:
+    def write(self, base_name: str, results: Sequence[Result], log: Sequence[dict[str, float]]) -> None:
         """Fill `folder` with what the version consists of, all but its report and manifest."""
         folder = self.folder
         shutil.rmtree(folder, ignore_errors=True)
@@ -132,6 +134,7 @@ class Candidate:
         save_weights(self.model, self.tokenizer, folder, base_name)
         self.memory.save(folder)
         write_results(folder / RESULTS, results)
+        write_file(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log).encode())
         shutil.copyfile(self.staging / PARENT_RESULTS, folder / PARENT_RESULTS)
         batches = [make_batch([self._tokens(id)], {}, self._pad_id, self.model.device) for id in self.plan.row_ids]
         state = self.methods.after_update(self.model, batches)

@@ -162,7 +162,11 @@ def status(workspace: Folder = HERE, as_json: AsJson = False) -> None:
     lines += [f"waiting: {task}, {count} rows" for task, count in found["waiting"].items()] or ["nothing waits"]
     lines += [f"in the inbox, not ingested yet: {name}" for name in found["inbox"]]
     lines += ["stored: " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in found["rows"].items())]
-    lines += ["an update was interrupted: `treering update` resumes it"] if found["interrupted"] else []
+    lines += (
+        ["an update runs or was interrupted; `treering update` resumes an interrupted one"]
+        if found["interrupted"]
+        else []
+    )
     _show(found, as_json, lines)
 
 

@@ -31,7 +31,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """The same for the same rows, parent, base model and settings."""
-        content = [self.parent, self.base, self.config, self.rows]
+        content = [self.parent, self.base, self.config, self.rows, self.fresh]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -41,8 +41,18 @@ class Plan:
 
     @property
     def fresh_ids(self) -> set[str]:
-        """The new held-out ids."""
-        return {id for ids in self.fresh.values() for id in ids}
+        """The held-out ids that came with the new rows. Those of other tasks only measure old knowledge better."""
+        return {id for task in self.rows for id in self.fresh.get(task, ())}
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a dry run shows: counts instead of ids."""
+        return {
+            "parent": self.parent,
+            "rows": {task: len(ids) for task, ids in self.rows.items()},
+            "held_out": {task: len(ids) for task, ids in self.fresh.items()},
+            "machine": self.machine,
+            "config": self.config,
+        }
 
 
 def make_plan(ws: Workspace, parent: Version | None, config: Config, base: str) -> Plan:
@@ -63,6 +73,7 @@ def make_plan(ws: Workspace, parent: Version | None, config: Config, base: str) 
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "bf16": use_bf16(config)[0],
+        "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
     return Plan(parent.name if parent else None, base, config.model_dump(mode="json"), rows, fresh, machine)

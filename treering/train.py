@@ -10,14 +10,12 @@ import json
 import math
 import random
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate import Accelerator
@@ -25,12 +23,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from treering.errors import TreeringError, UpdateInterruptedError
+from treering.errors import TreeringError
 from treering.files import fsync_folder, fsync_tree, write_file, write_json
 from treering.memory import Memory, Teacher, stack
 from treering.methods import Methods
 from treering.model import Tokens, compute, logits_at, pad, use_bf16
 from treering.progress import bar
+from treering.stop import Stop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,41 +132,6 @@ def _length_batches(rows: list[str], lengths: Mapping[str, int], size: int, rng:
         batches += [near[at : at + size] for at in range(0, len(near), size)]
     rng.shuffle(batches)
     return batches
-
-
-class Stop:
-    """Whether SIGTERM or Ctrl-C asked the update to end; a second Ctrl-C ends it at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def check(self) -> None:
-        """Raise `UpdateInterruptedError` if asked to stop."""
-        if self.asked:
-            raise UpdateInterruptedError(
-                "stopped as asked; the checkpoint is kept: run `treering update` again to resume"
-            )
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[Stop]:
-    """Turn SIGTERM and SIGINT into a flag while inside (in the main thread; elsewhere Python allows no handlers)."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number: int, _: Any) -> None:
-        if stop.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.asked = True
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ class Workspace:
             for folder in (ws.inbox, ws.versions):
                 folder.mkdir(parents=True, exist_ok=True)
             if found is not None:
-                from treering.pipeline import adopt
+                from treering.adopt import adopt
 
                 adopt(ws, found, config)
             # Written last: a folder is a workspace once it has this file.

@@ -21,7 +21,7 @@ class LoRA:
         self.config = config
 
     def prepare(self, model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
-        """Returns a `PeftModel` whose float32 adapter alone is trained. Raises `ConfigError` if rank or scale differ."""
+        """Returns a `PeftModel` whose float32 adapter alone trains. Raises `ConfigError` if rank or scale differ."""
         if not isinstance(model, PeftModel):
             return cast("PreTrainedModel", get_peft_model(model, self._adapter()))
         made = cast(LoraConfig, model.peft_config["default"])

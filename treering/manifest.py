@@ -1,0 +1,100 @@
+"""What a version says of itself: where it comes from, what it learned, how it scored, what was decided."""
+
+from __future__ import annotations
+
+import math
+import platform
+import resource
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version as library_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from treering.gate import Verdict
+from treering.metrics import Matrix, negative_flips
+from treering.results import Result, task_scores
+
+if TYPE_CHECKING:
+    from treering.candidate import Candidate
+    from treering.config import Config
+
+LIBRARIES = ("accelerate", "peft", "safetensors", "tokenizers", "torch", "transformers", "treering")
+
+
+def of_update(
+    candidate: Candidate, before: Sequence[Result], after: Sequence[Result], verdict: Verdict, promote: bool
+) -> dict[str, Any]:
+    """The manifest of a finished update, all but what `registry.commit` adds. `promote`: whether that was wanted."""
+    plan, parent = candidate.plan, candidate.parent
+    scores, parent_scores = task_scores(after), task_scores(before)
+    matrix = Matrix(**parent.manifest["matrix"]) if parent else Matrix([], [], [])
+    matrix = matrix.extended(
+        {task: found["score"] for task, found in parent_scores.items()},
+        {task: found["score"] for task, found in scores.items()},
+        plan.rows,
+    )
+    flips = negative_flips(
+        {r.id: r.score for r in before if r.id not in plan.fresh_ids}, {r.id: r.score for r in after}
+    )
+    return {
+        "created": _now(),
+        "parent": plan.parent,
+        "base": {"name": base_name(candidate.config), "sha256": plan.base},
+        "plan": plan.digest,
+        "config": plan.config,
+        "choices": candidate.choices,
+        "machine": {**plan.machine, "platform": platform.platform()},
+        "libraries": {name: library_version(name) for name in LIBRARIES},
+        "rows": plan.rows,
+        "held_out": candidate.held_out,
+        "metrics": candidate.metrics,
+        "evaluation": candidate.evaluation,
+        "scores": scores,
+        "parent_scores": parent_scores,
+        "matrix": asdict(matrix),
+        "summary": {**matrix.summary(), "negative_flips": None if math.isnan(flips) else flips},
+        "verdict": verdict.as_dict(),
+        "promote_wanted": promote,
+        "memory": candidate.memory.by_task(),
+        "cost": {
+            "seconds": candidate.train_seconds,
+            "steps": len(candidate.steps),
+            "rows_trained": sum(len(ids) for step in candidate.steps for ids in step),
+            "trainable_parameters": candidate.trainable_parameters,
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        },
+    }
+
+
+def of_adoption(adapter: Path, config: Config, base: str) -> dict[str, Any]:
+    """The manifest of an adapter made elsewhere: nothing is known of what it was taught, so it has no scores."""
+    return {
+        "created": _now(),
+        "parent": None,
+        "base": {"name": base_name(config), "sha256": base},
+        "plan": None,
+        "source": str(adapter),
+        "config": config.model_dump(mode="json"),
+        "rows": {},
+        "held_out": {},
+        "metrics": {},
+        "evaluation": None,
+        "scores": {},
+        "matrix": asdict(Matrix([], [], [[]])),
+        "summary": {},
+        "verdict": Verdict(True, f"adopted from {adapter}", ()).as_dict(),
+        "promote_wanted": True,
+    }
+
+
+def base_name(config: Config) -> str:
+    """The base model's name as settings say it, with the default filled in."""
+    from treering.model import DEFAULT_MODEL
+
+    return config.model_name_or_path or DEFAULT_MODEL
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
