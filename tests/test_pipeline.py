@@ -208,7 +208,7 @@ def test_an_interrupted_update_ends_in_the_same_bytes(
     ws = workspace("stopped", **settings)
     ws.ingest(toy_rows("pens", 20), task="pens")
     # While the parent is measured, after step 1, 3 and 5, and while the candidate is measured.
-    for checks, kept in ((1, None), (2, "step-1"), (1, "step-3"), (1, "step-5"), (1, "step-5")):
+    for checks, kept in ((2, None), (3, "step-1"), (2, "step-3"), (2, "step-5"), (2, "step-5")):
         left = iter(range(checks, -1, -1))
 
         def check(stop: Stop, left: Iterator[int] = left) -> None:
@@ -476,7 +476,7 @@ def test_an_existing_adapter_becomes_v1(three: Workspace, workspace: MakeWorkspa
 
 def test_an_adapter_that_does_not_fit_leaves_no_workspace(three: Workspace, tmp_path: Path, model_folder: Path) -> None:
     wide = tiny_model(tmp_path / "wide", hidden_size=32)
-    with pytest.raises(VersionError, match="the adapter does not fit the base model"):
+    with pytest.raises(VersionError, match="v1 does not fit the base model"):
         Workspace.create(tmp_path / "ws", adapter=registry.get(three, "v1").folder, model_name_or_path=str(wide))
     with pytest.raises(UsageError, match="no workspace"):
         Workspace(tmp_path / "ws")
