@@ -15,7 +15,7 @@ pytestmark = pytest.mark.real
 
 
 def test_two_product_lines_on_the_default_model(tmp_path: Path) -> None:
-    ws = Workspace.create(tmp_path / "shop", per_device_train_batch_size=8, max_steps=9, learning_rate=2e-3)
+    ws = Workspace.create(tmp_path / "shop", per_device_train_batch_size=8, max_steps=20, learning_rate=2e-3)
     for task, labels in (("1-coffee", ("grinder jam", "stale beans")), ("4-audio", ("ear tip fit", "stylus cleaning"))):
         train, test = (_rows(task, split, labels) for split in ("train", "test"))
         assert ws.ingest(train, task=task, held_out=test).accepted == len(train) + len(test)
