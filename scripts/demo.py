@@ -17,7 +17,7 @@ from treering import Workspace, examples, registry
 FOLDER = Path(".demo")
 SETTINGS: dict[str, Any] = {
     "learning_rate": 2e-3,
-    "num_train_epochs": 4,
+    "num_train_epochs": 3,
     "per_device_train_batch_size": 8,
     "memory": {"size": "33%"},
     "seed": 1,

@@ -74,7 +74,9 @@ def judge(
         few = [j.name for j in judgements if j.rows < j.rows_needed]
         summary = "promoted: no old task is worse, and the new data was learned"
         if few:
-            summary += f" (too few held-out rows to be sure of {', '.join(few)})"
+            named = ", ".join(few) if len(few) <= 4 else f"{len(few)} comparisons"
+            summary = "promoted: the new data was learned, and no old task is shown to be worse"
+            summary += f" (too few held-out rows to be sure of {named})"
     return Verdict(not failed, summary, tuple(judgements))
 
 
