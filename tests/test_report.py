@@ -170,7 +170,9 @@ def page(folder: Path, manifest: Mapping[str, Any], log: Sequence[Mapping[str, f
 
 def test_the_verdict_comes_first(tmp_path: Path, manifest: dict[str, Any]) -> None:
     text = page(tmp_path, manifest).text
-    said = "✓ Promoted Version v6 was promoted The gate’s reason: the new data was learned, and no old task is shown to be"
+    said = (
+        "✓ Promoted Version v6 was promoted The gate’s reason: the new data was learned, and no old task is shown to be"
+    )
     assert said in text
     assert text.index(said) < text.index("Key figures")
     assert "Trained on top of version v4 · 22 November 2025, 00:17 UTC · 1,240 new rows of 1 task, 3 min 48 s" in text

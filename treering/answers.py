@@ -12,7 +12,7 @@ from treering.data.read import Bad, Row, find_files, read
 from treering.errors import UsageError, full_disk_is_clear
 from treering.evaluate import evaluate, generate
 from treering.files import write_file
-from treering.metrics import is_label_set
+from treering.metrics import metric_for
 from treering.model import load, load_tokenizer, resolve
 from treering.registry import Version
 from treering.results import read_results, task_scores
@@ -56,7 +56,7 @@ def score(
     if version is not None and data is None and version.manifest["scores"]:
         kept = {r.id: r for r in read_results(version.folder / "results.parquet")}
     missing = [(example, t) for example, t in pairs if example.id not in kept]
-    metrics = {t: known.get(t) or _metric([e for e, name in pairs if name == t]) for t in {t for _, t in pairs}}
+    metrics = {t: known.get(t) or _metric(ws, t, [e for e, name in pairs if name == t]) for t in {t for _, t in pairs}}
     results = [kept[example.id] for example, _ in pairs if example.id in kept]
     if missing:
         loaded = Answerer(ws, version)
@@ -121,5 +121,7 @@ def _read(ws: Workspace, path: Path, need_answer: bool = True) -> tuple[list[Row
     return rows, refused
 
 
-def _metric(examples: Sequence[Example]) -> str:
-    return "exact_match" if is_label_set([example.label for example in examples]) else "token_f1"
+def _metric(ws: Workspace, task: str, scored: Sequence[Example]) -> str:
+    """What an update would choose: by the task's training rows, or by the scored ones of a task that has none."""
+    trained = ws.catalog.examples(ws.catalog.train_ids(task)).values()
+    return metric_for([example.label for example in trained or scored])

@@ -22,7 +22,7 @@ import numpy as np
 from treering import metrics
 from treering.config import Config
 from treering.data.example import Example
-from treering.data.read import Row, find_files, read, split_of
+from treering.data.read import Bad, Row, find_files, read, split_of
 from treering.errors import TreeringError, UsageError
 from treering.files import write_json
 
@@ -162,7 +162,9 @@ def _untouched(stream: Stream) -> dict[str, Any]:
     config = Config.build(stream.settings("untouched"))
     base = resolve(config.model_name_or_path)
     rows = [(example, task) for task, (_, test) in stream.tasks().items() for example in test]
-    names = {task: _metric(train) for task, (train, _) in stream.tasks().items()}
+    names = {
+        task: metrics.metric_for([example.label for example in train]) for task, (train, _) in stream.tasks().items()
+    }
     results = evaluate(load_base(base, config), load_tokenizer(base), rows, names, config, title="untouched")
     scores = [task_scores(results)[task]["score"] for task in stream.tasks()]
     average = sum(scores) / len(scores)
@@ -225,8 +227,11 @@ def _fwt(matrix: list[list[float | None]], tasks: list[str], untouched: list[lis
 
 
 def _examples(folder: Path, split: str) -> list[Example]:
-    rows = (row for file in find_files(folder) if split_of(file) == split for row in read(file))
-    return list({row.example.id: row.example for row in rows if isinstance(row, Row)}.values())
+    found = [row for file in find_files(folder) if split_of(file) == split for row in read(file)]
+    left = [row for row in found if isinstance(row, Bad)]
+    if left:
+        _say(f"{folder}: {len(left)} rows left out, the first at {left[0].file}, line {left[0].line}: {left[0].reason}")
+    return list({row.example.id: row.example for row in found if isinstance(row, Row)}.values())
 
 
 def _record(example: Example) -> dict[str, object]:
@@ -236,10 +241,6 @@ def _record(example: Example) -> dict[str, object]:
 def _say(text: str) -> None:
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
-
-
-def _metric(train: Sequence[Example]) -> str:
-    return "exact_match" if metrics.is_label_set([example.label for example in train]) else "token_f1"
 
 
 def _peak_memory() -> float:

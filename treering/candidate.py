@@ -16,7 +16,7 @@ from treering.evaluate import METRIC_VERSION, evaluate
 from treering.files import fsync_tree, write_file
 from treering.memory import Memory
 from treering.methods import Methods
-from treering.metrics import is_label_set
+from treering.metrics import metric_for
 from treering.model import Tokens, encode, load, load_tokenizer, save_weights, use_bf16
 from treering.registry import Version
 from treering.results import Result, read_results, write_results
@@ -69,8 +69,7 @@ class Candidate:
         self.examples: dict[str, Example] = ws.catalog.examples(wanted)
         self.metrics: dict[str, str] = dict(parent.manifest["metrics"]) if parent else {}
         for task, ids in plan.rows.items():
-            labelled = is_label_set([self.examples[id].label for id in ids])
-            self.metrics.setdefault(task, "exact_match" if labelled else "token_f1")
+            self.metrics.setdefault(task, metric_for([self.examples[id].label for id in ids]))
         self.steps: list[Step] = []
         self.train_seconds = 0.0
 

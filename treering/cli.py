@@ -192,12 +192,15 @@ def show(
     from treering import registry
 
     found = registry.get(_open(workspace), version)
-    manifest = {**found.manifest, "report": str(found.folder / "report.html")}
+    report = found.folder / "report.html"  # An adopted version has none.
+    manifest = {**found.manifest, "report": str(report) if report.exists() else None}
     verdict = found.manifest["verdict"]
     lines = [f"{found.name}, from {found.parent or 'the base model'}, {manifest['created']}: {verdict['summary']}"]
     lines += [f"  {j['name']}: {j['reason']}" for j in verdict["judgements"]]
     lines += _choices(found) + _matrix(found)
-    lines += [f"rows learned: {len(found.rows)}; files: {len(manifest['files'])}; report: {manifest['report']}"]
+    lines += [
+        f"rows learned: {len(found.rows)}; files: {len(manifest['files'])}; report: {manifest['report'] or 'none'}"
+    ]
     _show(manifest, as_json, lines)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 def write_file(path: Path, content: bytes) -> None:
     """Write `content` under another name, fsync, rename: readers see all of it or what was there before."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    # A link somebody left under that name is not followed.
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -28,7 +29,7 @@ def write_json(path: Path, value: Any) -> None:
 def append_line(path: Path, value: Any) -> None:
     """Append one JSON line and fsync. A line that a crash left unfinished is cut off first."""
     new = not path.exists()
-    with path.open("ab+") as file:
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644), "ab+") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
         file.write((json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode())

@@ -67,17 +67,27 @@ def judge(
     if any(j.rows < j.rows_needed for j in judgements):
         judgements.append(_pool([p for found in old_pairs.values() for p in found], config, seed))
     judgements.append(_gain([p for p in pairs if p[1].id in fresh], config, seed))
+    return Verdict(all(j.passed for j in judgements), _summary(judgements), tuple(judgements))
+
+
+def _summary(judgements: Sequence[Judgement]) -> str:
+    """The verdict in a sentence that claims no more than was measured."""
     failed = [j for j in judgements if not j.passed]
     if failed:
-        summary = "held: " + "; ".join(f"{j.name}: {j.reason}" for j in failed)
-    else:
-        few = [j.name for j in judgements if j.rows < j.rows_needed]
-        summary = "promoted: no old task is worse, and the new data was learned"
-        if few:
-            named = ", ".join(few) if len(few) <= 4 else f"{len(few)} comparisons"
-            summary = "promoted: the new data was learned, and no old task is shown to be worse"
-            summary += f" (too few held-out rows to be sure of {named})"
-    return Verdict(not failed, summary, tuple(judgements))
+        return "held: " + "; ".join(f"{j.name}: {j.reason}" for j in failed)
+    gain = judgements[-1]
+    learned = "nothing was measured of the new data"
+    if gain.before is not None and gain.after is not None:
+        learned = "the new data was learned"
+        if gain.after <= gain.before:
+            learned = f"on new data the score went {100 * gain.before:.1f} to {100 * gain.after:.1f}, and the loss fell"
+    few = [j for j in judgements if j.rows < j.rows_needed]
+    if not few:
+        return f"promoted: {learned}" + (", and no old task is worse" if len(judgements) > 1 else "")
+    text = f"promoted: {learned}, and no old task is shown to be worse, though {len(few)} comparisons had too few rows"
+    fell = [j for j in few if j.before is not None and j.after is not None and j.after < j.before]
+    changes = [f"{j.name} {100 * ((j.after or 0) - (j.before or 0)):+.1f} on {j.rows} rows" for j in fell[:4]]
+    return text + (f" ({', '.join(changes)})" if changes else "")
 
 
 def held_for(reason: str) -> Verdict:
@@ -125,7 +135,8 @@ def _gain(pairs: Sequence[tuple[Result, Result]], config: GateConfig, seed: int)
     # What is perfect cannot gain more.
     gained = found["after"] == 1 or (found["change"] > 0 and found["change"] >= wanted)
     # A score that did not move says little (few rows, or right already); then the loss tells if anything was learned.
-    passed = gained or (found["upper"] >= wanted and loss < 0)
+    kept = found["upper"] >= wanted and found["change"] >= -config.margin
+    passed = gained or (kept and loss < 0)
     reason = f"changed by {_points(found['change'])} (bounds {_range(found)}), held-out loss by {loss:+.3f}"
     if not passed:
         reason += f"; a gain of at least {_points(wanted)} or a lower loss is needed"

@@ -111,6 +111,11 @@ def token_f1(prediction: str, answer: str) -> float:
     return 2 * common / (len(got) + len(wanted))
 
 
+def metric_for(answers: Sequence[str]) -> str:
+    """The metric of a task with these (normalised) training answers."""
+    return "exact_match" if is_label_set(answers) else "token_f1"
+
+
 def is_label_set(answers: Sequence[str]) -> bool:
     """Whether these (normalised) answers look like labels: short, and on average used at least twice."""
     distinct = set(answers)

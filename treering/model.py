@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from treering.data.example import Example, Message
-from treering.errors import ModelError
+from treering.errors import ModelError, VersionError
 from treering.files import fsync_tree, sha256, write_file
 
 if TYPE_CHECKING:
@@ -204,6 +204,8 @@ def load(base: Path, config: Config, version: Version | None = None) -> PreTrain
         )
     if not (version.folder / "adapter_config.json").exists():
         return load_base(version.folder, config)
+    if not (version.folder / "adapter_model.safetensors").exists():
+        raise VersionError(f"{version.name} has no adapter_model.safetensors; other formats are not loaded")
     from peft import PeftModel
 
     adapted = PeftModel.from_pretrained(load_base(base, config), str(version.folder), is_trainable=True)

@@ -21,14 +21,14 @@ def status(ws: Workspace) -> dict[str, Any]:
         "current": here.name if here else None,
         "scores": here.scores if here else {},
         "waiting": {task: len(ids) for task, ids in waiting.items()},
-        "inbox": _unread(ws),
+        "inbox": unread(ws),
         "rows": ws.catalog.counts(),
         "versions": len(registry.versions(ws)),
         "interrupted": any(ws.versions.glob(".staging-*")),
     }
 
 
-def _unread(ws: Workspace) -> list[str]:
+def unread(ws: Workspace) -> list[str]:
     """Files of the inbox that were not ingested as they are now."""
     from treering.data.read import find_files
     from treering.files import sha256
@@ -63,6 +63,8 @@ def compare(ws: Workspace, first: Version, second: Version) -> dict[str, Any]:
     from treering.gate import paired
     from treering.results import read_results
 
+    for version in (first, second):
+        version.check()
     before, after = (
         {r.id: r for r in read_results(v.folder / "results.parquet")} if v.manifest["scores"] else {}
         for v in (first, second)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from treering import registry, report
+from treering import overview, registry, report
 from treering.errors import ModelError, UsageError, VersionError, full_disk_is_clear
 from treering.manifest import base_name, of_update
 from treering.registry import Version
@@ -52,7 +52,9 @@ def update(
         done = _nothing_to_train(ws, plan, promote, dry_run)
         if done is not None:
             return done
+        newest = plan
         plan, staging = stage(ws, plan)
+        later = len(newest.row_ids) - len(plan.row_ids)
         stop.check()
 
         try:
@@ -73,10 +75,11 @@ def update(
             manifest = of_update(candidate, before, after, verdict, promote)
             report.write(candidate.folder, registry.next_name(ws), manifest, log)
             version = registry.commit(ws, candidate.folder, manifest)
-            registry.discard(staging)
             if verdict.promote and promote:
                 registry.promote(ws, version)
-    return Outcome("promoted" if verdict.promote and promote else "held", verdict.summary, version)
+            registry.discard(staging)
+    resumed = f"; it was resumed, and {later} newer rows wait for the next update" if later else ""
+    return Outcome("promoted" if verdict.promote and promote else "held", verdict.summary + resumed, version)
 
 
 def _nothing_to_train(ws: Workspace, plan: Plan, promote: bool, dry_run: bool) -> Outcome | None:
@@ -86,7 +89,8 @@ def _nothing_to_train(ws: Workspace, plan: Plan, promote: bool, dry_run: bool) -
     if dry_run and plan.rows:
         return Outcome("planned", "nothing was written", plan=plan.as_dict())
     if dry_run:
-        return Outcome("nothing new", "every ingested row has been learned (a dry run does not read the inbox)")
+        unread = len(overview.unread(ws))
+        return Outcome("nothing new", f"every ingested row has been learned; {unread} inbox files are not ingested yet")
     if not plan.rows:
         clear(ws)
         return Outcome("nothing new", "every training row has been learned; put new files into the inbox")

@@ -95,7 +95,7 @@ def stage(ws: Workspace, plan: Plan) -> tuple[Plan, Path]:
             and waiting.issuperset(found.row_ids)
         ):
             return found, folder
-    folder = ws.versions / f".staging-{plan.digest[:12]}"
+    folder = registry.staging_folder(ws, plan.digest)
     registry.discard(folder)
     folder.mkdir()
     write_json(folder / PLAN, asdict(plan))

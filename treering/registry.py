@@ -45,7 +45,7 @@ class Version:
         try:
             manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             stated, number = manifest["digest"], int(manifest["format"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise VersionError(
                 f"{self.name}: {path} cannot be read ({error}); restore the folder from a backup"
             ) from None
@@ -53,6 +53,9 @@ class Version:
             raise VersionError(f"{self.name} has format {number}, newer than {FORMAT}: update treering")
         if stated != _digest(manifest):
             raise VersionError(f"{self.name}: {path} was edited; restore the folder from a backup")
+        parent = manifest.get("parent")
+        if parent is not None and not (_NAME.fullmatch(str(parent)) and int(parent[1:]) < self.number):
+            raise VersionError(f"{self.name}: its parent {parent!r} is no earlier version; restore the folder")
         if manifest["name"] != self.name:
             raise VersionError(f"{self.name}: {path} is that of {manifest['name']}; give the folder its name back")
         return manifest
@@ -104,6 +107,7 @@ class Version:
                 problems.append(f"{self.name}: {name} is not a plain file")
             elif sha256(path) != digest:
                 problems.append(f"{self.name}: {name} was changed since the version was made")
+        problems += [f"{self.name}: {name} may be a pickle, which is never loaded" for name in found if _pickled(name)]
         problems += [
             f"{self.name}: {name} does not belong to it" for name in sorted(found) if name not in {*promised, MANIFEST}
         ]
@@ -171,6 +175,11 @@ def commit(ws: Workspace, staging: Path, manifest: dict[str, Any]) -> Version:
     return Version(name, folder)
 
 
+def staging_folder(ws: Workspace, plan: str) -> Path:
+    """Where the update with the plan of that digest works; it goes once its version is committed and promoted."""
+    return ws.versions / f".staging-{plan[:12]}"
+
+
 def next_name(ws: Workspace) -> str:
     """The name that the next committed version gets."""
     return f"v{max((v.number for v in versions(ws)), default=0) + 1}"
@@ -206,8 +215,11 @@ def history(ws: Workspace) -> list[dict[str, Any]]:
     events = []
     for number, line in enumerate(ws.history.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            events.append(json.loads(line))
-        except ValueError:
+            event = json.loads(line)
+            events.append({key: event[key] for key in ("time", "event", "version", "previous", "forced")})
+            if event["version"] is not None and not _NAME.fullmatch(event["version"]):
+                raise ValueError(event["version"])
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise VersionError(f"{ws.history}, line {number} is damaged; restore the file from a backup") from None
     return events
 
@@ -227,7 +239,9 @@ def recover(ws: Workspace) -> None:
         if not made or any(event["version"] == made[-1].name for event in events):
             return
         newest = made[-1]
-        if newest.promote and newest.manifest["promote_wanted"] and newest.parent == _linked(ws):
+        # The update that made it still has its folder: promoting was its next step, and nobody else put this there.
+        making = newest.manifest["plan"] and staging_folder(ws, newest.manifest["plan"]).exists()
+        if making and newest.promote and newest.manifest["promote_wanted"] and newest.parent == _linked(ws):
             promote(ws, newest)
 
 
@@ -278,6 +292,10 @@ def _link(ws: Workspace, name: str | None) -> None:
         scratch.symlink_to(Path(ws.versions.name) / name)
         scratch.replace(ws.current)
     fsync_folder(ws.root)
+
+
+def _pickled(name: str) -> bool:
+    return name.endswith((".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"))
 
 
 def _digest(manifest: dict[str, Any]) -> str:

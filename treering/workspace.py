@@ -61,8 +61,11 @@ class Workspace:
                 f"{ws.root} holds versions but no {SETTINGS}, as an `init` that was cut off leaves it; "
                 f"put {SETTINGS} back, or remove {ws.versions}, {ws.history} and {ws.current}"
             )
+        found = None
+        if adapter is not None:
+            found = Path(adapter)
+            settings = {**_adapter_settings(found), **settings}
         config = Config.build(dict(settings))
-        found = _adapter_folder(adapter) if adapter is not None else None
         with full_disk_is_clear(ws.root):
             for folder in (ws.inbox, ws.versions):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +140,7 @@ class Workspace:
         so that rolling back never waits for an update. Raises `LockError` that says who holds it.
         """
         try:
-            descriptor = os.open(self.root / f".{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(self.root / f".{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise LockError(
                 f"{self.root} cannot be locked ({error}); every command needs to write there, if only its lock"
@@ -169,12 +172,19 @@ def _holder(descriptor: int) -> str:
         return "another process"
 
 
-def _adapter_folder(adapter: str | Path) -> Path:
-    folder = Path(adapter)
+def _adapter_settings(folder: Path) -> dict[str, int]:
+    """Rank and scale of a LoRA folder, which updates must go on with. Raises `UsageError` for any other folder."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise UsageError(f"--adapter {folder}: no {name} in it; name a PEFT folder with safetensors weights")
-    return folder
+    try:
+        made = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        kind, rank, alpha = made["peft_type"], made.get("r"), made.get("lora_alpha")
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise UsageError(f"--adapter {folder}: its adapter_config.json cannot be read ({error})") from None
+    if kind != "LORA":
+        raise UsageError(f"--adapter {folder} is of type {kind}; updates can go on with LORA adapters only")
+    return {"lora_rank": rank, "lora_alpha": alpha}
 
 
 def _settings_text(settings: Mapping[str, Any]) -> str:

@@ -72,7 +72,7 @@ class Catalog:
     """The rows and the quarantine of a workspace, in SQLite (WAL)."""
 
     def __init__(self, path: Path) -> None:
-        self.engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 60})
+        self.engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), connect_args={"timeout": 60})
         sa.event.listen(self.engine, "connect", _durable)
         try:
             with self.engine.connect() as db:
@@ -101,6 +101,12 @@ class Catalog:
                 if id not in consumed:
                     found.setdefault(task, []).append(id)
         return found
+
+    def train_ids(self, task: str) -> list[str]:
+        """Ids of the task's training rows."""
+        query = sa.select(_rows.c.id).where(_rows.c.task == task, _rows.c.split == "train").order_by(_rows.c.seq)
+        with self.engine.connect() as db:
+            return list(db.execute(query).scalars())
 
     def held_out(self) -> dict[str, list[str]]:
         """Ids of all held-out rows by task, in the order they came."""
@@ -164,6 +170,12 @@ class Writer:
             found |= dict(self.db.execute(query).all())
         return found
 
+    def sizes(self, task: str) -> tuple[int, int]:
+        """How many rows the task has, and how many of them are held out."""
+        query = sa.select(_rows.c.split, sa.func.count()).where(_rows.c.task == task).group_by(_rows.c.split)
+        counts: dict[str, int] = dict(self.db.execute(query).all())
+        return sum(counts.values()), counts.get("held_out", 0)
+
     def has_given_held_out(self, task: str) -> bool:
         """Whether the user gave this task held-out rows of its own."""
         query = sa.select(_rows.c.id).where(_rows.c.task == task, _rows.c.split == "held_out", _rows.c.given).limit(1)
@@ -224,11 +236,17 @@ def _create(db: sa.Connection) -> None:
     db.commit()
 
 
-def choose_held_out(ids: Sequence[str], share: float) -> set[str]:
-    """The `share` of `ids` with the lowest hashes: random, the same for the same rows, at least one of five or more."""
-    count = round(share * len(ids))
-    if share > 0 and len(ids) >= 5:
-        count = max(1, count)
+def choose_held_out(ids: Sequence[str], share: float, stored: int = 0, held_out: int = 0) -> set[str]:
+    """Which of the new `ids` of a task to hold out: those with the lowest hashes, random but always the same.
+
+    As many as bring the task to `share`, with the `stored` rows it has already, `held_out` of them on that side; at
+    least one once it has five rows.
+    """
+    rows = stored + len(ids)
+    wanted = round(share * rows)
+    if share > 0 and rows >= 5:
+        wanted = max(1, wanted)
+    count = max(0, wanted - held_out)
     return set(sorted(ids, key=lambda id: hashlib.blake2b(f"held-out:{id}".encode(), digest_size=8).digest())[:count])
 
 

@@ -141,7 +141,7 @@ def _split(writer: Writer, task: str, rows: list[Stored], share: float) -> list[
     """Hold out a share of the training rows of a task that has no held-out rows of the user's own."""
     if any(row.given for row in rows) or writer.has_given_held_out(task):
         return rows
-    chosen = choose_held_out([row.example.id for row in rows], share)
+    chosen = choose_held_out([row.example.id for row in rows], share, *writer.sizes(task))
     return [
         Stored(r.example, r.task, "held_out" if r.example.id in chosen else "train", False, r.file, r.line)
         for r in rows
