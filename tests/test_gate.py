@@ -62,7 +62,7 @@ def test_a_clear_win_promotes() -> None:
     now = [*results("pens", scores(370, 30)), *results("cups", scores(45, 5), loss=0.1)]
     verdict = judge(was, now, ["pens", "cups"], ids(results("cups", [0] * 50)), GateConfig(), seed=0)
     assert verdict.promote
-    assert verdict.summary == "promoted: no old task is worse, and the new data was learned"
+    assert verdict.summary == "promoted: the new data was learned, and no old task is worse"
     assert [j.name for j in verdict.judgements] == ["pens", "new data"]
     pens = named(verdict, "pens")
     assert (pens.before, pens.after, pens.rows) == (0.9, 0.925, 400)
@@ -106,7 +106,8 @@ def test_a_drop_that_may_be_beyond_the_margin_holds_where_rows_suffice() -> None
 def test_too_few_rows_are_said_and_counted() -> None:
     verdict = old({"pens": scores(18, 2)}, {"pens": scores(18, 2)})
     assert verdict.promote
-    assert "(too few held-out rows to be sure of pens" in verdict.summary
+    assert "no old task is shown to be worse, though 2 comparisons had too few rows" in verdict.summary
+    assert "nothing was measured of the new data" in verdict.summary
     pens = named(verdict, "pens")
     assert pens.rows_needed == rows_needed(0.0, GateConfig()) == 174
     assert f"20 held-out rows are {174 - 20} too few to see a drop of 5.0 points" in pens.reason

@@ -17,6 +17,7 @@ from treering import Workspace, registry
 from treering.data.catalog import Writer, choose_held_out
 from treering.data.intake import Ingested
 from treering.errors import ConfigError, TreeringError, UsageError
+from treering.testing import toy_rows
 
 MakeWorkspace = Callable[..., Workspace]
 Rows = Sequence[Mapping[str, object]]
@@ -293,3 +294,18 @@ def test_whatever_comes_every_row_is_somewhere(
         kept = {id for ids in ws.catalog.held_out().values() for id in ids}
         assert not train & kept
         assert sum(ws.catalog.counts()[side] for side in ("train", "held_out")) <= accepted
+
+
+def test_small_ingests_hold_out_their_share_in_time(workspace: MakeWorkspace) -> None:
+    ws = workspace()
+    for start in range(0, 20, 4):
+        ws.ingest(toy_rows("pens", 20)[start : start + 4], task="pens")
+    assert len(ws.catalog.held_out()["pens"]) == 2
+
+
+@pytest.mark.parametrize("name", ["a?b", "a%20b", "a#b", "a:b?mode=memory"])
+def test_the_catalog_lies_in_the_workspace_whatever_its_name(workspace: MakeWorkspace, name: str) -> None:
+    ws = workspace(name)
+    ws.ingest(toy_rows("pens", 4), task="pens")
+    assert (ws.root / "treering.db").exists()
+    assert {path.name for path in ws.root.parent.iterdir() if "treering" in path.name} == set()

@@ -32,3 +32,9 @@ def test_file_map_lists_every_module() -> None:
     files = {str(path.relative_to(ROOT)) for path in (ROOT / "treering").rglob("*.py")}
     empty = {"treering/data/__init__.py"}
     assert listed == files - empty
+
+
+def test_relative_links_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        links = re.findall(r"\]\(([^)#:]+)[)#]", page.read_text(encoding="utf-8"))
+        assert [link for link in links if not (page.parent / link).exists()] == [], page

@@ -23,6 +23,15 @@ def ws(tmp_path: Path) -> Workspace:
     return Workspace.create(tmp_path / "ws")
 
 
+PLAN = "0123456789abcdef"
+
+
+def crashed_before_promoting(ws: Workspace, parent: str | None = None, **made: Any) -> None:
+    """The update's version is there, and so is its folder, which goes last."""
+    commit(ws, parent, **made)
+    registry.staging_folder(ws, PLAN).mkdir()
+
+
 def commit(
     ws: Workspace, parent: str | None = None, *, promote: bool = True, wanted: bool = True, rows: tuple[str, ...] = ()
 ) -> Version:
@@ -32,6 +41,7 @@ def commit(
     (staging / "more" / "notes").write_text("päper")
     manifest = {
         "parent": parent,
+        "plan": PLAN,
         "rows": {"pens": list(rows)},
         "scores": {"pens": {"score": 0.5}},
         "verdict": {"promote": promote, "summary": "promoted: fine" if promote else "held: no"},
@@ -191,7 +201,7 @@ def test_a_promotion_noted_but_not_linked_is_finished(ws: Workspace, monkeypatch
 
 def test_a_commit_that_was_not_promoted_is_finished(ws: Workspace) -> None:
     chain(ws, 1)
-    commit(ws, "v1")
+    crashed_before_promoting(ws, "v1")
     assert current(Workspace(ws.root)) == "v2"
     assert registry.history(ws)[-1]["version"] == "v2"
     Workspace(ws.root).rollback()
@@ -203,13 +213,41 @@ def test_a_commit_that_was_not_promoted_is_finished(ws: Workspace) -> None:
 )
 def test_a_commit_that_is_not_to_be_promoted_stays(ws: Workspace, made: dict[str, Any]) -> None:
     chain(ws, 2)
-    commit(ws, **{"parent": "v2", **made})
+    crashed_before_promoting(ws, **{"parent": "v2", **made})
     assert current(Workspace(ws.root)) == "v2"
 
 
-def test_the_first_commit_is_finished_too(ws: Workspace) -> None:
-    commit(ws)
+def test_a_version_that_no_update_made_is_not_promoted(ws: Workspace) -> None:
+    chain(ws, 1)
+    commit(ws, "v1")  # As if somebody had copied a folder in.
     assert current(Workspace(ws.root)) == "v1"
+
+
+def test_the_first_commit_is_finished_too(ws: Workspace) -> None:
+    crashed_before_promoting(ws)
+    assert current(Workspace(ws.root)) == "v1"
+
+
+@pytest.mark.parametrize("parent", ["v1", "v2", "../v0", "v01", 5])
+def test_a_parent_that_is_no_earlier_version_is_refused(ws: Workspace, parent: Any) -> None:
+    version = commit(ws, parent)
+    with pytest.raises(VersionError, match="no earlier version"):
+        assert Version(version.name, version.folder).manifest
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", "5", '{"time": 1, "event": "promote", "version": "../x"}'])
+def test_a_history_of_another_shape_is_refused(ws: Workspace, line: str) -> None:
+    ws.history.write_text(line + "\n")
+    with pytest.raises(VersionError, match=r"history\.jsonl, line 1 is damaged"):
+        registry.history(ws)
+
+
+def test_a_pickle_is_never_loaded(ws: Workspace) -> None:
+    staging = ws.versions / ".staging-pickle"
+    staging.mkdir()
+    (staging / "adapter_model.bin").write_bytes(b"weights")
+    version = registry.commit(ws, staging, {"parent": None})
+    assert version.problems() == ["v1: adapter_model.bin may be a pickle, which is never loaded"]
 
 
 def test_a_crash_while_committing_leaves_no_version(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

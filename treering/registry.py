@@ -240,7 +240,8 @@ def recover(ws: Workspace) -> None:
             return
         newest = made[-1]
         # The update that made it still has its folder: promoting was its next step, and nobody else put this there.
-        making = newest.manifest["plan"] and staging_folder(ws, newest.manifest["plan"]).exists()
+        plan = newest.manifest.get("plan")
+        making = plan is not None and staging_folder(ws, plan).exists()
         if making and newest.promote and newest.manifest["promote_wanted"] and newest.parent == _linked(ws):
             promote(ws, newest)
 
