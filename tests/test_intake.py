@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from treering import Workspace, registry
 from treering.data.catalog import Writer, choose_held_out
 from treering.data.intake import Ingested
-from treering.errors import ConfigError, TreeringError, UsageError
+from treering.errors import ConfigError, LockError, TreeringError, UsageError
 from treering.testing import toy_rows
 
 MakeWorkspace = Callable[..., Workspace]
@@ -309,3 +309,13 @@ def test_the_catalog_lies_in_the_workspace_whatever_its_name(workspace: MakeWork
     ws.ingest(toy_rows("pens", 4), task="pens")
     assert (ws.root / "treering.db").exists()
     assert {path.name for path in ws.root.parent.iterdir() if "treering" in path.name} == set()
+
+
+def test_a_busy_catalog_says_so(workspace: MakeWorkspace) -> None:
+    ws = workspace()
+    other = Workspace(ws.root)
+    with ws.catalog.writing(), other.catalog.engine.connect() as db:
+        db.exec_driver_sql("PRAGMA busy_timeout = 10")
+        db.close()
+        with pytest.raises(LockError, match="another process is ingesting"), other.catalog.writing():
+            pass

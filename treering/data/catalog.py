@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from treering.data.dedup import Split
 from treering.data.example import Example
 from treering.data.read import Bad
-from treering.errors import TreeringError
+from treering.errors import LockError, TreeringError
 
 SCHEMA = 1
 _CHUNK = 500  # SQLite takes a limited number of bound values.
@@ -86,10 +86,18 @@ class Catalog:
 
     @contextmanager
     def writing(self) -> Iterator[Writer]:
-        """One transaction: all that happens inside is stored, or nothing."""
+        """One transaction: all that happens inside is stored, or nothing.
+
+        Raises `LockError` when another process keeps the catalog for longer than a minute.
+        """
         with self.engine.begin() as db:
-            # Take the write lock before reading, so that what was read cannot change before it is written.
-            db.execute(sa.text("BEGIN IMMEDIATE"))
+            try:
+                # Take the write lock before reading, so that what was read cannot change before it is written.
+                db.execute(sa.text("BEGIN IMMEDIATE"))
+            except sa.exc.OperationalError as error:
+                if "locked" not in str(error.orig):
+                    raise
+                raise LockError("another process is ingesting into this workspace; try again when it is done") from None
             yield Writer(db)
 
     def waiting(self, consumed: Collection[str]) -> dict[str, list[str]]:
