@@ -333,13 +333,21 @@ def noted_first_not_moved(root: Path) -> None:
     (root / "current").unlink()
 
 
+def still_working(root: Path) -> None:
+    """The folder of the update that made v2, which goes only after the promotion."""
+    plan = json.loads((root / "versions" / "v2" / "manifest.json").read_text())["plan"]
+    (root / "versions" / f".staging-{plan[:12]}").mkdir()
+
+
 def committed_not_noted(root: Path) -> None:
+    still_working(root)
     lines = (root / "history.jsonl").read_text().splitlines(keepends=True)
     (root / "history.jsonl").write_text(lines[0])
     link(root, "v1")
 
 
 def noted_half(root: Path) -> None:
+    still_working(root)
     text = (root / "history.jsonl").read_text()
     (root / "history.jsonl").write_text(text[:-20])
     link(root, "v1")

@@ -182,21 +182,11 @@ def train(
         advance(done)
         for number in range(done, len(steps)):
             started = time.perf_counter()
-            entry: dict[str, float] = {"step": number + 1, "loss": 0.0}
             batches = [
                 make_batch([rows[id] for id in ids], teachers or {}, pad_id, accelerator.device)
                 for ids in steps[number]
             ]
-            tokens = sum(len(batch.targets) for batch in batches)
-            for batch in batches:
-                with compute(bf16, accelerator.device):
-                    logits = logits_at(model, **batch.inputs, at=batch.at)
-                loss = cross_entropy(logits, batch.targets, reduction="sum") / tokens
-                entry["loss"] += float(loss.detach())
-                for name, extra in methods.losses(model, batch, logits).items():
-                    loss = loss + extra / len(batches)
-                    entry[name] = entry.get(name, 0.0) + float(extra.detach()) / len(batches)
-                accelerator.backward(loss)
+            entry = {"step": float(number + 1), **_gradients(model, batches, methods, accelerator, bf16)}
             if not all(math.isfinite(value) for value in entry.values()):
                 raise TreeringError(
                     f"the loss is not finite at step {number + 1} ({entry}); set a lower learning_rate than "
@@ -219,6 +209,24 @@ def train(
             if stop is not None:
                 stop.check()
     return log
+
+
+def _gradients(
+    model: PreTrainedModel, batches: Sequence[Batch], methods: Methods, accelerator: Accelerator, bf16: bool
+) -> dict[str, float]:
+    """Accumulate the gradients of one optimiser step; returns its loss and the methods' terms."""
+    tokens = sum(len(batch.targets) for batch in batches)
+    losses = {"loss": 0.0}
+    for batch in batches:
+        with compute(bf16, accelerator.device):
+            logits = logits_at(model, **batch.inputs, at=batch.at)
+        loss = cross_entropy(logits, batch.targets, reduction="sum") / tokens
+        losses["loss"] += float(loss.detach())
+        for name, extra in methods.losses(model, batch, logits).items():
+            loss = loss + extra / len(batches)
+            losses[name] = losses.get(name, 0.0) + float(extra.detach()) / len(batches)
+        accelerator.backward(loss)
+    return losses
 
 
 def rate_schedule(config: Config, steps: int) -> Callable[[int], float]:
