@@ -156,6 +156,7 @@ def _in_child(stream: Stream, method: str, folder: Path) -> None:
 
 def _untouched(stream: Stream) -> dict[str, Any]:
     from treering.evaluate import evaluate
+    from treering.manifest import peak_memory_mb
     from treering.model import load_base, load_tokenizer, resolve
     from treering.results import task_scores
 
@@ -174,7 +175,7 @@ def _untouched(stream: Stream) -> dict[str, Any]:
         **nothing,
         "old": metrics.old([scores]) if len(scores) > 1 else None,
         "seconds": 0.0,
-        "peak_memory_mb": _peak_memory(),
+        "peak_memory_mb": peak_memory_mb(),
         "trainable_parameters": 0,
         "memory_rows": 0,
         "matrix": [scores],
@@ -241,12 +242,6 @@ def _record(example: Example) -> dict[str, object]:
 def _say(text: str) -> None:
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
-
-
-def _peak_memory() -> float:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _digest(stream: Stream, tasks: Mapping[str, tuple[list[Example], list[Example]]]) -> str:

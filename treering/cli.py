@@ -100,12 +100,8 @@ def ingest(
     as_json: AsJson = False,
 ) -> None:
     """Take rows in: read, check, deduplicate, store."""
-    from treering.data.intake import ingest as take_in
-    from treering.errors import full_disk_is_clear
-
     ws = _open(workspace)
-    with full_disk_is_clear(ws.root):
-        done = take_in(ws, [str(p) for p in paths] if paths else None, task=task, held_out=held_out, quiet=False)
+    done = ws.ingest(paths or None, task=task, held_out=held_out, quiet=False)
     lines = [
         f"{done.rows} rows: {done.accepted} accepted ({done.held_out} held out), "
         f"{done.duplicates} duplicates, {done.quarantined} quarantined"

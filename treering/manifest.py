@@ -63,7 +63,7 @@ def of_update(
             "steps": len(candidate.steps),
             "rows_trained": sum(len(ids) for step in candidate.steps for ids in step),
             "trainable_parameters": candidate.trainable_parameters,
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak_memory_mb": peak_memory_mb(),
         },
     }
 
@@ -87,6 +87,11 @@ def of_adoption(adapter: Path, config: Config, base: str) -> dict[str, Any]:
         "verdict": Verdict(True, f"adopted from {adapter}", ()).as_dict(),
         "promote_wanted": True,
     }
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def base_name(config: Config) -> str:

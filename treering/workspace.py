@@ -94,12 +94,13 @@ class Workspace:
         *,
         task: str | None = None,
         held_out: str | Path | Iterable[Mapping[str, object]] | None = None,
+        quiet: bool = True,
     ) -> Ingested:
         """Take in files, folders or rows (dictionaries in any known shape); the inbox by default."""
         from treering.data.intake import ingest
 
         with full_disk_is_clear(self.root):
-            return ingest(self, source, task=task, held_out=held_out)
+            return ingest(self, source, task=task, held_out=held_out, quiet=quiet)
 
     def update(self, *overrides: str, promote: bool = True, quiet: bool = True, **settings: Any) -> Version | None:
         """Run one update over everything new; returns the new version, or None if nothing was new.
@@ -174,7 +175,9 @@ def _holder(descriptor: int) -> str:
 
 def _adapter_settings(folder: Path) -> dict[str, int]:
     """Rank and scale of a LoRA folder, which updates must go on with. Raises `UsageError` for any other folder."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    from treering.adopt import ADAPTER_FILES
+
+    for name in ADAPTER_FILES:
         if not (folder / name).is_file():
             raise UsageError(f"--adapter {folder}: no {name} in it; name a PEFT folder with safetensors weights")
     try:
