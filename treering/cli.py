@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure methods against each other.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
+keys = typer.Typer(help="Keys for the server.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(keys, name="keys")
 
 Folder = Annotated[Path, typer.Option("--workspace", "-w", metavar="DIR", help="The workspace's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
@@ -322,6 +324,54 @@ def chat(
         turns.append(Message("user", line))
         turns.append(Message("assistant", loaded.answer([turns])[0]))
         print(turns[-1].content, flush=True)
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    workspace: Folder = HERE,
+) -> None:
+    """Answer over an OpenAI-compatible API, always with the current version."""
+    from treering.serve.run import serve as run_server
+
+    run_server(_open(workspace), host, port)
+
+
+@keys.command("create")
+def keys_create(
+    name: Annotated[str, typer.Option(help="Who or what it is for.")] = "",
+    scope: Annotated[str, typer.Option(help="`api` to ask, `admin` to promote and roll back as well.")] = "api",
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Its own limit.")] = None,
+    workspace: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Make a key. It is shown this once; only its hash is kept."""
+    from treering.serve import keys as store
+
+    key, secret = store.create(_open(workspace), name, scope, requests_per_minute)
+    _show({"id": key.id, "name": key.name, "scope": key.scope, "key": secret}, as_json, [secret, f"its id: {key.id}"])
+
+
+@keys.command("list")
+def keys_list(workspace: Folder = HERE, as_json: AsJson = False) -> None:
+    """The keys there are, without what is secret."""
+    from treering.serve import keys as store
+
+    found = [key.model_dump(exclude={"sha256"}) for key in store.read(_open(workspace).root)]
+    lines = [f"{key['id']}  {key['scope']:5}  {key['created']}  {key['name']}" for key in found]
+    _show({"keys": found}, as_json, lines or ["no key yet"])
+
+
+@keys.command("revoke")
+def keys_revoke(
+    id: Annotated[str, typer.Argument(metavar="ID")], workspace: Folder = HERE, as_json: AsJson = False
+) -> None:
+    """Take a key away; a running server refuses it at once."""
+    from treering.serve import keys as store
+
+    key = store.revoke(_open(workspace), id)
+    _show({"revoked": key.id}, as_json, [f"{key.id} ({key.name or 'no name'}) is revoked"])
 
 
 @bench.command()

@@ -103,6 +103,37 @@ class EvalConfig(Section):
     """Longest generated answer, in tokens; tasks with a label set stop two tokens past their longest label."""
 
 
+class ServeConfig(Section):
+    """How `treering serve` answers."""
+
+    temperature: float = Field(0.0, ge=0)
+    """Temperature of requests that name none; 0, the likeliest token, is how versions are judged."""
+
+    max_new_tokens: int = Field(512, ge=1)
+    """Longest answer of requests that set no limit, in tokens."""
+
+    max_batch_size: int = Field(32, ge=1)
+    """Answers generated at once."""
+
+    max_queue: int = Field(256, ge=0)
+    """Requests that may wait beyond those; more get HTTP status 429."""
+
+    max_loaded_versions: int = Field(4, ge=1)
+    """Versions kept in memory beside the base model; the least recently used one goes."""
+
+    max_body_bytes: int = Field(1_000_000, ge=1)
+    """Largest request."""
+
+    request_timeout: float = Field(300.0, gt=0)
+    """Seconds after which a request fails."""
+
+    requests_per_minute: int | None = Field(None, ge=1)
+    """Limit of each key; none by default."""
+
+    log_contents: bool = False
+    """Write questions and answers into the access log."""
+
+
 class Config(Section):
     """All settings of a workspace."""
 
@@ -182,6 +213,7 @@ class Config(Section):
     distill: DistillConfig = DistillConfig()
     gate: GateConfig = GateConfig()
     eval: EvalConfig = EvalConfig()
+    serve: ServeConfig = ServeConfig()
 
     @field_validator("finetuning_type")
     @classmethod

@@ -1,0 +1,228 @@
+"""What OpenAI's clients send: requests checked, and turned into jobs for the engine.
+
+Settings that would change an answer and are not supported are refused, not passed over.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from treering.serve.engine import EngineError, Job
+
+MOST_CHOICES = 16
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str = Field(examples=["current"], description="`current`, `base` or a version such as `v3`.")
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+
+
+class Function(BaseModel):
+    """A function the model may call."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str
+
+
+class Tool(BaseModel):
+    """A tool, as the chat template sees it."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class TextPart(BaseModel):
+    """A part of a message; only text is read."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(extra="forbid")
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+    def turn(self) -> dict[str, Any]:
+        """As chat templates read it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
+        role = "system" if self.role == "developer" else self.role
+        others = {"name": self.name, "tool_calls": self.tool_calls, "tool_call_id": self.tool_call_id}
+        return {"role": role, "content": text, **{key: value for key, value in others.items() if value is not None}}
+
+
+class JsonSchema(BaseModel):
+    """A schema by name."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=())
+    name: str
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+    description: str | None = None
+
+
+class TextFormat(BaseModel):
+    """Free text."""
+
+    type: Literal["text"]
+
+
+class ObjectFormat(BaseModel):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class SchemaFormat(BaseModel):
+    """JSON that fits a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries beside the answer."""
+
+    model_config = ConfigDict(extra="forbid")
+    include_usage: bool = False
+
+
+class _Generate(_Request):
+    """What chat and text completions share."""
+
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "temperature": self.temperature,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "stop": [self.stop] if isinstance(self.stop, str) else self.stop or [],
+            "frequency_penalty": self.frequency_penalty or 0.0,
+            "presence_penalty": self.presence_penalty or 0.0,
+            "logit_bias": self.logit_bias or {},
+        }
+
+    def _seed(self, choice: int) -> int | None:
+        """Each choice of a request draws from its own numbers."""
+        return None if self.seed is None else (self.seed + choice) % 2**63
+
+
+class ChatRequest(_Generate):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Tool] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    store: bool | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+    @property
+    def active_tools(self) -> list[dict[str, Any]] | None:
+        """The tools the model is shown."""
+        return None if self.tool_choice == "none" or not self.tools else [tool.model_dump() for tool in self.tools]
+
+    def jobs(self, id: str, version: str) -> list[Job]:
+        """One job a choice."""
+        schema = None
+        if isinstance(self.response_format, ObjectFormat):
+            schema = {"type": "object"}
+        elif isinstance(self.response_format, SchemaFormat):
+            schema = self.response_format.json_schema.schema_
+        return [
+            Job(
+                id=f"{id}-{choice}",
+                version=version,
+                messages=[message.turn() for message in self.messages],
+                tools=self.active_tools,
+                max_tokens=self.max_completion_tokens or self.max_tokens,
+                seed=self._seed(choice),
+                logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+                json_schema=schema,
+                **self._common(),
+            )
+            for choice in range(self.n or 1)
+        ]
+
+
+class CompletionRequest(_Generate):
+    """`POST /v1/completions`."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+    def jobs(self, id: str, version: str) -> list[Job]:
+        """One job a prompt and choice, prompt by prompt. Raises `EngineError` for too many."""
+        prompts = _texts(self.prompt)
+        count = self.n or 1
+        if len(prompts) * count > MOST_CHOICES:
+            raise EngineError(
+                f"{len(prompts)} prompts with n={count} are more than {MOST_CHOICES} answers; send several requests",
+                status=400,
+                code="too_many_answers",
+            )
+        return [
+            Job(
+                id=f"{id}-{at * count + choice}",
+                version=version,
+                prompt=prompt,
+                max_tokens=16 if self.max_tokens is None else self.max_tokens,  # OpenAI's default here.
+                seed=self._seed(choice),
+                logprobs=self.logprobs,
+                **self._common(),
+            )
+            for at, prompt in enumerate(prompts)
+            for choice in range(count)
+        ]
+
+
+class EmbeddingRequest(_Request):
+    """`POST /v1/embeddings`."""
+
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+
+    def texts(self) -> list[str | list[int]]:
+        """What to embed."""
+        return _texts(self.input)
+
+
+def _texts(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """One entry a text, whether one or many were given, as text or as tokens."""
+    if isinstance(given, str):
+        return [given]
+    if given and isinstance(given[0], int):
+        return [list(given)]
+    if not given or len(given) > 2048:
+        raise EngineError(f"{len(given)} texts were given; give 1 to 2048", status=400, code="invalid_input")
+    return list(given)  # type: ignore[arg-type]

@@ -1,0 +1,56 @@
+"""How much is let in: requests at once, and requests a minute of each key."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from treering.serve.engine import EngineError
+
+RETRY_SECONDS = 1
+WINDOW_SECONDS = 60.0
+
+
+class TooManyError(EngineError):
+    """A limit was met; `retry_after` says in how many seconds to come back."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message, status=429, code="rate_limit_exceeded")
+        self.retry_after = retry_after
+
+
+class Limits:
+    """Counts what is under way and what each key asked within the last minute."""
+
+    def __init__(self, room: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.inside = 0
+        self._room = room
+        self._clock = clock
+        self._asked: dict[str, deque[float]] = {}
+
+    @contextmanager
+    def entered(self, answers: int) -> Iterator[None]:
+        """Hold room for `answers`. Raises `TooManyError` if there is not enough."""
+        if self.inside + answers > self._room:
+            raise TooManyError(
+                f"{self.inside} answers are under way or wait, and {self._room} is the most; try again later",
+                RETRY_SECONDS,
+            )
+        self.inside += answers
+        try:
+            yield
+        finally:
+            self.inside -= answers
+
+    def ask(self, key: str, per_minute: int) -> None:
+        """Count a request of `key`. Raises `TooManyError` beyond `per_minute` in any minute."""
+        now = self._clock()
+        asked = self._asked.setdefault(key, deque())
+        while asked and now - asked[0] >= WINDOW_SECONDS:
+            asked.popleft()
+        if len(asked) >= per_minute:
+            wait = int(WINDOW_SECONDS - (now - asked[0])) + 1
+            raise TooManyError(f"this key may ask {per_minute} times a minute; try again in {wait} s", wait)
+        asked.append(now)
