@@ -83,6 +83,12 @@ def error(message: str, kind: str, code: str | None = None, param: str | None = 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def kind_of(status: int) -> str:
+    """OpenAI's name for the kind of error that an HTTP status tells."""
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    return kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+
+
 def _with_calls(text: str, finish: str | None) -> tuple[dict[str, Any], str | None]:
     """The message with the `<tool_call>` blocks of its text as tool calls; what is no JSON stays text."""
     calls = []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
+import signal
+import socket
 import sys
 from typing import TYPE_CHECKING
 
@@ -13,17 +16,21 @@ from treering.errors import UsageError
 from treering.serve.app import create_app
 from treering.serve.builtin import BuiltinEngine
 from treering.serve.keys import read
+from treering.serve.respond import DRAIN_SECONDS
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from treering.serve.engine import Engine
     from treering.workspace import Workspace
 
-DRAIN_SECONDS = 30
+log = logging.getLogger("treering.serve")
 
 
 def serve(ws: Workspace, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serve until SIGTERM or Ctrl-C; then requests under way are finished first.
 
-    Raises `UsageError` for an address that others can reach while no key was made.
+    Raises `UsageError` for an address that others can reach while no key was made, or that is taken.
     """
     loopback = _is_loopback(host)
     if not loopback and not read(ws.root):
@@ -31,19 +38,42 @@ def serve(ws: Workspace, host: str = "127.0.0.1", port: int = 8000) -> None:
             f"--host {host} can be reached from elsewhere, and no key was made; run `treering keys create` first"
         )
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    app = create_app(ws, BuiltinEngine(ws.root), open_to_all_hosts=not loopback)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=host,
-            port=port,
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
-        )
+    engine = BuiltinEngine(ws.root)
+    with _listen(host, port) as listener:
+        asyncio.run(_run(create_app(ws, engine, open_to_all_hosts=not loopback), engine, listener))
+
+
+async def _run(app: FastAPI, engine: Engine, listener: socket.socket) -> None:
+    settings = uvicorn.Config(
+        app,
+        access_log=False,
+        log_config=None,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=DRAIN_SECONDS + 1,
     )
-    server.run()
+    server = uvicorn.Server(settings)
+    await engine.start()
+    # Uvicorn ends at these, and then raises them once more: by that time all is done.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    try:
+        log.info("listening on http://%s/v1", _address(listener))
+        await server.serve(sockets=[listener])
+    finally:
+        await engine.stop()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UsageError(f"--host {host} --port {port} cannot be listened on ({error}); take another") from None
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _is_loopback(host: str) -> bool:

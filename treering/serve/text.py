@@ -20,10 +20,13 @@ class Writer:
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = [text for text in stop if text]
         self._held = ""
+        self._open: list[int] = []  # Tokens that are no whole character yet.
 
     def push(self, token: int) -> str:
         """Text that is certain after `token`; `stopped` tells whether a stop string was met."""
-        self._held += self._stream.step(self._tokenizer, token) or ""
+        text = self._stream.step(self._tokenizer, token)
+        self._open = [*self._open, token] if text is None else []
+        self._held += text or ""
         found = [at for at in (self._held.find(text) for text in self._stop) if at >= 0]
         if found:
             self.stopped = True
@@ -32,7 +35,10 @@ class Writer:
 
     def rest(self) -> str:
         """What was held back, when the answer ends without a stop string."""
-        return "" if self.stopped else self._release(len(self._held))
+        if self.stopped:
+            return ""
+        self._held += self._tokenizer.decode(self._open, skip_special_tokens=True)
+        return self._release(len(self._held))
 
     def _release(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]

@@ -48,6 +48,10 @@ class Loaded:
         self._reading: dict[str, Future[Adapter | PreTrainedModel]] = {}
         self._thread = ThreadPoolExecutor(1)
 
+    def has(self, version: str) -> bool:
+        """Whether `version` is loaded; does not count as a use."""
+        return version in self._homes
+
     def home(self, version: str) -> Home | None:
         """Where `version` runs, or None if it is not there (yet)."""
         found = self._homes.get(version)

@@ -83,7 +83,8 @@ class Worker:
 
     def _receive(self) -> bool:
         """Take what has come in; wait for it if there is nothing else to do. False: there will be no more."""
-        busy = self._waiting or self._texts or any(batch.rows for batch in self._loaded.batches())
+        wanted = {version for version, _ in self._waiting} | {message["version"] for message in self._texts}
+        busy = any(map(self._loaded.has, wanted)) or any(batch.rows for batch in self._loaded.batches())
         reading = self._loaded.busy
         while True:
             try:

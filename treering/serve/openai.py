@@ -1,0 +1,86 @@
+"""OpenAI's routes."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Depends, Request
+
+from treering import registry
+from treering.serve.answers import Shape
+from treering.serve.api import ChatRequest, CompletionRequest, EmbeddingRequest
+from treering.serve.engine import BASE
+from treering.serve.respond import respond, unless_gone
+from treering.serve.state import Here, Record, Server, may
+
+router = APIRouter(prefix="/v1", dependencies=[Depends(may("api"))])
+
+
+@router.get("/models")
+async def models(server: Here) -> dict[str, Any]:
+    """What `model` may name."""
+    created = {version.name: int(version.folder.stat().st_mtime) for version in registry.versions(server.ws)}
+    names = {"current": created.get(server.following.serving, 0), BASE: 0, **created}
+    data = [
+        {"id": name, "object": "model", "created": at, "owned_by": "treering", "version": _named(server, name)}
+        for name, at in names.items()
+    ]
+    return {"object": "list", "data": data}
+
+
+@router.get("/models/{name}")
+async def model(name: str, server: Here) -> dict[str, Any]:
+    """One of them."""
+    version = server.following.version(name)
+    return {"id": name, "object": "model", "created": 0, "owned_by": "treering", "version": version}
+
+
+def _named(server: Server, name: str) -> str:
+    return server.following.serving if name == "current" else name
+
+
+@router.post("/chat/completions", response_model=None)
+async def chat_completions(body: ChatRequest, request: Request, server: Here, seen: Record) -> Any:
+    """Answer a conversation."""
+    version = seen.version = server.following.version(body.model)
+    name = f"chatcmpl-{seen.id.removeprefix('req-')}"
+    shape = Shape(name, "chat.completion", body.model, version, tools=bool(body.active_tools))
+    return await respond(request, server, seen, shape, body.jobs(name, version), body)
+
+
+@router.post("/completions", response_model=None)
+async def completions(body: CompletionRequest, request: Request, server: Here, seen: Record) -> Any:
+    """Go on with a text."""
+    version = seen.version = server.following.version(body.model)
+    name = f"cmpl-{seen.id.removeprefix('req-')}"
+    return await respond(
+        request, server, seen, Shape(name, "text_completion", body.model, version), body.jobs(name, version), body
+    )
+
+
+@router.post("/embeddings", response_model=None)
+async def embeddings(body: EmbeddingRequest, request: Request, server: Here, seen: Record) -> Any:
+    """Vectors of texts: the mean of the last hidden states."""
+    version = seen.version = server.following.version(body.model)
+    texts = body.texts()
+    with server.limits.entered(1):
+        found = await unless_gone(request, server.settings.request_timeout, server.engine.embed(version, texts))
+    seen.prompt_tokens = found.tokens
+    data = [
+        {
+            "object": "embedding",
+            "index": index,
+            "embedding": base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()
+            if body.encoding_format == "base64"
+            else vector,
+        }
+        for index, vector in enumerate(found.vectors)
+    ]
+    return {
+        "object": "list",
+        "data": data,
+        "model": body.model,
+        "usage": {"prompt_tokens": found.tokens, "total_tokens": found.tokens},
+    }

@@ -1,0 +1,160 @@
+"""From jobs to a response: generated side by side, whole or as a stream, ended when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable
+from typing import TYPE_CHECKING, Any
+
+from sse_starlette import EventSourceResponse, ServerSentEvent
+
+from treering.serve.answers import Shape, error, kind_of
+from treering.serve.engine import Engine, EngineError, Job, Piece
+
+DRAIN_SECONDS = 30
+"""What a server that was told to end gives its requests to finish."""
+
+if TYPE_CHECKING:
+    from fastapi import Request
+
+    from treering.serve.api import ChatRequest, CompletionRequest
+    from treering.serve.state import Server
+    from treering.serve.telemetry import Seen
+
+
+async def respond(
+    request: Request, server: Server, seen: Seen, shape: Shape, jobs: list[Job], body: ChatRequest | CompletionRequest
+) -> Any:
+    """Generate `jobs` side by side, and answer with all of them, or with a stream."""
+    if server.settings.log_contents:
+        seen.contents = {"request": body.model_dump(exclude_none=True)}
+    if body.stream:
+        inside = server.limits.entered(len(jobs))
+        inside.__enter__()  # The stream leaves it, at its end.
+        events = _stream(
+            server, seen, shape, jobs, bool(body.stream_options and body.stream_options.include_usage), inside
+        )
+        # Told to end, the server still finishes its streams.
+        return EventSourceResponse(events, sep="\n", shutdown_grace_period=DRAIN_SECONDS)
+    with server.limits.entered(len(jobs)):
+        answers: list[list[Piece]] = [[] for _ in jobs]
+
+        async def collect() -> None:
+            async for index, piece in _together(server.engine, jobs):
+                _note_first(seen)
+                answers[index].append(piece)
+
+        await unless_gone(request, server.settings.request_timeout, collect())
+    _note(seen, answers)
+    return shape.whole(answers)
+
+
+async def _stream(
+    server: Server, seen: Seen, shape: Shape, jobs: list[Job], with_usage: bool, inside: Any
+) -> AsyncIterator[ServerSentEvent]:
+    """Events as OpenAI sends them; what fails midway ends the stream with an error event."""
+    answers: list[list[Piece]] = [[] for _ in jobs]
+    try:
+        async with asyncio.timeout(server.settings.request_timeout):
+            async for index, piece in _together(server.engine, jobs):
+                _note_first(seen)
+                first = not answers[index]
+                answers[index].append(piece)
+                if not shape.tools:
+                    yield _event(shape.chunk(index, piece, first))
+                elif piece.finish:  # Whether a text is a tool call is known at its end.
+                    text = "".join(one.text for one in answers[index])
+                    yield _event(shape.chunk(index, piece.model_copy(update={"text": text}), first=True))
+        if with_usage:
+            yield _event(shape.usage_chunk(answers))
+        yield ServerSentEvent("[DONE]")
+    except (EngineError, TimeoutError) as failure:
+        seen.status = 504 if isinstance(failure, TimeoutError) else failure.status
+        yield _event(_failure(failure, server.settings.request_timeout))
+    finally:
+        _note(seen, [pieces for pieces in answers if pieces])
+        inside.__exit__(None, None, None)
+
+
+async def _together(engine: Engine, jobs: list[Job]) -> AsyncIterator[tuple[int, Piece]]:
+    """Pieces of all jobs as they come, each with the number of its job. The first failure ends them all."""
+    if len(jobs) == 1:
+        async for piece in engine.generate(jobs[0]):
+            yield 0, piece
+        return
+    pieces: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
+
+    async def run(index: int, job: Job) -> None:
+        try:
+            async for piece in engine.generate(job):
+                pieces.put_nowait((index, piece))
+        finally:
+            pieces.put_nowait((index, None))
+
+    tasks = [asyncio.create_task(run(index, job)) for index, job in enumerate(jobs)]
+    try:
+        open_jobs = len(jobs)
+        while open_jobs:
+            index, found = await pieces.get()
+            if found is not None:
+                yield index, found
+                continue
+            open_jobs -= 1
+            await tasks[index]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def unless_gone(request: Request, seconds: float, work: Awaitable[Any]) -> Any:
+    """The result of `work`, which is cancelled when the client leaves or the time is up."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if gone.done():
+            raise EngineError("the client left", status=499, code="client_left")
+        raise TimeoutError
+    except TimeoutError:
+        raise EngineError(_too_long(seconds), status=504, code="timeout") from None
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _too_long(seconds: float) -> str:
+    return f"the answer took longer than {seconds:g} s (serve.request_timeout)"
+
+
+def _note_first(seen: Seen) -> None:
+    if seen.first_token is None:
+        seen.first_token = time.perf_counter() - seen.started
+
+
+def _note(seen: Seen, answers: list[list[Piece]]) -> None:
+    """What the record says of the answers."""
+    seen.prompt_tokens = max((pieces[-1].prompt_tokens for pieces in answers), default=0)
+    seen.completion_tokens = sum(pieces[-1].completion_tokens for pieces in answers)
+    if seen.contents is not None:
+        seen.contents["answers"] = ["".join(piece.text for piece in pieces) for pieces in answers]
+
+
+def _event(content: dict[str, Any]) -> ServerSentEvent:
+    return ServerSentEvent(json.dumps(content, ensure_ascii=False))
+
+
+def _failure(failure: EngineError | TimeoutError, seconds: float) -> dict[str, Any]:
+    if isinstance(failure, EngineError):
+        return error(str(failure), kind_of(failure.status), failure.code)
+    return error(_too_long(seconds), "server_error", "timeout")

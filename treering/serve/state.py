@@ -1,0 +1,70 @@
+"""What all routes share, and what is known of the request they answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, cast
+
+from fastapi import Depends, Request
+
+from treering.serve.engine import EngineError
+from treering.serve.following import Following
+from treering.serve.keys import Keys
+from treering.serve.limits import Limits
+from treering.serve.telemetry import Seen, Telemetry
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from treering.config import ServeConfig
+    from treering.serve.engine import Engine
+    from treering.workspace import Workspace
+
+
+class Server:
+    """One workspace being served."""
+
+    def __init__(self, ws: Workspace, engine: Engine, settings: ServeConfig) -> None:
+        self.ws = ws
+        self.engine = engine
+        self.settings = settings
+        self.following = Following(ws, engine)
+        self.keys = Keys(ws.root)
+        self.limits = Limits(settings.max_batch_size + settings.max_queue)
+        self.telemetry = Telemetry()
+
+
+def _server(request: Request) -> Server:
+    return cast(Server, request.app.state.server)
+
+
+def _seen(request: Request) -> Seen:
+    return cast(Seen, request.state.seen)
+
+
+Here = Annotated[Server, Depends(_server)]
+Record = Annotated[Seen, Depends(_seen)]
+
+
+def may(scope: str) -> Callable[..., Awaitable[None]]:
+    """A check that the request's key has `scope`. With no key made, any key may use the API, and none the admin."""
+
+    async def check(request: Request, server: Here, seen: Record) -> None:
+        known = server.keys.all()
+        if not known and scope == "api":
+            return
+        kind, _, secret = request.headers.get("authorization", "").partition(" ")
+        key = server.keys.find(secret.strip()) if kind.lower() == "bearer" else None
+        if key is None:
+            raise EngineError(
+                "this server wants a key made by `treering keys create`, as `Authorization: Bearer tr-...`",
+                status=401,
+                code="invalid_api_key",
+            )
+        seen.key = key.id
+        if scope == "admin" and key.scope != "admin":
+            raise EngineError("this key has no admin scope", status=403, code="insufficient_scope")
+        limit = key.requests_per_minute or server.settings.requests_per_minute
+        if limit is not None:
+            server.limits.ask(key.id, limit)
+
+    return check
