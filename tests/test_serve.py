@@ -47,6 +47,7 @@ class Served:
                     "--port",
                     "0",
                 ],
+                stdout=out,
                 stderr=out,
                 cwd=Path(__file__).parents[1],
                 env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -331,11 +331,12 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     workspace: Folder = HERE,
+    as_json: AsJson = False,
 ) -> None:
     """Answer over an OpenAI-compatible API, always with the current version."""
     from treering.serve.run import serve as run_server
 
-    run_server(_open(workspace), host, port)
+    run_server(_open(workspace), host, port, lambda url: _show({"url": url}, as_json, [f"listening on {url}"]))
 
 
 @keys.command("create")
@@ -453,9 +454,9 @@ def _version(ws: Workspace, name: str | None) -> Version | None:
 
 def _show(result: Any, as_json: bool, lines: list[str]) -> None:
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(result, ensure_ascii=False), flush=True)
     else:
-        print("\n".join(lines))
+        print("\n".join(lines), flush=True)
 
 
 def _lines() -> Iterator[str]:

@@ -241,6 +241,10 @@ class Config(Section):
             raise ValueError("protect: distill works on replayed rows; add replay or drop distill")
         return self
 
+    def of_update(self) -> dict[str, Any]:
+        """What an update depends on, as plain values: not how its versions are served."""
+        return self.model_dump(mode="json", exclude={"serve"})
+
     @property
     def alpha(self) -> int:
         """LoRA scale numerator with its default filled in."""

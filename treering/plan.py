@@ -76,7 +76,7 @@ def make_plan(ws: Workspace, parent: Version | None, config: Config, base: str) 
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-    return Plan(parent.name if parent else None, base, config.model_dump(mode="json"), rows, fresh, machine)
+    return Plan(parent.name if parent else None, base, config.of_update(), rows, fresh, machine)
 
 
 def stage(ws: Workspace, plan: Plan) -> tuple[Plan, Path]:

@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
     from treering.serve.engine import Engine
     from treering.workspace import Workspace
 
-log = logging.getLogger("treering.serve")
 
-
-def serve(ws: Workspace, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serve until SIGTERM or Ctrl-C; then requests under way are finished first.
+def serve(
+    ws: Workspace, host: str = "127.0.0.1", port: int = 8000, ready: Callable[[str], None] = lambda _: None
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; then requests under way are finished first. `ready` is told the API's address.
 
     Raises `UsageError` for an address that others can reach while no key was made, or that is taken.
     """
@@ -40,10 +41,10 @@ def serve(ws: Workspace, host: str = "127.0.0.1", port: int = 8000) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     engine = BuiltinEngine(ws.root)
     with _listen(host, port) as listener:
-        asyncio.run(_run(create_app(ws, engine, open_to_all_hosts=not loopback), engine, listener))
+        asyncio.run(_run(create_app(ws, engine, open_to_all_hosts=not loopback), engine, listener, ready))
 
 
-async def _run(app: FastAPI, engine: Engine, listener: socket.socket) -> None:
+async def _run(app: FastAPI, engine: Engine, listener: socket.socket, ready: Callable[[str], None]) -> None:
     settings = uvicorn.Config(
         app,
         access_log=False,
@@ -58,7 +59,7 @@ async def _run(app: FastAPI, engine: Engine, listener: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     try:
-        log.info("listening on http://%s/v1", _address(listener))
+        ready(f"http://{_address(listener)}/v1")
         await server.serve(sockets=[listener])
     finally:
         await engine.stop()
