@@ -20,7 +20,7 @@ from typing import Any
 import openai
 import pytest
 
-from treering import Workspace, registry
+from treering import Workspace, feedback, registry
 from treering.serve import keys
 from treering.testing import CHAT_TEMPLATE, tiny_model, toy_rows
 
@@ -139,6 +139,7 @@ def test_every_answer_says_which_version_made_it(served: Served) -> None:
         assert raw.headers["x-treering-version"] == version
         answer = raw.parse()
         assert (answer.system_fingerprint, answer.model) == (version, name)
+        assert answer.usage is not None
         assert 1 <= answer.usage.completion_tokens <= 3 and answer.usage.prompt_tokens > len(ASK[0]["content"])
 
 
@@ -362,6 +363,48 @@ def test_metrics_and_log(served: Served) -> None:
     assert "sort d" not in served.log.read_text()  # No contents unless asked.
 
 
+def test_feedback_waits_for_its_review(served: Served) -> None:
+    said = {"messages": ASK, "answer": "a b", "rating": "down", "correction": "a d", "task": "a"}
+    answer = served.client.post("/feedback", body=said, cast_to=dict[str, str])
+    assert answer["state"] == "waiting"
+    [entry] = feedback.waiting(feedback.read(served.ws))
+    assert entry.id == answer["id"] and entry.feedback.correction == "a d"
+    assert not list(served.ws.inbox.rglob("feedback*"))
+    with pytest.raises(openai.BadRequestError, match="rating"):
+        served.client.post("/feedback", body={"messages": ASK}, cast_to=dict[str, str])
+
+
+def test_the_api_does_what_its_page_says(served: Served) -> None:
+    """Requests drawn from the OpenAPI page, right ones and wrong ones: no crash, no answer the page does not name."""
+    import schemathesis
+    from hypothesis import HealthCheck, given, settings
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi.checks import (
+        content_type_conformance,
+        response_schema_conformance,
+        status_code_conformance,
+    )
+
+    checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+    schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
+    tried = 0
+    for found in schema.get_all_operations():
+        operation = found.ok()
+
+        @settings(
+            max_examples=8, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+        )
+        @given(case=operation.as_strategy())
+        def one(case: Any) -> None:
+            if isinstance(case.body, dict) and case.path.endswith("completions"):
+                case.body["max_tokens"] = 1
+            case.call_and_validate(checks=checks, timeout=60)
+
+        one()
+        tried += 1
+    assert tried >= 11
+
+
 def test_only_loopback_names_are_answered(served: Served) -> None:
     asked = urllib.request.Request(served.url + "/healthz", headers={"Host": "evil.example"})
     with pytest.raises(urllib.error.HTTPError, match="400"):
@@ -444,7 +487,7 @@ def test_a_version_of_all_weights_and_a_template_with_tools(tmp_path: Path) -> N
     folder = tiny_model(tmp_path / "model")
     template = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHAT_TEMPLATE
     (folder / "chat_template.jinja").write_text(template)
-    settings = {"finetuning_type": "full", "protect": [], "serve": {"log_contents": True}}
+    settings: dict[str, Any] = {"finetuning_type": "full", "protect": [], "serve": {"log_contents": True}}
     ws = Workspace.create(tmp_path / "ws", model_name_or_path=str(folder), bf16=False, max_steps=2, **settings)
     ws.ingest(toy_rows("a"), task="a")
     version = ws.update()

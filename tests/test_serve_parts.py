@@ -143,8 +143,9 @@ def test_rows_that_join_and_leave_read_what_they_would_alone(model: Any) -> None
 def test_another_kind_of_cache_is_refused(model: Any) -> None:
     model.config.sliding_window = 4
     model.config.layer_types = ["sliding_attention"] * 2
+    batch: Batch[None] = Batch(model, None, 0)
     with pytest.raises(ModelError, match="another cache"):
-        Batch(model, None, 0).join([Row(None, [1, 2])])
+        batch.join([Row(None, [1, 2])])
 
 
 def test_embeddings_do_not_depend_on_their_neighbours(model: Any) -> None:
@@ -276,5 +277,6 @@ def test_padding_on_the_left_keeps_positions(model: Any) -> None:
     """The mask, not the column, tells a token's position."""
     inputs = pad(PROMPTS[:2], 0, left=True)
     assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (2, len(PROMPTS[0]))
-    logits = Batch(model, None, 0).join([Row(None, prompt) for prompt in PROMPTS[:2]])
+    batch: Batch[None] = Batch(model, None, 0)
+    logits = batch.join([Row(None, prompt) for prompt in PROMPTS[:2]])
     assert torch.allclose(logits[1], logits_of(model, PROMPTS[1]), atol=1e-4)

@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure methods against each other.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
+feedback = typer.Typer(help="What users said of answers.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(feedback, name="feedback")
 keys = typer.Typer(help="Keys for the server.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(keys, name="keys")
 
@@ -373,6 +375,48 @@ def keys_revoke(
 
     key = store.revoke(_open(workspace), id)
     _show({"revoked": key.id}, as_json, [f"{key.id} ({key.name or 'no name'}) is revoked"])
+
+
+Ids = Annotated[list[str], typer.Argument(metavar="ID...", help="Ids, or `all` that make a row.")]
+
+
+@feedback.command("list")
+def feedback_list(workspace: Folder = HERE, as_json: AsJson = False) -> None:
+    """What waits for a decision, and how much was decided."""
+    from treering import feedback as store
+
+    entries = store.read(_open(workspace))
+    waiting = [entry for entry in entries if entry.state == "waiting"]
+    counts = {state: sum(entry.state == state for entry in entries) for state in ("accepted", "rejected")}
+    lines = [
+        f"{e.id}  {e.time}  {e.feedback.rating or '-':4}  {e.feedback.messages[-1].get('content')!r}: "
+        f"{e.feedback.answer!r}" + (f" -> {e.feedback.correction!r}" if e.feedback.correction else "")
+        for e in waiting
+    ]
+    lines.append(f"{len(waiting)} waiting, {counts['accepted']} accepted, {counts['rejected']} rejected")
+    _show({"waiting": [entry.model_dump(mode="json") for entry in waiting], **counts}, as_json, lines)
+
+
+@feedback.command("accept")
+def feedback_accept(ids: Ids, workspace: Folder = HERE, as_json: AsJson = False) -> None:
+    """Make rows of feedback: files in the inbox, which the next update reads and checks."""
+    from treering import feedback as store
+
+    ws = _open(workspace)
+    chosen = [entry.id for entry in store.waiting(store.read(ws))] if ids == ["all"] else ids
+    files = [str(path) for path in store.accept(ws, chosen)]
+    _show({"accepted": len(chosen), "files": files}, as_json, [f"{len(chosen)} rows", *files])
+
+
+@feedback.command("reject")
+def feedback_reject(ids: Ids, workspace: Folder = HERE, as_json: AsJson = False) -> None:
+    """Decide that feedback makes no rows."""
+    from treering import feedback as store
+
+    ws = _open(workspace)
+    chosen = [e.id for e in store.read(ws) if e.state == "waiting"] if ids == ["all"] else ids
+    store.reject(ws, chosen)
+    _show({"rejected": len(chosen)}, as_json, [f"{len(chosen)} rejected"])
 
 
 @bench.command()

@@ -130,6 +130,10 @@ class ServeConfig(Section):
     requests_per_minute: int | None = Field(None, ge=1)
     """Limit of each key; none by default."""
 
+    feedback: Literal["off", "review", "corrections", "all"] = "review"
+    """What becomes of feedback: nothing is taken (`off`); it waits for `treering feedback accept` (`review`);
+    corrections become rows by themselves, or answers rated `up` as well (`all`)."""
+
     log_contents: bool = False
     """Write questions and answers into the access log."""
 

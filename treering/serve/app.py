@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import FastAPI, Request
@@ -13,7 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from treering import __version__
+from treering import __version__, feedback
 from treering.errors import LockError, TreeringError, UsageError
 from treering.serve import keepers, openai
 from treering.serve.answers import error, kind_of
@@ -25,7 +26,11 @@ from treering.serve.state import Server
 if TYPE_CHECKING:
     from treering.workspace import Workspace
 
+FEEDBACK_SECONDS = 5
+
 LOOPBACK = ["127.0.0.1", "localhost", "::1"]
+
+log = logging.getLogger("treering.serve")
 
 
 def create_app(ws: Workspace, engine: Engine, *, open_to_all_hosts: bool = False) -> FastAPI:
@@ -38,13 +43,13 @@ def create_app(ws: Workspace, engine: Engine, *, open_to_all_hosts: bool = False
     @asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
         await server.following.look()
-        follower = asyncio.create_task(server.following.run())
+        tasks = [asyncio.create_task(server.following.run()), asyncio.create_task(_accept_feedback(server))]
         try:
             yield
         finally:
-            follower.cancel()
-            with suppress(asyncio.CancelledError):
-                await follower
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     app = FastAPI(title="treering", version=__version__, lifespan=running)
     app.state.server = server
@@ -59,6 +64,16 @@ def create_app(ws: Workspace, engine: Engine, *, open_to_all_hosts: bool = False
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK)
     app.add_middleware(Outer, telemetry=server.telemetry, max_body_bytes=server.settings.max_body_bytes)
     return app
+
+
+async def _accept_feedback(server: Server) -> None:
+    """Now and then, make rows of the feedback that needs no review: many at once, for few files in the inbox."""
+    while server.settings.feedback in ("corrections", "all"):
+        await asyncio.sleep(FEEDBACK_SECONDS)
+        try:
+            await asyncio.to_thread(feedback.accept_by_rule, server.ws, server.settings.feedback)
+        except TreeringError as problem:
+            log.error("feedback waits: %s", problem)
 
 
 async def _engine_error(_: Request, failure: EngineError) -> JSONResponse:

@@ -6,14 +6,14 @@ import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Depends
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict
 
 from treering import overview, registry
-from treering.serve.state import Here, Server, may
+from treering.serve.state import ERRORS, Here, Server, may
 
-admin = APIRouter(prefix="/admin", dependencies=[Depends(may("admin"))])
-health = APIRouter()
+admin = APIRouter(prefix="/admin", dependencies=[Depends(may("admin"))], responses=ERRORS)
+health = APIRouter(responses=ERRORS)
 
 
 class Promotion(BaseModel):
@@ -72,8 +72,8 @@ async def readyz(server: Here) -> Any:
     return JSONResponse(body, 200 if ready else 503)
 
 
-@health.get("/metrics", dependencies=[Depends(may("api"))], response_model=None)
-async def metrics(server: Here) -> Any:
+@health.get("/metrics", dependencies=[Depends(may("api"))], response_class=PlainTextResponse)
+async def metrics(server: Here) -> Response:
     """Prometheus metrics."""
     page = server.telemetry.page(server.limits.inside, server.engine.alive, server.following.serving)
-    return Response(page, media_type="text/plain; version=0.0.4")
+    return PlainTextResponse(page, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request
 
-from treering import registry
+from treering import feedback, registry
+from treering.feedback import Feedback
 from treering.serve.answers import Shape
 from treering.serve.api import ChatRequest, CompletionRequest, EmbeddingRequest
-from treering.serve.engine import BASE
+from treering.serve.engine import BASE, EngineError
 from treering.serve.respond import respond, unless_gone
-from treering.serve.state import Here, Record, Server, may
+from treering.serve.state import ERRORS, Here, Record, Server, may
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(may("api"))])
+router = APIRouter(prefix="/v1", dependencies=[Depends(may("api"))], responses=ERRORS)
 
 
 @router.get("/models")
@@ -35,6 +37,15 @@ async def model(name: str, server: Here) -> dict[str, Any]:
     """One of them."""
     version = server.following.version(name)
     return {"id": name, "object": "model", "created": 0, "owned_by": "treering", "version": version}
+
+
+@router.post("/feedback", status_code=202)
+async def give_feedback(body: Feedback, server: Here, seen: Record) -> dict[str, str]:
+    """Take a user's word on an answer; whether and when it is trained on is the workspace's rule."""
+    if server.settings.feedback == "off":
+        raise EngineError("this server takes no feedback (serve.feedback is off)", status=403, code="feedback_off")
+    entry = await asyncio.to_thread(feedback.keep, server.ws, body, seen.key)
+    return {"id": entry.id, "state": entry.state}
 
 
 def _named(server: Server, name: str) -> str:

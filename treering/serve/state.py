@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastapi import Depends, Request
 
+from treering.serve.answers import ErrorBody
 from treering.serve.engine import EngineError
 from treering.serve.following import Following
 from treering.serve.keys import Keys
@@ -40,6 +41,23 @@ def _server(request: Request) -> Server:
 def _seen(request: Request) -> Seen:
     return cast(Seen, request.state.seen)
 
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": words}
+    for status, words in {
+        400: "A wrong request",
+        401: "No key, or an unknown one",
+        403: "The key may not do this",
+        404: "No such model or path",
+        409: "Another process holds the workspace",
+        413: "Too large",
+        429: "Too many",
+        500: "An error in the server or the workspace",
+        503: "The engine or the version cannot answer",
+        504: "It took too long",
+    }.items()
+}
+"""What may go wrong on any route, for the page that describes the API."""
 
 Here = Annotated[Server, Depends(_server)]
 Record = Annotated[Seen, Depends(_seen)]

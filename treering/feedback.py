@@ -1,0 +1,154 @@
+"""What users say of answers: kept as it came, reviewed, and only then rows in the inbox.
+
+`feedback.jsonl` is a log. A line is either a feedback or a decision on some: nothing in it is ever changed.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from treering.errors import TreeringError, UsageError
+from treering.files import append_line, write_file
+
+if TYPE_CHECKING:
+    from treering.workspace import Workspace
+
+FILE = "feedback.jsonl"
+TASK = "feedback"
+State = Literal["waiting", "accepted", "rejected"]
+
+
+class Feedback(BaseModel):
+    """One user's word on one answer.
+
+    `correction` is the answer it should have been. Without one, only an answer rated `up` can become a row.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    answer: str | None = None
+    rating: Literal["up", "down"] | None = None
+    correction: str | None = Field(None, min_length=1)
+    task: str | None = Field(None, pattern=r"^[\w-][\w.-]{0,99}$")
+    version: str | None = None
+    comment: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Feedback:
+        if self.rating is None and self.correction is None:
+            raise ValueError("give a rating (up or down) or a correction")
+        if self.rating == "up" and self.correction is None and self.answer is None:
+            raise ValueError("a rating of up needs the answer that it is for")
+        return self
+
+    @property
+    def row(self) -> dict[str, Any] | None:
+        """The training row it makes, in OpenAI's shape; None if it names no good answer."""
+        good = self.correction or (self.answer if self.rating == "up" else None)
+        return {"messages": [*self.messages, {"role": "assistant", "content": good}]} if good else None
+
+
+class Entry(BaseModel):
+    """A feedback with its id, its time, whose key it came with, and what was decided on it."""
+
+    id: str
+    time: str
+    key: str | None
+    feedback: Feedback
+    state: State = "waiting"
+
+
+def keep(ws: Workspace, feedback: Feedback, key: str | None) -> Entry:
+    """Write it down."""
+    entry = Entry(id=secrets.token_hex(6), time=_now(), key=key, feedback=feedback)
+    with ws.changing("feedback"):
+        append_line(ws.root / FILE, entry.model_dump(exclude={"state"}, exclude_none=True) | {"key": key})
+    return entry
+
+
+def read(ws: Workspace) -> list[Entry]:
+    """All feedback with what was decided on it, oldest first. Raises `TreeringError` for a damaged file."""
+    path = ws.root / FILE
+    if not path.exists():
+        return []
+    entries: dict[str, Entry] = {}
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            found = json.loads(line)
+            if "decided" in found:
+                for id in found["ids"]:
+                    entries[id] = entries[id].model_copy(update={"state": found["decided"]})
+            else:
+                entries[found["id"]] = Entry.model_validate(found)
+        except (ValueError, KeyError, TypeError, ValidationError) as error:
+            raise TreeringError(f"{path}, line {number} is damaged ({error}); restore the file from a backup") from None
+    return list(entries.values())
+
+
+def waiting(entries: Sequence[Entry], rule: str = "all") -> list[Entry]:
+    """Those on which nothing was decided and that make a row, as far as `rule` (`corrections` or `all`) lets them."""
+    return [
+        entry
+        for entry in entries
+        if entry.state == "waiting" and entry.feedback.row and (rule == "all" or entry.feedback.correction)
+    ]
+
+
+def accept(ws: Workspace, ids: Sequence[str]) -> list[Path]:
+    """Make rows of them: a new file in the inbox of each task, which the next ingest reads like any other."""
+    with ws.changing("feedback accept"):
+        chosen = _chosen(ws, ids)
+        rowless = [entry.id for entry in chosen if entry.feedback.row is None]
+        if rowless:
+            raise UsageError(f"no good answer is known for {', '.join(rowless)}; only corrections and `up` make rows")
+        by_task: dict[str, list[Entry]] = {}
+        for entry in chosen:
+            by_task.setdefault(entry.feedback.task or TASK, []).append(entry)
+        files = []
+        for task, entries in by_task.items():
+            # Named for its content: after a crash before the decision is noted, the same file is written again.
+            path = ws.inbox / task / f"feedback-{entries[0].id}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(entry.feedback.row, ensure_ascii=False) for entry in entries]
+            write_file(path, ("\n".join(lines) + "\n").encode())
+            files.append(path)
+        _decide(ws, "accepted", chosen)
+    return files
+
+
+def accept_by_rule(ws: Workspace, rule: str) -> list[Path]:
+    """Accept what the setting `serve.feedback` lets through without a review."""
+    if rule not in ("corrections", "all"):
+        return []
+    found = waiting(read(ws), rule)
+    return accept(ws, [entry.id for entry in found]) if found else []
+
+
+def reject(ws: Workspace, ids: Sequence[str]) -> None:
+    """They become no rows; what was said is kept."""
+    with ws.changing("feedback reject"):
+        _decide(ws, "rejected", _chosen(ws, ids))
+
+
+def _chosen(ws: Workspace, ids: Sequence[str]) -> list[Entry]:
+    open_ = {entry.id: entry for entry in read(ws) if entry.state == "waiting"}
+    unknown = [id for id in ids if id not in open_]
+    if unknown:
+        raise UsageError(f"no feedback waits under {', '.join(unknown)}; `treering feedback list` shows what does")
+    return [open_[id] for id in dict.fromkeys(ids)]
+
+
+def _decide(ws: Workspace, state: State, entries: Sequence[Entry]) -> None:
+    if entries:
+        append_line(ws.root / FILE, {"decided": state, "ids": [entry.id for entry in entries], "time": _now()})
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
