@@ -6,6 +6,7 @@ Keys that LLaMA-Factory also has carry its names.
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -103,6 +104,90 @@ class EvalConfig(Section):
     """Longest generated answer, in tokens; tasks with a label set stop two tokens past their longest label."""
 
 
+class AutomateConfig(Section):
+    """When `treering watch` updates by itself. Each of `schedule`, `min_rows`, `drift` and `max_age_hours` that is set
+    starts an update of what waits; with none of them, new rows do so at once. Times are local.
+    """
+
+    settle_seconds: float = Field(5.0, ge=0)
+    """A file of the inbox counts once it has not changed for so long."""
+
+    schedule: str | None = None
+    """Times at which to update, in cron syntax, such as `0 2 * * 1-5`; one missed while the machine was off is made
+    up for."""
+
+    min_rows: int | None = Field(None, ge=1)
+    """Update once so many rows wait."""
+
+    drift: float | None = Field(None, gt=0, lt=1)
+    """Update once the words of the rows that wait differ from those learned by more than so many bits
+    (Jensen-Shannon divergence, less what chance gives; 0 to 1)."""
+
+    max_age_hours: float | None = Field(None, gt=0)
+    """Update once the oldest row has waited so long."""
+
+    quiet_hours: str | None = None
+    """No update starts or goes on in these hours, such as `08:00-18:00`; one that runs is stopped at a checkpoint and
+    resumed afterwards."""
+
+    updates_per_day: int | None = Field(None, ge=1)
+    """Updates in a day, those that look for the cause of a hold included."""
+
+    minutes_per_day: float | None = Field(None, gt=0)
+    """Minutes that updates may run in a day; one that has used them up is stopped at a checkpoint and resumed the next
+    day."""
+
+    max_failures: int = Field(3, ge=1)
+    """Failures in a row after which nothing is tried until `treering watch --resume`."""
+
+    on_event: str | None = None
+    """Command run on every event, which it gets as a JSON object on standard input. No shell is involved."""
+
+    webhook: str | None = None
+    """Address that gets every event by POST, signed as standardwebhooks.com says."""
+
+    webhook_secret_file: str | None = None
+    """File that holds the webhook's secret; a relative path begins at the workspace."""
+
+    @field_validator("schedule")
+    @classmethod
+    def _cron(cls, value: str | None) -> str | None:
+        if value is not None:
+            from treering.automate.rules import cron
+
+            cron(value)
+        return value
+
+    @field_validator("quiet_hours")
+    @classmethod
+    def _hours(cls, value: str | None) -> str | None:
+        if value is not None:
+            from treering.automate.rules import hours
+
+            hours(value)
+        return value
+
+    @field_validator("webhook")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError("write an address that begins with https:// or http://")
+        return value
+
+    @field_validator("on_event")
+    @classmethod
+    def _command(cls, value: str | None) -> str | None:
+        if value is not None and not shlex.split(value):
+            raise ValueError("write a command, such as notify-send treering, or leave it out")
+        return value
+
+    @model_validator(mode="after")
+    def _signed(self) -> AutomateConfig:
+        if (self.webhook is None) != (self.webhook_secret_file is None):
+            raise ValueError("webhook and webhook_secret_file go together: set both or none")
+        return self
+
+
 class Config(Section):
     """All settings of a workspace."""
 
@@ -182,6 +267,7 @@ class Config(Section):
     distill: DistillConfig = DistillConfig()
     gate: GateConfig = GateConfig()
     eval: EvalConfig = EvalConfig()
+    automate: AutomateConfig = AutomateConfig()
 
     @field_validator("finetuning_type")
     @classmethod
@@ -213,6 +299,10 @@ class Config(Section):
     def alpha(self) -> int:
         """LoRA scale numerator with its default filled in."""
         return 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+    def of_versions(self) -> dict[str, Any]:
+        """The settings that versions depend on; those that only say when updates run are left out."""
+        return self.model_dump(mode="json", exclude={"automate"})
 
     @classmethod
     def load(cls, path: Path, overrides: Iterable[str] = ()) -> Config:
