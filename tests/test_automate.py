@@ -555,8 +555,14 @@ def test_wrong_settings_are_a_failure_that_is_told(rig: Callable[..., Rig]) -> N
     (auto.ws.root / "treering.yaml").write_text("lora_rnak: 3\n")
     auto.look()
     assert "did you mean 'lora_rank'" in auto.last("look.failed")["reason"]
+    auto.clock.on(seconds=59)
+    auto.look()
+    assert auto.loop.state.failures == {"look": 1}
+    auto.clock.on(seconds=1)
+    auto.look()
+    assert auto.loop.state.failures == {"look": 2}
     (auto.ws.root / "treering.yaml").write_text(good)
-    auto.clock.on(minutes=1)
+    auto.clock.on(minutes=4)
     put(auto.ws, "pens")
     auto.until_idle()
     assert (current(auto.ws), auto.loop.state.failures) == ("v1", {})
@@ -700,6 +706,11 @@ def test_once(workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch) -> None
     assert Automation(ws, perform=steps).run(threading.Event(), once=True) == "failed"
     assert Automation(ws, perform=steps).run(threading.Event(), once=True) == "idle"
     assert current(ws) == "v1"
+    # One that was killed is tried again at once.
+    put(ws, "cups")
+    State(running=datetime.now(UTC), pending="18 new rows").save(ws.root)
+    assert Automation(ws, perform=steps).run(threading.Event(), once=True) == "idle"
+    assert (current(ws), State.load(ws.root).failures) == ("v2", {})
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -83,12 +83,12 @@ class Automation:
         self.state = State.load(self.ws.root)
         if self.state.stopped is not None and not stay:
             raise TreeringError(self.state.stopped)
-        if once:
-            self.state.retry_at = None  # Whoever starts it now and then is the one who tries again.
         self.events.add("automation.started", config)
         if self.state.running is not None:
             # Not only a power cut: an update may take the whole machine with it, each time anew.
             self._failed("update", "the loop ended while it ran: it was killed, or the machine went down", config)
+        if once:
+            self.state.retry_at = None  # Whoever starts it now and then is the one who waits between two tries.
 
     def _go_on(self, stop: Asked, once: bool, stay: bool) -> Ended:
         next_look = 0.0
@@ -110,16 +110,13 @@ class Automation:
 
     def _guarded_look(self) -> tuple[float, bool]:
         try:
-            found = self.look()
+            return self.look()
         except (TreeringError, OSError, SQLAlchemyError) as error:
             try:
                 self._failed("look", str(error), self._config())
             except OSError as worse:  # A full disk: nothing can be noted either.
                 say(str(worse))
             return LOOK_AGAIN, False
-        if self.state.failures.get("look"):
-            self._succeeded("look")
-        return found
 
     def look(self) -> tuple[float, bool]:
         """Do what there is to do now. Returns the seconds after which to look again, and whether there is more."""
@@ -127,10 +124,10 @@ class Automation:
         if self.state.stopped is not None:
             self.state = State.load(self.ws.root)
             return STOPPED, False
-        config = self._settings = self.ws.config().automate
-        self.state.turn_to(now.astimezone().date())
         if self.state.retry_at is not None and now < self.state.retry_at:
             return (self.state.retry_at - now).total_seconds(), True
+        config = self._settings = self.ws.config().automate
+        self.state.turn_to(now.astimezone().date())
 
         found = self.inbox.look(now.timestamp(), config.settle_seconds)
         for file in found.misplaced:
@@ -139,6 +136,8 @@ class Automation:
         if found.ready and not self._take_in(found.ready, config):
             return 0.0, True
         work = self.agenda.next(self.state, config, now)
+        if self.state.failures.get("look"):
+            self._succeeded("look")
         if work is None:
             wait = LOOK_AGAIN if found.growing is None else min(LOOK_AGAIN, found.growing)
             return wait, found.growing is not None
