@@ -17,7 +17,7 @@ from typing import Any
 # The two streams run side by side, half the cores each: with batches this small a second thread gains nothing.
 os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 2) // 2))
 
-from treering import Workspace, examples, registry  # noqa: E402
+from treering import Workspace, examples, registry
 
 FOLDER = Path(".demo")
 SETTINGS: dict[str, Any] = {

@@ -156,7 +156,9 @@ def test_options_are_those_documented(name: str) -> None:
 # Reading
 
 
-@pytest.mark.parametrize("command", ["status", "versions", "show v1", "show current", "compare v1 v2", "verify"])
+@pytest.mark.parametrize(
+    "command", ["status", "versions", "show v1", "show current", "compare v1 v2", "verify", "history"]
+)
 def test_reading_commands(cli: Runner, made: Path, command: str) -> None:
     assert cli.json(*command.split(), "-w", made)
     out, _ = cli.text(*command.split(), "--workspace", made)
@@ -169,6 +171,8 @@ def test_what_the_reading_commands_say(cli: Runner, made: Path) -> None:
     assert status["rows"] == {"train": 45, "held_out": 5, "quarantined": 0}
     assert [v["name"] for v in cli.json("versions", "-w", made)["versions"]] == ["v1", "v2"]
     assert cli.json("show", "v2", "-w", made)["parent"] == "v1"
+    moves = cli.json("history", "-w", made)["events"]
+    assert [(e["event"], e["version"]) for e in moves] == [("version.promoted", "v1"), ("version.promoted", "v2")]
     compared = cli.json("compare", "v1", "v2", "-w", made)
     assert compared["versions"] == ["v1", "v2"] and compared["tasks"]["pens"]["rows"] == 2
     out, _ = cli.text("versions", "-w", made)

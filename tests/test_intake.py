@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from treering import Workspace, registry
 from treering.data.catalog import Writer, choose_held_out
-from treering.data.intake import Ingested
+from treering.data.intake import Ingested, ingest
 from treering.errors import ConfigError, LockError, TreeringError, UsageError
 from treering.testing import toy_rows
 
@@ -319,3 +319,54 @@ def test_a_busy_catalog_says_so(workspace: MakeWorkspace) -> None:
         db.close()
         with pytest.raises(LockError, match="another process is ingesting"), other.catalog.writing():
             pass
+
+
+def test_only_some_files_of_the_inbox(workspace: MakeWorkspace) -> None:
+    ws = workspace(val_size=0.0)
+    first = write(ws.inbox / "a" / "one.jsonl", [row(0)])
+    write(ws.inbox / "a" / "two.jsonl", [row(1)])
+    assert ingest(ws, only={first}).tasks == {"a": 1}
+    assert ingest(ws, only={first}).rows == 0
+    assert ingest(ws).tasks == {"a": 1}
+
+
+def test_rows_that_are_set_aside_are_neither_trained_nor_judged_by_until_they_are_taken_back(
+    workspace: MakeWorkspace, tmp_path: Path
+) -> None:
+    ws = workspace()
+    path = write(ws.inbox / "a" / "rows.jsonl", [*(row(n) for n in range(20)), {"text": ""}])
+    judge = write(tmp_path / "judge.jsonl", [row(n) for n in range(100, 105)])
+    ws.ingest()
+    ws.ingest([], task="a", held_out=judge)
+    before = stored(ws)
+    ids = [id for ids in ws.catalog.waiting(()).values() for id in ids]
+    held = [id for ids in ws.catalog.held_out().values() for id in ids]
+    with ws.catalog.writing() as writer:
+        assert writer.set_aside([*ids, *held], "bad labels") == 20
+        assert writer.set_aside([*ids, *held], "again") == 0
+        assert writer.sizes("a") == (5, 5)
+    assert ws.catalog.waiting(()) == {}
+    assert len(ws.catalog.held_out()["a"]) == 5  # The user's own stay.
+    assert ws.catalog.counts() == {"train": 0, "held_out": 5, "quarantined": 21}
+    assert len(ws.catalog.examples(ids)) == 18  # A version that learned them still finds them.
+
+    write(path, [row(n) for n in range(22)])
+    found = ws.ingest()
+    assert (found.accepted, found.duplicates) == (2, 20) and balanced(found)
+    assert ws.catalog.counts() == {"train": 2, "held_out": 5, "quarantined": 20}
+    found = ws.ingest(path, task="a")
+    assert (found.accepted, found.duplicates, found.held_out) == (20, 2, 2) and balanced(found)
+    assert {question: stored(ws)[question] for question in before} == before
+    assert ws.catalog.quarantined() == []
+
+
+def test_where_rows_came_from(workspace: MakeWorkspace) -> None:
+    ws = workspace(val_size=0.0)
+    path = write(ws.inbox / "a" / "rows.jsonl", [row(n) for n in range(600)])
+    ws.ingest()
+    ws.ingest([row(1000)], task="b")
+    ids = [id for ids in ws.catalog.waiting(()).values() for id in ids]
+    origins = ws.catalog.origins(ids[::-1])
+    assert list(origins) == ids
+    assert [origin.file for origin in origins.values()] == [str(path)] * 600 + ["<python>"]
+    assert {task: len(ids) for task, ids in ws.catalog.waiting((), str(path)).items()} == {"a": 600}

@@ -336,6 +336,23 @@ def test_the_inbox_is_taken_in(workspace: MakeWorkspace) -> None:
     assert {task: len(ids) for task, ids in version.manifest["rows"].items()} == {"pens": 18}
 
 
+def test_an_update_of_one_file_alone(workspace: MakeWorkspace) -> None:
+    """It is judged by the file's own held-out rows; the rest waits as it was, and the inbox is not read."""
+    ws = workspace(**ONE_STEP)
+    for name, task in (("one", "pens"), ("two", "cups")):
+        (ws.inbox / task).mkdir()
+        text = "".join(json.dumps(row) + "\n" for row in toy_rows(task, 20))
+        (ws.inbox / task / f"{name}.jsonl").write_text(text)
+    ws.ingest()
+    (ws.inbox / "cups" / "three.jsonl").write_text(json.dumps(toy_rows("cups", 21)[20]) + "\n")
+    outcome = pipeline.update(ws, file=str(ws.inbox / "cups" / "two.jsonl"), inbox=False, quiet=True)
+    assert outcome.version is not None
+    assert {task: len(ids) for task, ids in outcome.version.manifest["rows"].items()} == {"cups": 18}
+    assert {task: len(ids) for task, ids in outcome.version.manifest["held_out"].items()} == {"cups": 2}
+    assert waiting(ws) == {"pens": 18}
+    assert pipeline.update(ws, file="none", inbox=False, quiet=True).status == "nothing new"
+
+
 def test_held_out_files_of_the_users_own(workspace: MakeWorkspace, tmp_path: Path) -> None:
     ws = workspace(**ONE_STEP)
     rows = toy_rows("pens", 24)

@@ -167,7 +167,56 @@ def status(workspace: Folder = HERE, as_json: AsJson = False) -> None:
         if found["interrupted"]
         else []
     )
+    automation = found["automation"]
+    if automation["problem"] is not None:
+        lines += [f"UPDATES BY THEMSELVES HAVE STOPPED: {automation['problem']}"]
+    elif automation["running"] or automation["updates_today"]:
+        lines += [
+            f"by itself today: {automation['updates_today']} updates, {automation['minutes_today']:g} minutes"
+            + (", one runs" if automation["running"] else "")
+        ]
     _show(found, as_json, lines)
+
+
+@app.command()
+def watch(
+    once: Annotated[bool, typer.Option("--once", help="Do what there is to do now, then end.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after failures stopped it.")] = False,
+    workspace: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Update by itself when files come or it is time. Exit code 1: failures stopped it."""
+    from treering.automate import loop
+    from treering.errors import LockError
+    from treering.stop import stop_on_signals
+
+    ws = _open(workspace)
+    resumed = resume and loop.resume(ws)
+    automation = loop.Automation(ws)
+    try:
+        with stop_on_signals() as stop:
+            ended: str = automation.run(stop, once=once)
+    except LockError:
+        if not resumed:
+            raise
+        ended = "resumed"  # By the loop that runs already.
+    from treering import registry
+
+    current = registry.current(ws)
+    result = {"ended": ended, "reason": automation.state.stopped, "current": current.name if current else None}
+    serves = f"{current.name} is current" if current else "no version yet"
+    _show(result, as_json, [f"{ended}: {automation.state.stopped or serves}"])
+    if ended in ("stopped", "failed"):
+        raise typer.Exit(1)
+
+
+@app.command()
+def history(workspace: Folder = HERE, as_json: AsJson = False) -> None:
+    """What happened here, newest last: updates by themselves, promotions, rollbacks."""
+    from treering.automate import events
+
+    found = events.history(_open(workspace))
+    _show({"events": found}, as_json, [events.describe(entry) for entry in found] or ["nothing happened yet"])
 
 
 @app.command()

@@ -11,131 +11,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from treering.errors import ConfigError
 from treering.methods import FINETUNING_TYPES, PROTECT
-
-
-class Section(BaseModel):
-    """A group of settings: no unknown keys, nothing changed after it was checked."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-    )
-
-
-def _share_or_count(value: object) -> object:
-    if isinstance(value, str) and value.endswith("%"):
-        try:
-            share = float(value[:-1])
-        except ValueError:
-            raise ValueError("write a share as a number and %, such as 2%") from None
-        if not 0 <= share <= 100:
-            raise ValueError("a share lies between 0% and 100%")
-        return f"{share:g}%"
-    if isinstance(value, bool) or not isinstance(value, int | str) or (isinstance(value, int) and value < 0):
-        raise ValueError("write auto, a number of rows (0 or more) or a share such as 2%")
-    return value
-
-
-class MemoryConfig(Section):
-    """The bounded set of old rows that updates replay."""
-
-    size: Annotated[Literal["auto"] | int | str, BeforeValidator(_share_or_count)] = "auto"
-    """Rows kept: a count, a share of all rows seen such as `2%`, or `auto`: for each task the larger of 2% of its
-    rows and two rows a label."""
-
-    policy: Literal["balanced", "reservoir"] = "balanced"
-    """What to keep: `balanced` (equal quotas per task, and per label inside it; a reservoir inside a quota) or
-    `reservoir` (a uniform sample of all rows seen)."""
-
-    replay_share: float = Field(0.5, ge=0, lt=1)
-    """Share of the rows of an epoch that are replayed from memory."""
-
-    @field_validator("size")
-    @classmethod
-    def _known_size(cls, value: int | str) -> int | str:
-        if isinstance(value, str) and value != "auto" and not value.endswith("%"):
-            raise ValueError("write auto, a number of rows or a share such as 2%")
-        return value
-
-
-class DistillConfig(Section):
-    """Distillation of the stored teacher logits on replayed rows."""
-
-    weight: float = Field(1.0, ge=0)
-    """Weight of the distillation term beside the cross entropy of the same step."""
-
-    temperature: float = Field(2.0, gt=0)
-    """Softening of teacher and student."""
-
-    top_k: int = Field(16, ge=1, le=16)
-    """Logits stored for each answer token."""
-
-
-class GateConfig(Section):
-    """When a candidate may become current."""
-
-    margin: float = Field(0.05, ge=0, le=1)
-    """Largest loss of score on an old task that still counts as no worse."""
-
-    floor: float = Field(0.25, ge=0, le=1)
-    """A drop on any old task above this holds the candidate, however few rows the task has."""
-
-    min_gain: float = Field(0.0, ge=0, le=1)
-    """Smallest gain of score on the new held-out rows."""
-
-    confidence: float = Field(0.95, gt=0.5, lt=1)
-    """One-sided confidence of each bound."""
-
-    resamples: int = Field(2000, ge=100)
-    """Bootstrap resamples."""
-
-
-class EvalConfig(Section):
-    """How held-out rows are scored."""
-
-    batch_size: int = Field(32, ge=1)
-    """Rows scored at once."""
-
-    max_new_tokens: int = Field(128, ge=1)
-    """Longest generated answer, in tokens; tasks with a label set stop two tokens past their longest label."""
-
-
-class ServeConfig(Section):
-    """How `treering serve` answers."""
-
-    temperature: float = Field(0.0, ge=0)
-    """Temperature of requests that name none; 0, the likeliest token, is how versions are judged."""
-
-    max_new_tokens: int = Field(512, ge=1)
-    """Longest answer of requests that set no limit, in tokens."""
-
-    max_batch_size: int = Field(32, ge=1)
-    """Answers generated at once."""
-
-    max_queue: int = Field(256, ge=0)
-    """Requests that may wait beyond those; more get HTTP status 429."""
-
-    max_loaded_versions: int = Field(4, ge=1)
-    """Versions kept in memory beside the base model; the least recently used one goes."""
-
-    max_body_bytes: int = Field(1_000_000, ge=1)
-    """Largest request."""
-
-    request_timeout: float = Field(300.0, gt=0)
-    """Seconds after which a request fails."""
-
-    requests_per_minute: int | None = Field(None, ge=1)
-    """Limit of each key; none by default."""
-
-    feedback: Literal["off", "review", "corrections", "all"] = "review"
-    """What becomes of feedback: nothing is taken (`off`); it waits for `treering feedback accept` (`review`);
-    corrections become rows by themselves, or answers rated `up` as well (`all`)."""
-
-    log_contents: bool = False
-    """Write questions and answers into the access log."""
+from treering.sections import (
+    AutomateConfig,
+    DistillConfig,
+    EvalConfig,
+    GateConfig,
+    MemoryConfig,
+    Section,
+    ServeConfig,
+)
 
 
 class Config(Section):
@@ -218,6 +106,7 @@ class Config(Section):
     gate: GateConfig = GateConfig()
     eval: EvalConfig = EvalConfig()
     serve: ServeConfig = ServeConfig()
+    automate: AutomateConfig = AutomateConfig()
 
     @field_validator("finetuning_type")
     @classmethod
@@ -245,14 +134,14 @@ class Config(Section):
             raise ValueError("protect: distill works on replayed rows; add replay or drop distill")
         return self
 
-    def of_update(self) -> dict[str, Any]:
-        """What an update depends on, as plain values: not how its versions are served."""
-        return self.model_dump(mode="json", exclude={"serve"})
-
     @property
     def alpha(self) -> int:
         """LoRA scale numerator with its default filled in."""
         return 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+    def of_versions(self) -> dict[str, Any]:
+        """The settings that versions depend on; those that say when updates run and how versions serve are left out."""
+        return self.model_dump(mode="json", exclude={"automate", "serve"})
 
     @classmethod
     def load(cls, path: Path, overrides: Iterable[str] = ()) -> Config:

@@ -76,7 +76,7 @@ def of_adoption(adapter: Path, config: Config, base: str) -> dict[str, Any]:
         "base": {"name": base_name(config), "sha256": base},
         "plan": None,
         "source": str(adapter),
-        "config": config.of_update(),
+        "config": config.of_versions(),
         "rows": {},
         "held_out": {},
         "metrics": {},

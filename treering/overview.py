@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from treering import registry
-from treering.errors import VersionError
+from treering.errors import TreeringError, VersionError
 from treering.registry import Version
 
 if TYPE_CHECKING:
@@ -25,6 +26,24 @@ def status(ws: Workspace) -> dict[str, Any]:
         "rows": ws.catalog.counts(),
         "versions": len(registry.versions(ws)),
         "interrupted": any(ws.versions.glob(".staging-*")),
+        "automation": _automation(ws),
+    }
+
+
+def _automation(ws: Workspace) -> dict[str, Any]:
+    """How far `treering watch` is; `problem`: why it does nothing any more."""
+    from treering.automate.state import State
+
+    try:
+        state = State.load(ws.root)
+    except TreeringError as error:
+        return {"problem": str(error), "running": False, "updates_today": 0, "minutes_today": 0.0}
+    today = state.day == datetime.now().astimezone().date()
+    return {
+        "problem": state.stopped,
+        "running": state.running is not None,
+        "updates_today": state.updates if today else 0,
+        "minutes_today": round(state.seconds / 60, 1) if today else 0.0,
     }
 
 

@@ -29,11 +29,19 @@ class Outcome:
 
 
 def update(
-    ws: Workspace, overrides: Iterable[str] = (), *, promote: bool = True, dry_run: bool = False, quiet: bool = False
+    ws: Workspace,
+    overrides: Iterable[str] = (),
+    *,
+    promote: bool = True,
+    dry_run: bool = False,
+    inbox: bool = True,
+    file: str | None = None,
+    quiet: bool = False,
 ) -> Outcome:
     """Train a candidate on everything new, judge it, keep it as a version, make it current if it is no worse.
 
-    With `promote=False` the candidate keeps its verdict and `current` stays. With `dry_run` nothing is written.
+    With `promote=False` the candidate keeps its verdict and `current` stays. With `dry_run` nothing is written. With
+    `inbox=False` only rows that were ingested before are new, with `file` only those that came from that file.
     """
     config = ws.config(overrides)
     with ws.lock("update", "update"), full_disk_is_clear(ws.root), stop_on_signals() as stop:
@@ -44,11 +52,11 @@ def update(
         from treering.plan import clear, make_plan, stage
 
         base = resolve(config.model_name_or_path, config.trust_remote_code)
-        if not dry_run:
+        if inbox and not dry_run:
             ingest(ws, config=config, quiet=quiet)
         with ws.changing("update"):
             parent = registry.current(ws)
-        plan = make_plan(ws, parent, config, fingerprint(base))
+        plan = make_plan(ws, parent, config, fingerprint(base), file)
         done = _nothing_to_train(ws, plan, promote, dry_run)
         if done is not None:
             return done

@@ -55,17 +55,20 @@ class Plan:
         }
 
 
-def make_plan(ws: Workspace, parent: Version | None, config: Config, base: str) -> Plan:
-    """All rows that neither `parent` nor its ancestors learned, and the held-out rows none of them was measured on."""
+def make_plan(ws: Workspace, parent: Version | None, config: Config, base: str, file: str | None = None) -> Plan:
+    """All rows that neither `parent` nor its ancestors learned, and the held-out rows none of them was measured on.
+
+    With `file` only the rows that came from it; of the held-out rows, its own and those of the user's held-out files.
+    """
     import torch
 
     from treering.model import use_bf16
 
-    rows = ws.catalog.waiting(registry.consumed(ws, parent))
+    rows = ws.catalog.waiting(registry.consumed(ws, parent), file)
     measured = parent.manifest["held_out"] if parent else {}
     seen = {id for ids in measured.values() for id in ids}
     fresh = {}
-    for task, ids in ws.catalog.held_out().items():
+    for task, ids in ws.catalog.held_out(file).items():
         slice_ = [id for id in ids if id not in seen]
         if slice_ and (task in rows or task in measured):
             fresh[task] = slice_
@@ -76,7 +79,7 @@ def make_plan(ws: Workspace, parent: Version | None, config: Config, base: str) 
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-    return Plan(parent.name if parent else None, base, config.of_update(), rows, fresh, machine)
+    return Plan(parent.name if parent else None, base, config.of_versions(), rows, fresh, machine)
 
 
 def stage(ws: Workspace, plan: Plan) -> tuple[Plan, Path]:

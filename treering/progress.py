@@ -11,6 +11,11 @@ from typing import Protocol
 SECONDS_BETWEEN_LINES = 5.0
 
 
+def say(text: str) -> None:
+    """A line on standard error, for whoever watches or keeps a log."""
+    print(f"treering: {text}", file=sys.stderr, flush=True)
+
+
 class Advance(Protocol):
     """Moves the bar on by `steps`, with a short note beside it."""
 

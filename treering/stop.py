@@ -17,6 +17,10 @@ class Stop:
     def __init__(self) -> None:
         self.asked = False
 
+    def is_set(self) -> bool:
+        """The same, under the name that `threading.Event` has for it."""
+        return self.asked
+
     def check(self) -> None:
         """Raise `UpdateInterruptedError` if asked to stop."""
         if self.asked:

@@ -134,11 +134,12 @@ class Workspace:
             yield
 
     @contextmanager
-    def lock(self, command: str, name: Literal["update", "registry"], wait: bool = False) -> Iterator[None]:
-        """Hold one of the workspace's two locks; it goes with the process that held it.
+    def lock(self, command: str, name: Literal["update", "registry", "watch"], wait: bool = False) -> Iterator[None]:
+        """Hold one of the workspace's locks; it goes with the process that held it.
 
         `update` is held for as long as an update runs, `registry` while versions are committed or `current` is moved,
-        so that rolling back never waits for an update. Raises `LockError` that says who holds it.
+        so that rolling back never waits for an update; `watch` by the one loop that updates by itself.
+        Raises `LockError` that says who holds it.
         """
         try:
             descriptor = os.open(self.root / f".{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
@@ -19,7 +19,14 @@ from treering.data.read import Bad
 from treering.errors import LockError, TreeringError
 
 SCHEMA = 1
+HELD = "held-by-gate"
+"""The rule under which rows of a held update are in quarantine."""
+
+_ASIDE = "aside:"
+"""Before the split of rows in quarantine that were accepted once: versions that learned them still find their text."""
+
 _CHUNK = 500  # SQLite takes a limited number of bound values.
+_RAW_LENGTH = 2000
 
 _tables = sa.MetaData()
 _meta = sa.Table("meta", _tables, sa.Column("schema", sa.Integer, nullable=False))
@@ -68,6 +75,14 @@ class Stored:
     line: int
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a stored row came from, and when."""
+
+    file: str
+    added: datetime
+
+
 class Catalog:
     """The rows and the quarantine of a workspace, in SQLite (WAL)."""
 
@@ -100,9 +115,11 @@ class Catalog:
                 raise LockError("another process is ingesting into this workspace; try again when it is done") from None
             yield Writer(db)
 
-    def waiting(self, consumed: Collection[str]) -> dict[str, list[str]]:
-        """Ids of the training rows not in `consumed`, by task, tasks and rows in the order they came."""
+    def waiting(self, consumed: Collection[str], file: str | None = None) -> dict[str, list[str]]:
+        """Ids of the training rows (of `file`) not in `consumed`, by task, tasks and rows in the order they came."""
         query = sa.select(_rows.c.id, _rows.c.task).where(_rows.c.split == "train").order_by(_rows.c.seq)
+        if file is not None:
+            query = query.where(_rows.c.file == file)
         found: dict[str, list[str]] = {}
         with self.engine.connect() as db:
             for id, task in db.execute(query):
@@ -116,14 +133,26 @@ class Catalog:
         with self.engine.connect() as db:
             return list(db.execute(query).scalars())
 
-    def held_out(self) -> dict[str, list[str]]:
-        """Ids of all held-out rows by task, in the order they came."""
+    def held_out(self, file: str | None = None) -> dict[str, list[str]]:
+        """Ids of the held-out rows by task, in the order they came; of `file`: its own and those that the user gave."""
         query = sa.select(_rows.c.id, _rows.c.task).where(_rows.c.split == "held_out").order_by(_rows.c.seq)
+        if file is not None:
+            query = query.where(sa.or_(_rows.c.file == file, _rows.c.given))
         found: dict[str, list[str]] = {}
         with self.engine.connect() as db:
             for id, task in db.execute(query):
                 found.setdefault(task, []).append(id)
         return found
+
+    def origins(self, ids: Sequence[str]) -> dict[str, Origin]:
+        """File and time of arrival of these rows, in the order they came."""
+        found: list[tuple[int, str, Origin]] = []
+        with self.engine.connect() as db:
+            for start in range(0, len(ids), _CHUNK):
+                query = sa.select(_rows.c.seq, _rows.c.id, _rows.c.file, _rows.c.added)
+                for seq, id, file, added in db.execute(query.where(_rows.c.id.in_(ids[start : start + _CHUNK]))):
+                    found.append((seq, id, Origin(file, datetime.fromisoformat(added))))
+        return {id: origin for _, id, origin in sorted(found, key=lambda entry: entry[0])}
 
     def examples(self, ids: Sequence[str]) -> dict[str, Example]:
         """The examples with these ids. Raises `TreeringError` if one is not stored."""
@@ -170,19 +199,19 @@ class Writer:
         self.db = db
         self.added = datetime.now(UTC).isoformat(timespec="seconds")
 
-    def splits(self, ids: Sequence[str]) -> dict[str, Split]:
-        """Which of these ids are stored, and on which side."""
-        found: dict[str, Split] = {}
+    def splits(self, ids: Sequence[str]) -> dict[str, Split | Literal["aside"]]:
+        """Which of these ids are stored, and on which side; `aside`: in quarantine since a version was held."""
+        found: dict[str, Any] = {}
         for start in range(0, len(ids), _CHUNK):
             query = sa.select(_rows.c.id, _rows.c.split).where(_rows.c.id.in_(ids[start : start + _CHUNK]))
             found |= dict(self.db.execute(query).all())
-        return found
+        return {id: "aside" if split.startswith(_ASIDE) else split for id, split in found.items()}
 
     def sizes(self, task: str) -> tuple[int, int]:
         """How many rows the task has, and how many of them are held out."""
         query = sa.select(_rows.c.split, sa.func.count()).where(_rows.c.task == task).group_by(_rows.c.split)
         counts: dict[str, int] = dict(self.db.execute(query).all())
-        return sum(counts.values()), counts.get("held_out", 0)
+        return counts.get("train", 0) + counts.get("held_out", 0), counts.get("held_out", 0)
 
     def has_given_held_out(self, task: str) -> bool:
         """Whether the user gave this task held-out rows of its own."""
@@ -209,11 +238,40 @@ class Writer:
 
     def hold_out(self, id: str, task: str) -> None:
         """Move a stored training row to the held-out side of `task`."""
+        self.take_back(id)
         self.db.execute(_rows.update().where(_rows.c.id == id).values(split="held_out", given=True, task=task))
 
+    def set_aside(self, ids: Sequence[str], reason: str) -> int:
+        """Move stored rows to quarantine, all but those the user gave to judge by; returns how many."""
+        moved = 0
+        for start in range(0, len(ids), _CHUNK):
+            here = sa.and_(_rows.c.id.in_(ids[start : start + _CHUNK]), sa.not_(_rows.c.given))
+            here = sa.and_(here, _rows.c.split.in_(("train", "held_out")))
+            query = sa.select(_rows.c.task, _rows.c.file, _rows.c.line, _rows.c.messages).where(here)
+            for row in self.db.execute(query.order_by(_rows.c.seq)).all():
+                self._refuse(row.task, [Bad(row.file, row.line, HELD, reason, row.messages[:_RAW_LENGTH])])
+                moved += 1
+            self.db.execute(_rows.update().where(here).values(split=_ASIDE + _rows.c.split))
+        return moved
+
+    def take_back(self, id: str) -> str | None:
+        """Undo `set_aside` for a row; returns the side it is on again, None if it was not set aside."""
+        row = self.db.execute(sa.select(_rows).where(_rows.c.id == id, _rows.c.split.startswith(_ASIDE))).first()
+        if row is None:
+            return None
+        split: str = row.split.removeprefix(_ASIDE)
+        self.db.execute(_rows.update().where(_rows.c.id == id).values(split=split))
+        same = (_quarantine.c.file == row.file, _quarantine.c.line == row.line)
+        raw = _quarantine.c.raw == row.messages[:_RAW_LENGTH]
+        self.db.execute(_quarantine.delete().where(_quarantine.c.rule == HELD, *same, raw))
+        return split
+
     def quarantine(self, task: str, file: str | None, bad: Sequence[Bad]) -> None:
-        """Replace the quarantined rows of `file` by `bad`; None: add them."""
-        self.db.execute(_quarantine.delete().where(_quarantine.c.file == file))
+        """Replace the rows of `file` that could not be accepted by `bad`; None: add them."""
+        self.db.execute(_quarantine.delete().where(_quarantine.c.file == file, _quarantine.c.rule != HELD))
+        self._refuse(task, bad)
+
+    def _refuse(self, task: str, bad: Sequence[Bad]) -> None:
         values = [
             {
                 "task": task,

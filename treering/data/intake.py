@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,16 +62,17 @@ def ingest(
     *,
     task: str | None = None,
     held_out: Source = None,
+    only: Collection[Path] | None = None,
     config: Config | None = None,
     quiet: bool = True,
 ) -> Ingested:
     """Take in `source` (files, folders or rows; the inbox by default); `held_out` is the user's own held-out side.
 
-    Files of the inbox whose content was ingested before are passed over. Raises `UsageError` before anything is
-    stored when a path does not exist or a task cannot be named.
+    Files of the inbox whose content was ingested before are passed over, with `only` all others too. Raises
+    `UsageError` before anything is stored when a path does not exist or a task cannot be named.
     """
     config = config or ws.config()
-    batches = _batches(ws, source, task, "train", config) + _batches(
+    batches = _batches(ws, source, task, "train", config, only=only) + _batches(
         ws, held_out, task, "held_out", config, named=False
     )
     if source is None:
@@ -92,7 +93,7 @@ def ingest(
                 total["rows"] += 1
                 refused = found if isinstance(found, Bad) else _refuse(found, count_tokens, config.cutoff_len)
                 if refused is None and isinstance(found, Row):
-                    refused = _take(writer, batch, found, trained, incoming, total, tasks)
+                    refused = _take(writer, batch, found, trained, incoming, total, tasks, source is not None)
                 if refused is not None:
                     bad.append(refused)
                     reasons[refused.rule] = reasons.get(refused.rule, 0) + 1
@@ -117,12 +118,21 @@ def _take(
     incoming: dict[str, Stored],
     total: dict[str, int],
     tasks: dict[str, int],
+    named: bool,
 ) -> Bad | None:
-    """Put a good row where it belongs; returns it as refused if it cannot be held out any more."""
+    """Put a good row where it belongs; returns it as refused if it cannot be held out any more.
+
+    `named`: the user named its file, which takes back rows that a hold set aside.
+    """
     id = row.example.id
-    stored = {id: incoming[id].split} if id in incoming else writer.splits([id])
+    stored = writer.splits([id])
+    if id in incoming:
+        stored = {id: incoming[id].split}
     what = fate(id, batch.split, stored, trained)
-    if what == "duplicate":
+    if what == "aside" and named:
+        total["held_out"] += writer.take_back(id) == "held_out"
+        tasks[batch.task] = tasks.get(batch.task, 0) + 1
+    elif what in ("duplicate", "aside"):
         total["duplicates"] += 1
     elif what == "already_trained":
         reason = "it is to be held out, but a version has already learned it; leave it out of the held-out file"
@@ -163,11 +173,18 @@ def _counter(config: Config) -> Callable[[Example], int]:
 
 
 def _batches(
-    ws: Workspace, source: Source, task: str | None, split: Split, config: Config, named: bool = True
+    ws: Workspace,
+    source: Source,
+    task: str | None,
+    split: Split,
+    config: Config,
+    *,
+    named: bool = True,
+    only: Collection[Path] | None = None,
 ) -> list[_Batch]:
     """One batch a file. `named`: a file's own name may put it on the held-out side (`test.jsonl`)."""
     if source is None:
-        return _files(ws.inbox, None, split, config, by_name=True) if named else []
+        return _files(ws.inbox, None, split, config, by_name=True, only=only) if named else []
     if isinstance(source, str | Path):
         source = [source]
     items = list(source)
@@ -186,10 +203,19 @@ def _convert(items: Sequence[Any], config: Config) -> Iterable[Row | Bad]:
             yield Bad(_PYTHON, number, error.rule, error.reason, repr(item)[:2000])
 
 
-def _files(path: Path, task: str | None, split: Split, config: Config, by_name: bool) -> list[_Batch]:
+def _files(
+    path: Path,
+    task: str | None,
+    split: Split,
+    config: Config,
+    by_name: bool,
+    only: Collection[Path] | None = None,
+) -> list[_Batch]:
     root = path.resolve()
     batches = []
     for file in find_files(root):
+        if only is not None and file not in only:
+            continue
         side: Split = "held_out" if by_name and split_of(file) != "train" else split
         name = task or _task_of(file, root)
         rows = lambda file=file: read(file, system=config.default_system)  # noqa: E731

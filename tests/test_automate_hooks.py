@@ -1,0 +1,216 @@
+"""Hooks: what is sent, how it is signed, and that none of them can hold the loop."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from treering import Workspace
+from treering.automate import events, hooks
+from treering.automate.events import Events
+from treering.automate.hooks import Hooks, secret, signed
+from treering.automate.loop import Automation
+from treering.config import AutomateConfig
+from treering.errors import UsageError
+
+KEY = "0123456789abcdef0123456789abcdef"
+
+
+class Receiver:
+    """A real server that checks signatures as a receiver would, and answers with `codes`, then with 204."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[dict[str, str], bytes]] = []
+        self.codes: list[int] = []
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                receiver.requests.append(({k.lower(): v for k, v in self.headers.items()}, body))
+                self.send_response(receiver.codes.pop(0) if receiver.codes else 204)
+                self.send_header("location", "/elsewhere")
+                self.end_headers()
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/hook?key=private"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What came, once its signature was found right."""
+        found = []
+        for headers, body in self.requests:
+            content = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
+            digest = hmac.new(KEY.encode(), content, hashlib.sha256).digest()
+            assert headers["webhook-signature"] == "v1," + base64.b64encode(digest).decode()
+            assert abs(int(headers["webhook-timestamp"]) - time.time()) < 300
+            assert headers["content-type"] == "application/json"
+            found.append(json.loads(body))
+        return found
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    found = Receiver()
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks, "PAUSES", (0.0, 0.0))
+
+
+@pytest.fixture
+def config(tmp_path: Path, receiver: Receiver) -> AutomateConfig:
+    (tmp_path / "secret").write_text(KEY + "\n")
+    return AutomateConfig(webhook=receiver.url, webhook_secret_file="secret")
+
+
+def sent(root: Path, config: AutomateConfig, *names: str) -> list[str]:
+    """Send events; returns the complaints."""
+    complaints: list[str] = []
+    hooks = Hooks(root, complaints.append)
+    for name in names:
+        hooks.send({"event": name, "reason": "größer"}, config)
+    hooks.close()
+    return complaints
+
+
+def test_a_webhook_is_signed_and_in_order(tmp_path: Path, config: AutomateConfig, receiver: Receiver) -> None:
+    assert sent(tmp_path, config, "update.started", "update.promoted") == []
+    assert receiver.events == [
+        {"event": "update.started", "reason": "größer"},
+        {"event": "update.promoted", "reason": "größer"},
+    ]
+
+
+def test_the_receiver_in_the_documentation_works(tmp_path: Path, config: AutomateConfig, receiver: Receiver) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "automation.md").read_text()
+    names: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    sent(tmp_path, config, "update.promoted")
+    ((headers, body),) = receiver.requests
+    assert names["is_genuine"](headers, body, KEY.encode())
+    assert not names["is_genuine"](headers, body + b" ", KEY.encode())
+    assert not names["is_genuine"](headers, body, KEY.encode(), seconds=-1)
+
+
+def test_the_signature_is_that_of_the_standard() -> None:
+    """The example that libraries for Standard Webhooks test themselves with."""
+    key = base64.b64decode("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
+    found = signed(b'{"test": 2432232314}', key, 1614265330, "msg_p5jXN8AQM9LWM0D4loKWxJek")
+    assert found["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+def test_a_webhook_is_tried_again_under_the_same_id(tmp_path: Path, config: AutomateConfig, receiver: Receiver) -> None:
+    receiver.codes = [500, 302]
+    assert sent(tmp_path, config, "update.held") == []
+    assert len(receiver.events) == 3
+    assert len({headers["webhook-id"] for headers, _ in receiver.requests}) == 1
+
+
+def test_a_webhook_that_fails_is_given_up_and_the_address_kept_secret(
+    tmp_path: Path, config: AutomateConfig, receiver: Receiver
+) -> None:
+    receiver.codes = [500] * 3
+    (complaint,) = sent(tmp_path, config, "update.held", "update.started")
+    assert complaint.startswith("webhook at 127.0.0.1 on update.held: HTTP Error 500")
+    assert complaint.endswith("tried 3 times") and "private" not in complaint and KEY not in complaint
+    assert len(receiver.events) == 4  # The next one is sent all the same.
+
+
+def test_a_receiver_that_hangs_holds_nobody(
+    tmp_path: Path, config: AutomateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(hooks, "post", lambda *_: release.wait(60))
+    monkeypatch.setattr(hooks, "_WAITING", 1)
+    complaints: list[str] = []
+    found = Hooks(tmp_path, complaints.append)
+    found._queue.maxsize = 2
+    for _ in range(5):
+        found.send({"event": "update.held"}, config)
+    assert len(complaints) >= 2 and "is only in the log" in complaints[0]
+    found.close(seconds=0.1)
+    release.set()
+
+
+def test_a_command_gets_the_event(tmp_path: Path) -> None:
+    (tmp_path / "hook.sh").write_text('cat > "$1"\necho noise\n')
+    assert sent(tmp_path, AutomateConfig(on_event="sh hook.sh 'got it'"), "update.promoted") == []
+    assert json.loads((tmp_path / "got it").read_text()) == {"event": "update.promoted", "reason": "größer"}
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [("sh -c 'exit 3'", "exit code 3"), ("no-such-program", "No such file"), ("sleep 60", "timed out")],
+)
+def test_a_command_that_fails_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, told: str
+) -> None:
+    monkeypatch.setattr(hooks, "SECONDS", 0.2 if command.startswith("sleep") else 10.0)
+    (complaint,) = sent(tmp_path, AutomateConfig(on_event=command), "update.held")
+    assert told in complaint and complaint.endswith("tried 3 times")
+
+
+def test_secrets(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw\n")
+    assert secret(file) == base64.b64decode("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
+    file.write_text("short")
+    with pytest.raises(UsageError, match="shorter than 16 bytes"):
+        secret(file)
+    file.write_text("whsec_!")
+    with pytest.raises(UsageError, match="cannot be read"):
+        secret(file)
+    with pytest.raises(UsageError, match="cannot be read"):
+        secret(tmp_path / "none")
+
+
+def test_the_loop_does_not_begin_without_its_secret(workspace: Callable[..., Workspace]) -> None:
+    ws = workspace(automate={"webhook": "https://x.test/", "webhook_secret_file": "none"})
+    with pytest.raises(UsageError, match="webhook_secret_file"):
+        Automation(ws).run(threading.Event())
+
+
+def test_every_event_is_sent_and_a_failed_hook_is_noted_but_not_sent(
+    workspace: Callable[..., Workspace], receiver: Receiver
+) -> None:
+    ws = workspace()
+    (ws.root / "secret").write_text(KEY)
+    config = AutomateConfig(webhook=receiver.url, webhook_secret_file="secret", on_event="false")
+    auto = Automation(ws)
+    log: Events = auto.events
+    for name in events.NAMES:
+        log.add(name, config, reason="why")
+    log.hooks.close()
+    assert [event["event"] for event in receiver.events] == list(events.NAMES)
+    assert {event["workspace"] for event in receiver.events} == {str(ws.root)}
+    told = [entry for entry in events.history(ws) if "tried 3 times" in entry.get("reason", "")]
+    assert {entry["event"] for entry in told} == {"hook.failed"} and len(told) == len(events.NAMES)
+
+
+def test_events_are_those_that_are_documented() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "automation.md").read_text()
+    package = Path(events.__file__).parent
+    for name, meaning in events.NAMES.items():
+        assert f"| `{name}` | {meaning} |" in page
+    source = "".join(path.read_text() for path in package.glob("*.py") if path.name != "events.py")
+    source = source.replace('f"{step}.failed"', '"look.failed" "ingest.failed" "update.failed"') + '"hook.failed"'
+    assert all(f'"{name}"' in source for name in events.NAMES)

@@ -1,0 +1,63 @@
+"""One step in a process of its own, so that what kills it (memory, a crash in a library) does not end the loop.
+
+The order is the first line of standard input, which stays open: once it closes, whoever gave the order is gone, and the
+step is asked to stop. The answer is the last line of standard output.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+from treering.errors import TreeringError, full_disk_is_clear
+from treering.workspace import Workspace
+
+
+def perform(ws: Workspace, order: dict[str, Any]) -> dict[str, Any]:
+    """Take in files, or update; returns what came of it in plain values."""
+    if order["step"] == "ingest":
+        from treering.data.intake import ingest
+
+        with full_disk_is_clear(ws.root):
+            return ingest(ws, only={Path(file) for file in order["files"]}, quiet=False).as_dict()
+    from treering import pipeline
+
+    outcome = pipeline.update(ws, inbox=False, file=order["file"])
+    version = outcome.version.name if outcome.version else None
+    return {"status": outcome.status, "reason": outcome.reason, "version": version}
+
+
+def main() -> None:
+    """Read the order, perform it, answer."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # Whatever a library prints is not the answer.
+    orders = io.FileIO(0, closefd=False)
+    order = json.loads(orders.readline())
+    threading.Thread(target=_end_with_parent, args=(orders,), daemon=True).start()
+    try:
+        answer = perform(Workspace(order["workspace"]), order)
+    except TreeringError as error:
+        answer = {"error": str(error), "kind": type(error).__name__}
+    except Exception as error:
+        traceback.print_exc()
+        answer = {"error": f"{type(error).__name__}: {error}", "kind": "bug"}
+    with answers:
+        answers.write(json.dumps(answer, ensure_ascii=False) + "\n")
+
+
+def _end_with_parent(orders: io.FileIO) -> None:
+    while orders.read(1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()

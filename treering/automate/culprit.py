@@ -1,0 +1,45 @@
+"""After a hold: which files it was made of, and how one of them goes to quarantine."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from treering import registry
+
+if TYPE_CHECKING:
+    from treering.registry import Version
+    from treering.workspace import Workspace
+
+
+def to_blame(version: Version) -> bool:
+    """Whether the gate held it for what it learned; not, say, because its parent was no longer current."""
+    return not version.promote and any(not j["passed"] for j in version.manifest["verdict"]["judgements"])
+
+
+def files(ws: Workspace, version: Version) -> list[str]:
+    """The files that the rows of its update came from and that still wait, in the order they came."""
+    waiting = ws.catalog.waiting(registry.consumed(ws, registry.current(ws))).values()
+    tried = set(version.rows)
+    rows = [id for ids in waiting for id in ids if id in tried]
+    return list(dict.fromkeys(origin.file for origin in ws.catalog.origins(rows).values()))
+
+
+def quarantine(ws: Workspace, file: str, version: Version) -> int:
+    """Move what came from `file` and is not part of the current version to quarantine; returns how many rows.
+
+    Its held-out rows go with it: they would go on judging the files that come after.
+    """
+    here = registry.current(ws)
+    measured = {id for ids in here.manifest["held_out"].values() for id in ids} if here else set()
+    waiting = ws.catalog.waiting(registry.consumed(ws, here), file)
+    rows = [id for ids in waiting.values() for id in ids]
+    rows += [id for ids in ws.catalog.held_out(file).values() for id in ids if id not in measured]
+    reason = f"{version.name}, which learned this file, was {version.summary}"
+    if Path(file).is_absolute():  # Not rows from Python.
+        reason += (
+            f"; to take it back: treering ingest {shlex.quote(file)} --task {shlex.quote(next(iter(waiting), ''))}"
+        )
+    with ws.catalog.writing() as writer:
+        return writer.set_aside(rows, reason)

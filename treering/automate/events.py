@@ -1,0 +1,92 @@
+"""What happened: one line an event in `events.jsonl`, on standard error, and to the hooks."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from treering import registry
+from treering.automate.hooks import Hooks
+from treering.errors import TreeringError
+from treering.files import append_line
+from treering.progress import say
+
+if TYPE_CHECKING:
+    from treering.config import AutomateConfig
+    from treering.workspace import Workspace
+
+FILE = "events.jsonl"
+NAMES = {
+    "automation.started": "the loop began",
+    "automation.ended": "the loop ended",
+    "automation.stopped": "too many failures in a row; nothing is tried until `treering watch --resume`",
+    "automation.resumed": "the user resumed it",
+    "look.failed": "the settings or the inbox could not be read",
+    "file.ignored": "a file lies where it cannot be taken from",
+    "rows.ingested": "files were taken in",
+    "rows.quarantined": "rows went to quarantine, when they were taken in or after a hold",
+    "ingest.failed": "taking files in failed",
+    "update.started": "an update began, and why",
+    "update.postponed": "an update is due but may not start yet",
+    "update.interrupted": "an update was stopped at a checkpoint, to be resumed",
+    "update.promoted": "the new version is current",
+    "update.held": "the gate held the new version",
+    "update.failed": "an update failed; when it is tried again",
+    "hook.failed": "a hook failed several times; it is not sent to the hooks itself",
+}
+"""Every event, and what it means."""
+
+
+class Events:
+    """Writes events down first, shows them, then hands them to the hooks, which work in a thread of their own."""
+
+    def __init__(self, ws: Workspace, clock: Callable[[], datetime]) -> None:
+        self.ws, self.clock = ws, clock
+        self.hooks = Hooks(ws.root, lambda reason: self._write("hook.failed", reason=reason))
+        self._lock = threading.Lock()
+
+    def add(self, event: str, config: AutomateConfig | None = None, **details: Any) -> None:
+        """Note an event; `config` says which hooks get it."""
+        entry = self._write(event, **details)
+        if config is not None:
+            self.hooks.send({**entry, "workspace": str(self.ws.root)}, config)
+
+    def _write(self, event: str, **details: Any) -> dict[str, Any]:
+        time = self.clock().astimezone(UTC).isoformat(timespec="milliseconds")
+        entry = {"time": time, "event": event, **{key: value for key, value in details.items() if value is not None}}
+        with self._lock:
+            append_line(self.ws.root / FILE, entry)
+        say(describe(entry))
+        return entry
+
+
+def history(ws: Workspace) -> list[dict[str, Any]]:
+    """Every event of the loop, every promotion and every rollback, newest last. Raises `TreeringError` on damage."""
+    entries = [
+        {**move, "event": "version.promoted" if move["event"] == "promote" else "version.rolled_back"}
+        for move in registry.history(ws)
+    ]
+    path = ws.root / FILE
+    # What follows the last line's end was cut off by a crash.
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            datetime.fromisoformat(entry["time"]), str(entry["event"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise TreeringError(
+                f"{path}, line {number} is damaged; take that line out, nothing but `treering history` reads it"
+            ) from None
+        entries.append(entry)
+    return sorted(entries, key=lambda entry: datetime.fromisoformat(entry["time"]))
+
+
+def describe(entry: dict[str, Any]) -> str:
+    """An event in a line."""
+    details = {key: value for key, value in entry.items() if key not in ("time", "event") and value is not None}
+    when = datetime.fromisoformat(entry["time"]).astimezone()
+    shown = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in details.items() if value is not False)
+    return f"{when:%Y-%m-%d %H:%M:%S} {entry['event']}{': ' if shown else ''}{shown}"

@@ -1,0 +1,213 @@
+"""The groups of settings in `treering.yaml`, each checked when built."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """A group of settings: no unknown keys, nothing changed after it was checked."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+def _share_or_count(value: object) -> object:
+    if isinstance(value, str) and value.endswith("%"):
+        try:
+            share = float(value[:-1])
+        except ValueError:
+            raise ValueError("write a share as a number and %, such as 2%") from None
+        if not 0 <= share <= 100:
+            raise ValueError("a share lies between 0% and 100%")
+        return f"{share:g}%"
+    if isinstance(value, bool) or not isinstance(value, int | str) or (isinstance(value, int) and value < 0):
+        raise ValueError("write auto, a number of rows (0 or more) or a share such as 2%")
+    return value
+
+
+class MemoryConfig(Section):
+    """The bounded set of old rows that updates replay."""
+
+    size: Annotated[Literal["auto"] | int | str, BeforeValidator(_share_or_count)] = "auto"
+    """Rows kept: a count, a share of all rows seen such as `2%`, or `auto`: for each task the larger of 2% of its
+    rows and two rows a label."""
+
+    policy: Literal["balanced", "reservoir"] = "balanced"
+    """What to keep: `balanced` (equal quotas per task, and per label inside it; a reservoir inside a quota) or
+    `reservoir` (a uniform sample of all rows seen)."""
+
+    replay_share: float = Field(0.5, ge=0, lt=1)
+    """Share of the rows of an epoch that are replayed from memory."""
+
+    @field_validator("size")
+    @classmethod
+    def _known_size(cls, value: int | str) -> int | str:
+        if isinstance(value, str) and value != "auto" and not value.endswith("%"):
+            raise ValueError("write auto, a number of rows or a share such as 2%")
+        return value
+
+
+class DistillConfig(Section):
+    """Distillation of the stored teacher logits on replayed rows."""
+
+    weight: float = Field(1.0, ge=0)
+    """Weight of the distillation term beside the cross entropy of the same step."""
+
+    temperature: float = Field(2.0, gt=0)
+    """Softening of teacher and student."""
+
+    top_k: int = Field(16, ge=1, le=16)
+    """Logits stored for each answer token."""
+
+
+class GateConfig(Section):
+    """When a candidate may become current."""
+
+    margin: float = Field(0.05, ge=0, le=1)
+    """Largest loss of score on an old task that still counts as no worse."""
+
+    floor: float = Field(0.25, ge=0, le=1)
+    """A drop on any old task above this holds the candidate, however few rows the task has."""
+
+    min_gain: float = Field(0.0, ge=0, le=1)
+    """Smallest gain of score on the new held-out rows."""
+
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    """One-sided confidence of each bound."""
+
+    resamples: int = Field(2000, ge=100)
+    """Bootstrap resamples."""
+
+
+class EvalConfig(Section):
+    """How held-out rows are scored."""
+
+    batch_size: int = Field(32, ge=1)
+    """Rows scored at once."""
+
+    max_new_tokens: int = Field(128, ge=1)
+    """Longest generated answer, in tokens; tasks with a label set stop two tokens past their longest label."""
+
+
+class ServeConfig(Section):
+    """How `treering serve` answers."""
+
+    temperature: float = Field(0.0, ge=0)
+    """Temperature of requests that name none; 0, the likeliest token, is how versions are judged."""
+
+    max_new_tokens: int = Field(512, ge=1)
+    """Longest answer of requests that set no limit, in tokens."""
+
+    max_batch_size: int = Field(32, ge=1)
+    """Answers generated at once."""
+
+    max_queue: int = Field(256, ge=0)
+    """Requests that may wait beyond those; more get HTTP status 429."""
+
+    max_loaded_versions: int = Field(4, ge=1)
+    """Versions kept in memory beside the base model; the least recently used one goes."""
+
+    max_body_bytes: int = Field(1_000_000, ge=1)
+    """Largest request."""
+
+    request_timeout: float = Field(300.0, gt=0)
+    """Seconds after which a request fails."""
+
+    requests_per_minute: int | None = Field(None, ge=1)
+    """Limit of each key; none by default."""
+
+    feedback: Literal["off", "review", "corrections", "all"] = "review"
+    """What becomes of feedback: nothing is taken (`off`); it waits for `treering feedback accept` (`review`);
+    corrections become rows by themselves, or answers rated `up` as well (`all`)."""
+
+    log_contents: bool = False
+    """Write questions and answers into the access log."""
+
+
+class AutomateConfig(Section):
+    """When `treering watch` updates by itself. Each of `schedule`, `min_rows`, `drift` and `max_age_hours` that is set
+    starts an update of what waits; with none of them, new rows do so at once. Times are local.
+    """
+
+    settle_seconds: float = Field(5.0, ge=0)
+    """A file of the inbox counts once it has not changed for so long."""
+
+    schedule: str | None = None
+    """Times at which to update, in cron syntax, such as `0 2 * * 1-5`; one missed while the machine was off is made
+    up for."""
+
+    min_rows: int | None = Field(None, ge=1)
+    """Update once so many rows wait."""
+
+    drift: float | None = Field(None, gt=0, lt=1)
+    """Update once the words of the rows that wait differ from those learned by more than so many bits
+    (Jensen-Shannon divergence, less what chance gives; 0 to 1)."""
+
+    max_age_hours: float | None = Field(None, gt=0)
+    """Update once the oldest row has waited so long."""
+
+    quiet_hours: str | None = None
+    """No update starts or goes on in these hours, such as `08:00-18:00`; one that runs is stopped at a checkpoint and
+    resumed afterwards."""
+
+    updates_per_day: int | None = Field(None, ge=1)
+    """Updates in a day, those that look for the cause of a hold included."""
+
+    minutes_per_day: float | None = Field(None, gt=0)
+    """Minutes that updates may run in a day; one that has used them up is stopped at a checkpoint and resumed the next
+    day."""
+
+    max_failures: int = Field(3, ge=1)
+    """Failures in a row after which nothing is tried until `treering watch --resume`."""
+
+    on_event: str | None = None
+    """Command run on every event, which it gets as a JSON object on standard input. No shell is involved."""
+
+    webhook: str | None = None
+    """Address that gets every event by POST, signed as standardwebhooks.com says."""
+
+    webhook_secret_file: str | None = None
+    """File that holds the webhook's secret; a relative path begins at the workspace."""
+
+    @field_validator("schedule")
+    @classmethod
+    def _cron(cls, value: str | None) -> str | None:
+        if value is not None:
+            from treering.automate.rules import cron
+
+            cron(value)
+        return value
+
+    @field_validator("quiet_hours")
+    @classmethod
+    def _hours(cls, value: str | None) -> str | None:
+        if value is not None:
+            from treering.automate.rules import hours
+
+            hours(value)
+        return value
+
+    @field_validator("webhook")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError("write an address that begins with https:// or http://")
+        return value
+
+    @field_validator("on_event")
+    @classmethod
+    def _command(cls, value: str | None) -> str | None:
+        if value is not None and not shlex.split(value):
+            raise ValueError("write a command, such as notify-send treering, or leave it out")
+        return value
+
+    @model_validator(mode="after")
+    def _signed(self) -> AutomateConfig:
+        if (self.webhook is None) != (self.webhook_secret_file is None):
+            raise ValueError("webhook and webhook_secret_file go together: set both or none")
+        return self
