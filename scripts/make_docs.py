@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_orig
 
 from pydantic.fields import FieldInfo
 
-from treering.config import Config, Section
+from treering.config import Config
 from treering.methods import FINETUNING_TYPES, PROTECT
+from treering.sections import Section
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEAD = """# Settings
@@ -33,7 +34,7 @@ treering update lora_rank=16 gate.margin=0.02
 Wrong settings are reported all at once, and nothing is changed. Keys that LLaMA-Factory also has carry its names.
 `configs/` holds a complete file for each of several uses: `cp configs/laptop.yaml WORKSPACE/treering.yaml`.
 
-This page is written by `scripts/make_docs.py` from `treering/config.py`.
+This page is written by `scripts/make_docs.py` from `treering/config.py` and `treering/sections.py`.
 """
 NAMES = {"finetuning_type": FINETUNING_TYPES, "protect": PROTECT}
 TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "nothing"}

@@ -20,8 +20,8 @@ from treering.automate import events, hooks
 from treering.automate.events import Events
 from treering.automate.hooks import Hooks, secret, signed
 from treering.automate.loop import Automation
-from treering.config import AutomateConfig
 from treering.errors import UsageError
+from treering.sections import AutomateConfig
 
 KEY = "0123456789abcdef0123456789abcdef"
 

@@ -16,8 +16,9 @@ from treering import Workspace
 from treering.automate.drift import divergence, drift
 from treering.automate.rules import Waiting, blocked, cron, due, hours, next_time, quiet_until
 from treering.automate.state import State
-from treering.config import AutomateConfig, Config
+from treering.config import Config
 from treering.errors import ConfigError
+from treering.sections import AutomateConfig
 
 NOON = datetime(2026, 11, 22, 12)  # A Sunday.
 

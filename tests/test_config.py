@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from treering.config import Config, MemoryConfig
+from treering.config import Config
 from treering.errors import ConfigError
+from treering.sections import MemoryConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

@@ -11,7 +11,8 @@ from types import ModuleType
 import pytest
 
 from treering import Workspace
-from treering.config import Config, Section
+from treering.config import Config
+from treering.sections import Section
 from treering.testing import toy_rows
 
 ROOT = Path(__file__).parents[1]

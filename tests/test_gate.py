@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treering.config import GateConfig
 from treering.gate import Judgement, Verdict, held_for, judge, rows_needed
 from treering.results import Result
+from treering.sections import GateConfig
 
 ENOUGH = 400
 """Held-out rows that suffice for the default margin where up to three rows in ten change sides."""

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import norm
 
-from treering.config import GateConfig
 from treering.results import Result
+from treering.sections import GateConfig
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from treering.automate.drift import drift
 
 if TYPE_CHECKING:
     from treering.automate.state import State
-    from treering.config import AutomateConfig
+    from treering.sections import AutomateConfig
     from treering.workspace import Workspace
 
 

@@ -15,7 +15,7 @@ from treering.files import append_line
 from treering.progress import say
 
 if TYPE_CHECKING:
-    from treering.config import AutomateConfig
+    from treering.sections import AutomateConfig
     from treering.workspace import Workspace
 
 FILE = "events.jsonl"

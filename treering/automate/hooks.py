@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from treering.errors import UsageError
 
 if TYPE_CHECKING:
-    from treering.config import AutomateConfig
+    from treering.sections import AutomateConfig
 
 SECONDS = 10.0
 """Longest a command or a webhook may take."""

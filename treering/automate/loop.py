@@ -21,7 +21,7 @@ from treering.errors import TreeringError
 from treering.progress import say
 
 if TYPE_CHECKING:
-    from treering.config import AutomateConfig
+    from treering.sections import AutomateConfig
     from treering.workspace import Workspace
 
 Ended = Literal["asked", "stopped", "idle", "failed"]

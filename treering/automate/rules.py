@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from apscheduler.triggers.cron import CronTrigger
 
     from treering.automate.state import State
-    from treering.config import AutomateConfig
+    from treering.sections import AutomateConfig
 
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 

@@ -16,7 +16,7 @@ from treering.serve.telemetry import Seen, Telemetry
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from treering.config import ServeConfig
+    from treering.sections import ServeConfig
     from treering.serve.engine import Engine
     from treering.workspace import Workspace
 
