@@ -30,9 +30,9 @@ LONG: list[Any] = [{"role": "user", "content": "tell me more"}]
 
 
 class Served:
-    """A running `treering serve`."""
+    """A running `treering serve` (or `run`)."""
 
-    def __init__(self, ws: Workspace, log: Path) -> None:
+    def __init__(self, ws: Workspace, log: Path, command: str = "serve") -> None:
         self.ws = ws
         self.log = log
         with log.open("w") as out:
@@ -41,7 +41,7 @@ class Served:
                     sys.executable,
                     "-c",
                     "from treering.cli import main; main()",
-                    "serve",
+                    command,
                     "-w",
                     str(ws.root),
                     "--port",
@@ -456,6 +456,31 @@ def test_sigterm_finishes_what_is_under_way(trained: Workspace, tmp_path: Path) 
     events += list(stream)
     assert events[-1].choices[0].finish_reason in ("stop", "length")
     assert running.process.wait(60) == 0
+    assert "Traceback" not in running.log.read_text()
+
+
+def test_a_dropped_file_becomes_a_version_that_answers(tmp_path: Path, model_folder: Path) -> None:
+    """`treering run` closes the loop: nobody calls anything, the server answers all along."""
+    settings: dict[str, Any] = {"learning_rate": 0.01, "num_train_epochs": 2, "per_device_train_batch_size": 8}
+    ws = Workspace.create(
+        tmp_path / "ws",
+        model_name_or_path=str(model_folder),
+        bf16=False,
+        gate={"margin": 1.0, "floor": 1.0},
+        automate={"settle_seconds": 0.2},
+        **settings,
+    )
+    running = Served(ws, tmp_path / "run.log", "run")
+    try:
+        assert running.ask(max_tokens=1).system_fingerprint == "base"
+        for number, task in enumerate("ab", start=1):
+            folder = ws.inbox / task
+            folder.mkdir()
+            lines = "".join(json.dumps(row) + "\n" for row in toy_rows(task))
+            (folder / "rows.jsonl").write_text(lines)
+            running.eventually(lambda: running.ask(max_tokens=1).system_fingerprint == f"v{number}", seconds=300)  # noqa: B023
+    finally:
+        assert running.stop() == 0
     assert "Traceback" not in running.log.read_text()
 
 

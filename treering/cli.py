@@ -33,6 +33,8 @@ app.add_typer(keys, name="keys")
 
 Folder = Annotated[Path, typer.Option("--workspace", "-w", metavar="DIR", help="The workspace's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Host = Annotated[str, typer.Option(help="Address to listen on; others than loopback need a key.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")]
 HERE = Path()
 INTERRUPTED = 130  # What typer makes of Ctrl-C, as shells do.
 
@@ -379,15 +381,28 @@ def chat(
 
 @app.command()
 def serve(
-    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
     workspace: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Answer over an OpenAI-compatible API, always with the current version."""
     from treering.serve.run import serve as run_server
 
-    run_server(_open(workspace), host, port, lambda url: _show({"url": url}, as_json, [f"listening on {url}"]))
+    run_server(_open(workspace), host, port, ready=lambda url: _listening(url, as_json))
+
+
+@app.command("run")
+def serve_and_update(
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    workspace: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Serve and update by itself, in one process: `serve` and `watch` together."""
+    from treering.serve.run import serve as run_server
+
+    run_server(_open(workspace), host, port, updates=True, ready=lambda url: _listening(url, as_json))
 
 
 @keys.command("create")
@@ -550,6 +565,10 @@ def _show(result: Any, as_json: bool, lines: list[str]) -> None:
         print(json.dumps(result, ensure_ascii=False), flush=True)
     else:
         print("\n".join(lines), flush=True)
+
+
+def _listening(url: str, as_json: bool) -> None:
+    _show({"url": url}, as_json, [f"listening on {url}"])
 
 
 def _lines() -> Iterator[str]:

@@ -9,10 +9,13 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import uvicorn
 
+from treering.automate.beside import in_thread
+from treering.automate.loop import Automation
 from treering.errors import UsageError
 from treering.serve.app import create_app
 from treering.serve.builtin import BuiltinEngine
@@ -27,9 +30,17 @@ if TYPE_CHECKING:
 
 
 def serve(
-    ws: Workspace, host: str = "127.0.0.1", port: int = 8000, ready: Callable[[str], None] = lambda _: None
+    ws: Workspace,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    updates: bool = False,
+    ready: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; then requests under way are finished first. `ready` is told the API's address.
+
+    With `updates` the workspace is also kept up to date, as `treering watch` does; what goes wrong there once the
+    server answers does not stop it.
 
     Raises `UsageError` for an address that others can reach while no key was made, or that is taken.
     """
@@ -41,7 +52,14 @@ def serve(
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     engine = BuiltinEngine(ws.root)
     with _listen(host, port) as listener:
-        asyncio.run(_run(create_app(ws, engine, open_to_all_hosts=not loopback), engine, listener, ready))
+        app = create_app(ws, engine, open_to_all_hosts=not loopback)
+        with in_thread(Automation(ws)) if updates else nullcontext(lambda: None) as check:
+
+            def answers(url: str) -> None:
+                check()
+                ready(url)
+
+            asyncio.run(_run(app, engine, listener, answers))
 
 
 async def _run(app: FastAPI, engine: Engine, listener: socket.socket, ready: Callable[[str], None]) -> None:

@@ -1,0 +1,40 @@
+"""The loop in a thread, beside something else that goes on whatever becomes of it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from treering.automate.loop import Automation
+
+log = logging.getLogger("treering.automate")
+
+
+@contextmanager
+def in_thread(automation: Automation) -> Iterator[Callable[[], None]]:
+    """Run `automation` for as long as the context lasts. Yields a check that raises what ended it, if anything did."""
+    stop = threading.Event()
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            automation.run(stop, stay=True)
+        except Exception as error:
+            failures.append(error)
+            log.exception("updates by themselves have ended; the server goes on")
+
+    def check() -> None:
+        if failures:
+            raise failures[0]
+
+    thread = threading.Thread(target=run, name="automation")
+    thread.start()
+    try:
+        yield check
+    finally:
+        stop.set()
+        thread.join()
