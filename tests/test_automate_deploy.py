@@ -24,20 +24,20 @@ MUST = os.environ.get("CI") == "true"
 
 def commands_of(text: str) -> list[list[str]]:
     """The calls of `treering` in a file, word by word."""
-    return [line.split() for line in re.findall(r"treering (watch[^\"'`\n]*)", text)]
+    return [line.split() for line in re.findall(r"treering ((?:watch|serve)\b[^\"'`\n]*)", text)]
 
 
 def test_every_call_of_treering_is_one_that_exists() -> None:
     import typer
 
-    known = typer.main.get_command(app).commands["watch"]  # type: ignore[attr-defined]
-    options = {option for parameter in known.params for option in parameter.opts}
+    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    options = {name: {option for parameter in known[name].params for option in parameter.opts} for name in known}
     files = [path for path in DEPLOY.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     calls = [words for path in files for words in commands_of(path.read_text())]
-    calls += [cronjob_container()["args"], compose()["services"]["watch"]["command"]]
-    assert len(calls) >= 5
+    calls += [cronjob_container()["args"], *(service["command"] for service in compose()["services"].values())]
+    assert len(calls) >= 7
     for words in calls:
-        assert {word for word in words if word.startswith("-")} <= options, words
+        assert {word for word in words if word.startswith("-")} <= options[words[0]], words
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
@@ -48,7 +48,7 @@ def test_units_are_what_systemd_takes(unit: Path, tmp_path: Path) -> None:
         pytest.skip("no systemd-analyze here")
     for path in UNITS:
         text = path.read_text()
-        assert path.suffix == ".timer" or "ExecStart=/opt/treering/bin/treering watch" in text
+        assert path.suffix == ".timer" or re.search(r"ExecStart=/opt/treering/bin/treering (watch|serve) ", text)
         (tmp_path / path.name).write_text(text.replace("/opt/treering/bin/treering", "/bin/true"))
     done = subprocess.run(
         [program, "verify", "--man=no", tmp_path / unit.name], capture_output=True, text=True, check=False
@@ -97,16 +97,30 @@ def test_the_compose_file_fits_together() -> None:
     """There is no validator without Docker: keys are compared with those of the Compose file reference."""
     found = compose()
     assert set(found) == {"services", "volumes", "secrets"}
-    (service,) = found["services"].values()
-    assert set(service) == {
-        *("build", "image", "command", "user", "init", "stop_grace_period", "restart", "environment", "volumes"),
-        *("secrets", "security_opt"),
+    both = {
+        "image",
+        "command",
+        "user",
+        "init",
+        "stop_grace_period",
+        "restart",
+        "environment",
+        "volumes",
+        "security_opt",
     }
-    assert set(service["secrets"]) == set(found["secrets"])
-    names = {mount.split(":")[0] for mount in service["volumes"]}
-    assert {name for name in names if not name.startswith("./")} == set(found["volumes"])
-    assert (DEPLOY / service["build"]["context"]).resolve() == ROOT
-    assert (ROOT / service["build"]["dockerfile"]).is_file()
+    services = found["services"]
+    assert set(services["serve"]) == both | {"build", "ports"}
+    assert set(services["watch"]) == both | {"depends_on", "secrets"}
+    assert set(services["watch"]["depends_on"]) < set(services)
+    assert set(services["watch"]["secrets"]) == set(found["secrets"])
+    for service in services.values():
+        names = {mount.split(":")[0] for mount in service["volumes"]}
+        assert {name for name in names if not name.startswith("./")} == set(found["volumes"])
+    built = services["serve"]["build"]
+    assert (DEPLOY / built["context"]).resolve() == ROOT
+    assert (ROOT / built["dockerfile"]).is_file()
+    # On this machine alone, whatever the address inside the container.
+    assert services["serve"]["ports"] == ["127.0.0.1:8000:8000"]
 
 
 def test_the_image_copies_what_is_there() -> None:

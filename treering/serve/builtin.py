@@ -43,6 +43,7 @@ class BuiltinEngine:
         self._pending: dict[str, _Pending] = {}
         self._loading: dict[str, list[asyncio.Future[None]]] = {}
         self._ready = asyncio.Event()
+        self._was_ready = False
         self._fatal = ""
         self._watcher: asyncio.Task[None] | None = None
         self._numbers = iter(range(sys.maxsize))
@@ -141,6 +142,8 @@ class BuiltinEngine:
             finally:
                 self._ready.clear()
             code = await self._process.wait()
+            if not self._was_ready and not self._fatal:
+                self._fatal = f"the generating process ended with code {code} before it was ready; its log says why"
             if self._fatal:
                 self._drop_all(self._fatal)
                 return
@@ -152,6 +155,7 @@ class BuiltinEngine:
         match event["event"]:
             case "ready":
                 self._ready.set()
+                self._was_ready = True
                 for pending in self._pending.values():
                     self._write(pending.message)
                 for version in self._loading:

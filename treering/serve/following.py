@@ -42,7 +42,7 @@ class Following:
         try:
             found = registry.current(self._ws)
             wanted = found.name if found else BASE
-        except TreeringError as error:
+        except (TreeringError, OSError) as error:
             self._complain("current", str(error))
             return
         if wanted == self.serving:

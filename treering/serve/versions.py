@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treering.config import Config
-from treering.errors import TreeringError
 from treering.model import fingerprint, load, load_base
 from treering.registry import Version
 from treering.serve.adapters import Adapter, Slots, read_adapter
@@ -86,8 +85,8 @@ class Loaded:
             try:
                 self._homes[version] = self._place(reading.result())
                 done[version] = None
-            except (TreeringError, OSError, ValueError, KeyError) as error:
-                done[version] = str(error)
+            except Exception as error:  # Whatever a version's files make libraries raise, the others go on.
+                done[version] = str(error) or type(error).__name__
         return done
 
     def _read(self, name: str) -> Adapter | PreTrainedModel:
