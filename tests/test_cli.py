@@ -452,7 +452,7 @@ class InProcess:
     def start(self) -> None:
         pass
 
-    def join(self) -> None:
+    def join(self, timeout: float | None = None) -> None:
         pass
 
 
@@ -461,6 +461,8 @@ def test_bench_quality(cli: Runner, tmp_path: Path, model_folder: Path, monkeypa
         write_rows(tmp_path / "data" / task / "train.jsonl", toy_rows(task, 16))
         write_rows(tmp_path / "data" / task / "test.jsonl", toy_rows(task, 24)[16:])
     options = ["--data", tmp_path / "data", "--model", model_folder, "--work", tmp_path / "work", "--epochs", 1]
+    wrong = ["--data", tmp_path / "data", "--model", "./none", "--methods", "naive"]
+    assert "untouched ended with exit code 1" in cli.json("bench", "quality", *wrong, code=1)["error"]
     real = cli.json("bench", "quality", *options, "--methods", "untouched")
     assert list(real["methods"]) == ["untouched"]
 

@@ -23,8 +23,9 @@ from treering import metrics
 from treering.config import Config
 from treering.data.example import Example
 from treering.data.read import Bad, Row, find_files, read, split_of
-from treering.errors import TreeringError, UsageError
+from treering.errors import TreeringError, UpdateInterruptedError, UsageError
 from treering.files import write_json
+from treering.stop import stop_on_signals
 
 METHODS: dict[str, dict[str, Any]] = {
     "untouched": {},
@@ -141,8 +142,15 @@ def _run(stream: Stream, method: str, folder: Path) -> dict[str, Any]:
     if not kept.exists():
         _say(f"{method}: {stream.data}")
         child = multiprocessing.get_context("spawn").Process(target=_in_child, args=(stream, method, folder))
-        child.start()
-        child.join()
+        with stop_on_signals() as stop:
+            child.start()
+            while child.exitcode is None:
+                child.join(0.5)
+                if stop.asked:
+                    child.terminate()  # Its update keeps a checkpoint.
+            child.join()
+        if stop.asked:
+            raise UpdateInterruptedError(f"stopped in {method}; with --work the same command goes on from there")
         if child.exitcode != 0:
             raise TreeringError(f"method {method} ended with exit code {child.exitcode}; its messages are above")
     figures: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
@@ -150,7 +158,11 @@ def _run(stream: Stream, method: str, folder: Path) -> dict[str, Any]:
 
 
 def _in_child(stream: Stream, method: str, folder: Path) -> None:
-    figures = _untouched(stream) if method == "untouched" else _trained(stream, method, folder / method)
+    try:
+        figures = _untouched(stream) if method == "untouched" else _trained(stream, method, folder / method)
+    except TreeringError as error:
+        _say(f"{method}: {error}")
+        sys.exit(error.exit_code)
     write_json(folder / f"{method}.json", figures)
 
 
