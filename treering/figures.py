@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from treering import canary, feedback
 from treering.errors import TreeringError
@@ -76,7 +76,8 @@ class Sum(BaseModel):
 
     mode: canary.Mode
     arm: Arm
-    versions: list[str] = Field(description="The versions that answered.")
+    versions: list[str]
+    """Those that answered."""
     requests: int
     errors: int
     dropped: int
@@ -143,11 +144,12 @@ def figures(ws: Workspace, version: str) -> Figures:
 def report(ws: Workspace) -> dict[str, Any]:
     """What is or was last on trial, and its figures; plain values."""
     found = canary.read(ws.root)
-    state = {key: None for key in canary.Canary.model_fields if key != "format"}
-    if found is None:
-        return {**state, **Figures().model_dump()}
-    state = found.model_dump(mode="json", exclude={"format"})
-    return {**state, **figures(ws, found.version).model_dump(mode="json")}
+    state: dict[str, Any] = {key: None for key in canary.Canary.model_fields if key != "format"}
+    known = Figures()
+    if found is not None:
+        state = found.model_dump(mode="json", exclude={"format"})
+        known = figures(ws, found.version)
+    return {**state, **known.model_dump(mode="json")}
 
 
 def _sum(lines: Sequence[Line], said: Sequence[feedback.Entry]) -> Sum:
