@@ -202,7 +202,7 @@ def test_the_share_is_kept_and_a_user_sees_one_version(ws: Workspace) -> None:
 
     def arm(**who: Any) -> str | None:
         part = trial.part("current", "v2", **who)
-        return part and part.arm
+        return part.arm if part else None
 
     users = {f"user {number}": arm(user=f"user {number}") for number in range(2000)}
     assert users == {user: arm(user=user) for user in users}
@@ -330,7 +330,7 @@ def test_a_shadow_is_asked_compared_and_not_sent(ws: Workspace) -> None:
     with client_of(ws, engine) as client:
         for expected in (1, 2):
             assert ask(client).headers["x-treering-version"] == "v2"
-            eventually(lambda expected=expected: engine.asked["v1"] == expected)
+            eventually(lambda expected=expected: engine.asked["v1"] == expected)  # type: ignore[misc]
         engine.answers["v1"] = "another "
         ask(client)
         eventually(lambda: engine.asked["v1"] == 3)
@@ -467,7 +467,7 @@ def test_a_line_a_minute(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None
     with client_of(ws, Fake()) as client:
         for number in (1, 2):
             ask(client)
-            eventually(lambda number=number: len(figures.read(ws, "v1")) == number)
+            eventually(lambda number=number: len(figures.read(ws, "v1")) == number)  # type: ignore[misc]
     assert len(figures.read(ws, "v1")) == 2
 
 
@@ -487,7 +487,7 @@ def served(trained: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 def test_real_users_keep_their_version(served: Served) -> None:
     canary.start(served.ws, "v1", 0.5, force=True)
-    users = [f"user {number}" for number in range(6)]
+    users = ["ann", "bob", "cleo", "dan", "eve"]
     wanted = {user: "v1" if place("v1", user) < 0.5 else "v2" for user in users}
     assert set(wanted.values()) == {"v1", "v2"}
     first = next(user for user in users if wanted[user] == "v1")
@@ -507,7 +507,7 @@ def test_real_users_keep_their_version(served: Served) -> None:
     canary.stop(served.ws)
     served.eventually(lambda: "control" in arms(served.ws))
     counted = arms(served.ws)
-    assert counted["canary"].requests + counted["control"].requests >= 12
+    assert counted["canary"].requests + counted["control"].requests >= 10
     assert counted["canary"].errors == counted["control"].errors == 0 and counted["canary"].down == 1
 
 
@@ -533,13 +533,24 @@ def test_a_real_shadow_is_compared(served: Served) -> None:
     canary.stop(served.ws)
     served.eventually(lambda: "shadow" in arms(served.ws))
     shadow = arms(served.ws)["shadow"]
-    assert (shadow.compared, shadow.dropped, shadow.agreement) == (3, 1, pytest.approx(same / 3))
+    assert (shadow.compared, shadow.dropped) == (3, 1)
+    assert shadow.agreement == pytest.approx(same / 3)
 
 
 def figures_agree(one: Any, other: Any) -> bool:
     from treering.metrics import exact_match
 
     return exact_match(one.choices[0].message.content, other.choices[0].message.content) == 1
+
+
+def test_a_version_that_is_gone_is_told(served: Served) -> None:
+    gone = canary.Canary(version="v9", share=1.0, since=NOW)
+    (served.ws.root / canary.FILE).write_text(gone.model_dump_json())
+    served.eventually(lambda: "v9 is on trial and cannot answer" in json.loads(served.get("/readyz"))["problem"])
+    assert served.ask(max_tokens=2).system_fingerprint == "v2"
+    canary.stop(served.ws)
+    served.eventually(lambda: "canary" in arms(served.ws, "v9"))
+    assert (arms(served.ws, "v9")["canary"].requests, arms(served.ws, "v9")["canary"].errors) == (1, 1)
 
 
 def test_it_is_run_over_the_api_and_ends_with_a_promotion(served: Served) -> None:

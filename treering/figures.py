@@ -195,7 +195,7 @@ def _quantile(bins: Counter[int], share: float) -> float | None:
     for at, count in sorted(bins.items()):
         left -= count
         if left <= 0:
-            return STEP ** (at - 0.5) / 1000  # The middle of the bin.
+            return float(STEP ** (at - 0.5)) / 1000  # The middle of the bin.
     return None
 
 
@@ -220,12 +220,14 @@ def _fisher(
     control: tuple[int, int],
 ) -> Comparison | None:
     """Fisher's exact test, two-sided, of two (counted, total); None if either total is zero."""
+    import numpy as np
     from scipy.stats import fisher_exact
 
     if not candidate[1] or not control[1]:
         return None
     shares = [count / total for count, total in (candidate, control)]
-    p = float(fisher_exact([[count, total - count] for count, total in (candidate, control)]).pvalue)
+    table = np.array([[count, total - count] for count, total in (candidate, control)])
+    p = float(fisher_exact(table).pvalue)
     shown = "no difference is shown"
     if p < CERTAIN:
         shown = f"{version} is {'worse' if shares[0] > shares[1] else 'better'}"
