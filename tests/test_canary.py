@@ -130,6 +130,7 @@ class Fake:
         """Broken versions that fail only after their first token."""
         self.wait: asyncio.Event | None = None
         """What background jobs wait for."""
+        self.stuck: set[str] = set()
         self.asked: Counter[str] = Counter()
 
     async def start(self) -> None:
@@ -146,6 +147,8 @@ class Fake:
         self.asked[job.version] += 1
         if job.background and self.wait is not None:
             await self.wait.wait()
+        if job.version in self.stuck:
+            await asyncio.Event().wait()
         if job.version in self.broken:
             if job.version in self.begun:
                 yield Piece(text="so")
@@ -263,6 +266,19 @@ def test_what_it_cannot_answer_current_does(ws: Workspace, stream: bool, choices
         assert client.app.state.server.limits.inside == 0  # type: ignore[attr-defined]
     assert (arms(ws)["canary"].requests, arms(ws)["canary"].errors) == (3, 3)
     assert engine.asked["v1"] >= 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_takes_it_too_long_current_answers(ws: Workspace, stream: bool) -> None:
+    with (ws.root / "treering.yaml").open("a") as settings:
+        settings.write("  request_timeout: 0.2\n")  # `serve` is the last group.
+    engine = Fake()
+    engine.stuck.add("v1")
+    canary.start(ws, "v1", 1.0, force=True)
+    with client_of(ws, engine) as client:
+        answer = ask(client, stream=stream)
+        assert answer.status_code == 200 and answer.headers["x-treering-version"] == "v2"
+    assert (arms(ws)["canary"].requests, arms(ws)["canary"].errors) == (1, 1)
 
 
 def test_a_version_that_cannot_be_loaded_is_asked_nothing(ws: Workspace) -> None:
