@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 
-from treering import Workspace
+from treering import Workspace, registry
+from treering.testing import tiny_model, toy_rows
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model and its tokenizer. Torch gets one thread: on so small a model a second one only costs time."""
     import torch
-
-    from treering.testing import tiny_model
 
     torch.set_num_threads(1)
     return tiny_model(tmp_path_factory.mktemp("tiny-model"))
@@ -30,3 +29,27 @@ def workspace(tmp_path: Path, model_folder: Path) -> Callable[..., Workspace]:
         return Workspace.create(tmp_path / name, **{"model_name_or_path": str(model_folder), "bf16": False, **settings})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace whose v1 and v2 were promoted, v2 last; who changes that puts it back, or takes a copy."""
+    import torch
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("served")
+    ws = Workspace.create(
+        folder / "ws",
+        model_name_or_path=str(tiny_model(folder / "model")),
+        bf16=False,
+        learning_rate=0.01,
+        num_train_epochs=2,
+        per_device_train_batch_size=8,
+        gate={"margin": 1.0, "floor": 1.0},
+        serve={"max_batch_size": 4, "max_queue": 4, "max_body_bytes": 20_000, "max_loaded_versions": 2},
+    )
+    for task in ("a", "b"):
+        ws.ingest(toy_rows(task), task=task)
+        ws.update()
+        ws.promote(registry.versions(ws)[-1].name, force=True)
+    return ws

@@ -9,13 +9,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
-from treering import Workspace, bench, registry
+from treering import Workspace, bench, figures, registry
 from treering.cli import app, run
 from treering.testing import toy_rows
 
@@ -157,7 +158,7 @@ def test_options_are_those_documented(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["status", "versions", "show v1", "show current", "compare v1 v2", "verify", "history"]
+    "command", ["status", "versions", "show v1", "show current", "compare v1 v2", "verify", "history", "canary"]
 )
 def test_reading_commands(cli: Runner, made: Path, command: str) -> None:
     assert cli.json(*command.split(), "-w", made)
@@ -314,6 +315,25 @@ def test_update_held_by_the_gate_is_exit_2(cli: Runner, shop: Path) -> None:
     assert cli.json("rollback", "-w", shop) == {"current": None}
     assert cli.json("evaluate", "--task", "pens", "-w", shop)["version"] == "base"
     assert "nothing to roll back" in cli.json("rollback", "-w", shop, code=3)["error"]
+
+
+def test_canary(cli: Runner, shop: Path) -> None:
+    assert cli.json("canary", "v1", "--share", "0.25", "-w", shop)["share"] == 0.25
+    counted: list[tuple[figures.Arm, str]] = [("canary", "v1"), ("control", "v2")]
+    for arm, by in counted:
+        now = datetime.now(UTC)
+        line = figures.Line(version="v1", mode="canary", arm=arm, by=by, start=now, end=now)
+        line.count(0.5, 7)
+        figures.append(Workspace(shop), line)
+    found = cli.json("canary", "v1", "--shadow", "-w", shop)
+    assert (found["mode"], found["ended"], len(found["arms"]), len(found["comparisons"])) == ("shadow", None, 2, 1)
+    assert cli.json("canary", "--off", "-w", shop)["reason"] == "turned off"
+    out, _ = cli.text("canary", "-w", shop)
+    assert out.startswith("v1 was on trial in shadow, since 20") and "turned off" in out
+    assert "canary (v1): 1 requests, 0 failed; 0.500 s in the mean" in out and "no difference is shown" in out
+    assert "not both" in cli.json("canary", "v1", "--off", "-w", shop, code=3)["error"]
+    assert "name the version" in cli.json("canary", "--shadow", "-w", shop, code=3)["error"]
+    assert "is current" in cli.json("canary", "v2", "-w", shop, code=3)["error"]
 
 
 def test_verify_finds_an_edited_file(cli: Runner, shop: Path) -> None:

@@ -7,110 +7,20 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import openai
 import pytest
 
+from tests.serving import ASK, LONG, Served
 from treering import Workspace, feedback, registry
 from treering.serve import keys
 from treering.testing import CHAT_TEMPLATE, tiny_model, toy_rows
-
-START = "from treering.cli import main; main()"
-ASK: list[Any] = [{"role": "user", "content": "a item 3: sort d"}]
-LONG: list[Any] = [{"role": "user", "content": "tell me more"}]
-
-
-class Served:
-    """A running `treering serve` (or `run`)."""
-
-    def __init__(self, ws: Workspace, log: Path, command: str = "serve") -> None:
-        self.ws = ws
-        self.log = log
-        with log.open("w") as out:
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    "from treering.cli import main; main()",
-                    command,
-                    "-w",
-                    str(ws.root),
-                    "--port",
-                    "0",
-                ],
-                stdout=out,
-                stderr=out,
-                cwd=Path(__file__).parents[1],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-        self.url = self._wait_for(r"listening on (http://\S+)/v1")
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=60)
-
-    def _wait_for(self, pattern: str, seconds: float = 120) -> str:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and self.process.poll() is None:
-            found = re.search(pattern, self.log.read_text())
-            if found:
-                return found[1]
-            time.sleep(0.05)
-        raise AssertionError(self.log.read_text())
-
-    def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
-            return answer.read().decode()
-
-    def ask(self, model: str = "current", **settings: Any) -> Any:
-        return self.client.chat.completions.create(**{"model": model, "messages": ASK, "max_tokens": 12, **settings})
-
-    def worker(self) -> int:
-        """The process id of the child that generates."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return next(
-            int(child) for child in children if "treering.serve.worker" in Path(f"/proc/{child}/cmdline").read_text()
-        )
-
-    def eventually(self, check: Callable[[], bool], seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while not check():
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.02)
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """v1 and v2 are promoted; v3, with all weights, is held."""
-    import torch
-
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("served")
-    ws = Workspace.create(
-        folder / "ws",
-        model_name_or_path=str(tiny_model(folder / "model")),
-        bf16=False,
-        learning_rate=0.01,
-        num_train_epochs=2,
-        per_device_train_batch_size=8,
-        gate={"margin": 1.0, "floor": 1.0},
-        serve={"max_batch_size": 4, "max_queue": 4, "max_body_bytes": 20_000, "max_loaded_versions": 2},
-    )
-    for task in ("a", "b"):
-        ws.ingest(toy_rows(task), task=task)
-        ws.update()
-        ws.promote(registry.versions(ws)[-1].name, force=True)
-    return ws
 
 
 @pytest.fixture(scope="module")

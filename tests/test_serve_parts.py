@@ -213,6 +213,30 @@ def test_drawn_tokens_follow_the_distribution(tokenizer: Any) -> None:
     assert shares(temperature=0.5) == pytest.approx(squared, abs=0.03)
 
 
+def test_what_nobody_waits_for_goes_last(model_folder: Path, tmp_path: Path) -> None:
+    from queue import SimpleQueue
+
+    from treering.serve.worker import Worker
+
+    settings: dict[str, Any] = {"model_name_or_path": str(model_folder), "bf16": False, "serve": {"max_batch_size": 1}}
+    ws = Workspace.create(tmp_path / "ws", **settings)
+    inbox: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+    ended: list[str] = []
+
+    def send(event: dict[str, Any]) -> None:
+        if event.get("finish"):
+            ended.append(event["id"])
+            if len(ended) == 3:
+                inbox.put(None)
+
+    worker = Worker(ws.root, ws.config(), inbox, send)
+    for name, background in (("shadow", True), ("one", False), ("two", False)):
+        made = Job(id=name, version="base", prompt="x", max_tokens=2, background=background)
+        inbox.put({"op": "generate", "job": made.model_dump()})
+    worker.run()
+    assert ended == ["one", "two", "shadow"]
+
+
 def test_limits_count_answers_and_minutes() -> None:
     now = 0.0
     limits = Limits(3, clock=lambda: now)

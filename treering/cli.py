@@ -305,6 +305,33 @@ def rollback(
 
 
 @app.command()
+def canary(
+    version: Annotated[str | None, typer.Argument(metavar="[vN]", help="Else say how it goes.")] = None,
+    share: Annotated[float | None, typer.Option(help="Of the requests for current, those it answers; 0.1.")] = None,
+    shadow: Annotated[bool, typer.Option("--shadow", help="Ask it as well, compare, send nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even if the gate held it.")] = False,
+    off: Annotated[bool, typer.Option("--off", help="End it.")] = False,
+    workspace: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Try a version on the traffic of the server."""
+    from treering import canary as trial
+    from treering import figures
+
+    if version is None and (share is not None or shadow or force):
+        raise typer.BadParameter("name the version to try, such as v3")
+    if version is not None and off:
+        raise typer.BadParameter("give a version or --off, not both")
+    ws = _open(workspace)
+    if off:
+        trial.stop(ws)
+    elif version is not None:
+        trial.start(ws, version, share, shadow=shadow, force=force)
+    found = figures.report(ws)
+    _show(found, as_json, figures.describe(found))
+
+
+@app.command()
 def verify(workspace: Folder = HERE, as_json: AsJson = False) -> None:
     """Check every version against its hashes. Exit code 1: something was changed."""
     from treering import overview

@@ -285,9 +285,12 @@ def _linked(ws: Workspace) -> str | None:
 
 def _link(ws: Workspace, name: str | None) -> None:
     """Let `current` point to a version, by an atomic rename, or to none."""
+    from treering import canary
+
     if name is None:
         ws.current.unlink(missing_ok=True)
     else:
+        canary.promoted(ws.root, name)  # First, so that what a crash leaves of the two is finished by the next command.
         scratch = ws.versions / f".link-{os.getpid()}"
         scratch.unlink(missing_ok=True)
         scratch.symlink_to(Path(ws.versions.name) / name)

@@ -43,13 +43,15 @@ def create_app(ws: Workspace, engine: Engine, *, open_to_all_hosts: bool = False
     @asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
         await server.following.look()
-        tasks = [asyncio.create_task(server.following.run()), asyncio.create_task(_accept_feedback(server))]
+        work = server.following.run(), server.trial.run(), _accept_feedback(server)
+        tasks = [asyncio.create_task(one) for one in work]
         try:
             yield
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await server.trial.stop()
 
     app = FastAPI(title="treering", version=__version__, lifespan=running)
     app.state.server = server
@@ -62,7 +64,7 @@ def create_app(ws: Workspace, engine: Engine, *, open_to_all_hosts: bool = False
     app.add_exception_handler(Exception, _bug)
     if not open_to_all_hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK)
-    app.add_middleware(Outer, telemetry=server.telemetry, max_body_bytes=server.settings.max_body_bytes)
+    app.add_middleware(Outer, ended=server.ended, max_body_bytes=server.settings.max_body_bytes)
     return app
 
 

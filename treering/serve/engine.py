@@ -49,6 +49,8 @@ class Job(_Wire):
     logit_bias: dict[int, float] = {}
     json_schema: dict[str, Any] | None = None
     """The answer is JSON that fits this schema."""
+    background: bool = False
+    """Nobody waits for the answer: all others go first."""
 
 
 class Token(_Wire):

@@ -14,7 +14,7 @@ from treering.feedback import Feedback
 from treering.serve.answers import Shape
 from treering.serve.api import ChatRequest, CompletionRequest, EmbeddingRequest
 from treering.serve.engine import BASE, EngineError
-from treering.serve.respond import respond, unless_gone
+from treering.serve.respond import Made, answer, unless_gone
 from treering.serve.state import ERRORS, Here, Record, Server, may
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(may("api"))], responses=ERRORS)
@@ -55,20 +55,24 @@ def _named(server: Server, name: str) -> str:
 @router.post("/chat/completions", response_model=None)
 async def chat_completions(body: ChatRequest, request: Request, server: Here, seen: Record) -> Any:
     """Answer a conversation."""
-    version = seen.version = server.following.version(body.model)
     name = f"chatcmpl-{seen.id.removeprefix('req-')}"
-    shape = Shape(name, "chat.completion", body.model, version, tools=bool(body.active_tools))
-    return await respond(request, server, seen, shape, body.jobs(name, version), body)
+
+    def make(version: str, attempt: str) -> Made:
+        shape = Shape(name, "chat.completion", body.model, version, tools=bool(body.active_tools))
+        return shape, body.jobs(name + attempt, version)
+
+    return await answer(request, server, seen, body, make)
 
 
 @router.post("/completions", response_model=None)
 async def completions(body: CompletionRequest, request: Request, server: Here, seen: Record) -> Any:
     """Go on with a text."""
-    version = seen.version = server.following.version(body.model)
     name = f"cmpl-{seen.id.removeprefix('req-')}"
-    return await respond(
-        request, server, seen, Shape(name, "text_completion", body.model, version), body.jobs(name, version), body
-    )
+
+    def make(version: str, attempt: str) -> Made:
+        return Shape(name, "text_completion", body.model, version), body.jobs(name + attempt, version)
+
+    return await answer(request, server, seen, body, make)
 
 
 @router.post("/embeddings", response_model=None)

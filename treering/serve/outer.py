@@ -7,21 +7,23 @@ from typing import TYPE_CHECKING
 
 from starlette.exceptions import HTTPException
 
-from treering.serve.telemetry import Seen, Telemetry
+from treering.serve.telemetry import Seen
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class Outer:
-    """ASGI middleware: gives each request an id, refuses large bodies, and reports to the telemetry at the end.
+    """ASGI middleware: gives each request an id, refuses large bodies, and tells `ended` of it at the end.
 
     Routes find the record to fill in under `request.state.seen`.
     """
 
-    def __init__(self, app: ASGIApp, telemetry: Telemetry, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, ended: Callable[[Seen], None], max_body_bytes: int) -> None:
         self._app = app
-        self._telemetry = telemetry
+        self._ended = ended
         self._limit = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,4 +58,4 @@ class Outer:
         finally:
             # A path nobody serves is no label of its own, or anybody could fill the metrics.
             seen.path = getattr(scope.get("route"), "path", "unknown")
-            self._telemetry.ended(seen)
+            self._ended(seen)

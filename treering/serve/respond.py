@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -24,41 +24,95 @@ if TYPE_CHECKING:
     from treering.serve.telemetry import Seen
 
 
-async def respond(
-    request: Request, server: Server, seen: Seen, shape: Shape, jobs: list[Job], body: ChatRequest | CompletionRequest
+Made = tuple[Shape, list[Job]]
+"""What a request asks of one version, and the shape of the response."""
+
+
+async def answer(
+    request: Request,
+    server: Server,
+    seen: Seen,
+    body: ChatRequest | CompletionRequest,
+    make: Callable[[str, str], Made],
 ) -> Any:
-    """Generate `jobs` side by side, and answer with all of them, or with a stream."""
+    """Answer by the version that was asked for, or by the one on trial, if this request is its part.
+
+    What the one on trial cannot answer, current does. `make` makes the jobs of a version, named for the attempt.
+    """
     if server.settings.log_contents:
         seen.contents = {"request": body.model_dump(exclude_none=True)}
+    version = server.following.version(body.model)
+    part = seen.part = server.trial.part(body.model, version, body.user, seen.key, len(server.keys.all()))
+    if part is not None and part.arm == "canary" and not part.failed:
+        seen.version = part.version
+        try:
+            # A stream is held back until its first token is there: so long, another version may still answer.
+            return await _respond(request, server, seen, make(part.version, "-canary"), body, sure=True)
+        except EngineError as failure:
+            if failure.status < 500:
+                raise
+            server.trial.failed(part, failure)
+            seen.first_token = None
+    seen.version = version
+    made = make(version, "")
+    if part is not None and part.mode == "shadow":
+        part.jobs = made[1]
+    return await _respond(request, server, seen, made, body)
+
+
+async def _respond(
+    request: Request,
+    server: Server,
+    seen: Seen,
+    made: Made,
+    body: ChatRequest | CompletionRequest,
+    *,
+    sure: bool = False,
+) -> Any:
+    """Generate side by side, and answer with all of it, or with a stream: a `sure` one begins with its first token."""
+    shape, jobs = made
+    seconds = server.settings.request_timeout
+    pieces = together(server.engine, jobs)
     if body.stream:
         inside = server.limits.entered(len(jobs))
         inside.__enter__()  # The stream leaves it, at its end.
-        events = _stream(
-            server, seen, shape, jobs, bool(body.stream_options and body.stream_options.include_usage), inside
-        )
+        if sure:
+            try:
+                pieces = _from(await unless_gone(request, seconds, anext(pieces)), pieces)
+            except BaseException:
+                inside.__exit__(None, None, None)
+                raise
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        events = _stream(seen, shape, pieces, [[] for _ in jobs], with_usage, seconds, inside)
         # Told to end, the server still finishes its streams.
         return EventSourceResponse(events, sep="\n", shutdown_grace_period=DRAIN_SECONDS)
     with server.limits.entered(len(jobs)):
         answers: list[list[Piece]] = [[] for _ in jobs]
 
         async def collect() -> None:
-            async for index, piece in _together(server.engine, jobs):
+            async for index, piece in pieces:
                 _note_first(seen)
                 answers[index].append(piece)
 
-        await unless_gone(request, server.settings.request_timeout, collect())
-    _note(seen, answers)
+        await unless_gone(request, seconds, collect())
+    _note(seen, answers, whole=True)
     return shape.whole(answers)
 
 
 async def _stream(
-    server: Server, seen: Seen, shape: Shape, jobs: list[Job], with_usage: bool, inside: Any
+    seen: Seen,
+    shape: Shape,
+    pieces: AsyncIterator[tuple[int, Piece]],
+    answers: list[list[Piece]],
+    with_usage: bool,
+    seconds: float,
+    inside: Any,
 ) -> AsyncIterator[ServerSentEvent]:
     """Events as OpenAI sends them; what fails midway ends the stream with an error event."""
-    answers: list[list[Piece]] = [[] for _ in jobs]
+    whole = False
     try:
-        async with asyncio.timeout(server.settings.request_timeout):
-            async for index, piece in _together(server.engine, jobs):
+        async with asyncio.timeout(seconds):
+            async for index, piece in pieces:
                 _note_first(seen)
                 first = not answers[index]
                 answers[index].append(piece)
@@ -67,18 +121,25 @@ async def _stream(
                 elif piece.finish:  # Whether a text is a tool call is known at its end.
                     text = "".join(one.text for one in answers[index])
                     yield _event(shape.chunk(index, piece.model_copy(update={"text": text}), first=True))
+        whole = True
         if with_usage:
             yield _event(shape.usage_chunk(answers))
         yield ServerSentEvent("[DONE]")
     except (EngineError, TimeoutError) as failure:
         seen.status = 504 if isinstance(failure, TimeoutError) else failure.status
-        yield _event(_failure(failure, server.settings.request_timeout))
+        yield _event(_failure(failure, seconds))
     finally:
-        _note(seen, [pieces for pieces in answers if pieces])
+        _note(seen, [pieces for pieces in answers if pieces], whole)
         inside.__exit__(None, None, None)
 
 
-async def _together(engine: Engine, jobs: list[Job]) -> AsyncIterator[tuple[int, Piece]]:
+async def _from(first: tuple[int, Piece], rest: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[tuple[int, Piece]]:
+    yield first
+    async for found in rest:
+        yield found
+
+
+async def together(engine: Engine, jobs: list[Job]) -> AsyncIterator[tuple[int, Piece]]:
     """Pieces of all jobs as they come, each with the number of its job. The first failure ends them all."""
     if len(jobs) == 1:
         async for piece in engine.generate(jobs[0]):
@@ -142,12 +203,14 @@ def _note_first(seen: Seen) -> None:
         seen.first_token = time.perf_counter() - seen.started
 
 
-def _note(seen: Seen, answers: list[list[Piece]]) -> None:
+def _note(seen: Seen, answers: list[list[Piece]], whole: bool) -> None:
     """What the record says of the answers."""
     seen.prompt_tokens = max((pieces[-1].prompt_tokens for pieces in answers), default=0)
     seen.completion_tokens = sum(pieces[-1].completion_tokens for pieces in answers)
+    texts = ["".join(piece.text for piece in pieces) for pieces in answers]
+    seen.texts = texts if whole else None
     if seen.contents is not None:
-        seen.contents["answers"] = ["".join(piece.text for piece in pieces) for pieces in answers]
+        seen.contents["answers"] = texts
 
 
 def _event(content: dict[str, Any]) -> ServerSentEvent:

@@ -12,6 +12,7 @@ from treering.serve.following import Following
 from treering.serve.keys import Keys
 from treering.serve.limits import Limits
 from treering.serve.telemetry import Seen, Telemetry
+from treering.serve.trial import Trial
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -32,6 +33,17 @@ class Server:
         self.keys = Keys(ws.root)
         self.limits = Limits(settings.max_batch_size + settings.max_queue)
         self.telemetry = Telemetry()
+        self.trial = Trial(ws, engine, self.limits, settings, self.telemetry.tried)
+
+    @property
+    def problem(self) -> str:
+        """Why something else serves than should; empty if nothing is wrong."""
+        return "; ".join(filter(None, (self.following.problem, self.trial.problem)))
+
+    def ended(self, seen: Seen) -> None:
+        """A request ended, however it did."""
+        self.telemetry.ended(seen)
+        self.trial.ended(seen)
 
 
 def _server(request: Request) -> Server:

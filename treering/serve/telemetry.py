@@ -7,9 +7,12 @@ import logging
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+if TYPE_CHECKING:
+    from treering.serve.trial import Part
 
 access = logging.getLogger("treering.access")
 
@@ -30,6 +33,10 @@ class Seen:
     first_token: float | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    texts: list[str] | None = None
+    """The answers, once all are whole."""
+    part: Part | None = None
+    """Its part in the trial of a version, if it has any."""
     contents: dict[str, Any] | None = None
 
 
@@ -48,11 +55,21 @@ class Telemetry:
             "treering_first_token_seconds", "Time to the first token.", buckets=SECONDS, registry=self._all
         )
         self._tokens = Counter("treering_tokens", "Tokens read and written.", ["kind", "version"], registry=self._all)
+        self._tried = Counter(
+            "treering_canary_requests",
+            "Requests while a version was on trial: canary, control or shadow; answered, failed or dropped.",
+            ["arm", "outcome"],
+            registry=self._all,
+        )
         self._inside = Gauge("treering_answers_under_way", "Answers generated or waiting now.", registry=self._all)
         self._up = Gauge("treering_engine_up", "1 while the engine can answer.", registry=self._all)
         self._serving = Gauge(
             "treering_serving", "1 for the version that answers to `current`.", ["version"], registry=self._all
         )
+
+    def tried(self, arm: str, outcome: str) -> None:
+        """Count a request that has a part in the trial of a version."""
+        self._tried.labels(arm, outcome).inc()
 
     def page(self, inside: int, alive: bool, serving: str) -> bytes:
         """The metrics in Prometheus' text format, with how things stand now."""
@@ -79,6 +96,7 @@ class Telemetry:
             "path": seen.path,
             "status": seen.status,
             "version": seen.version,
+            "arm": seen.part.arm if seen.part else None,
             "key": seen.key,
             "seconds": round(seconds, 4),
             "first_token_seconds": None if seen.first_token is None else round(seen.first_token, 4),

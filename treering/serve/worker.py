@@ -207,7 +207,7 @@ class Worker:
         joining: dict[int, tuple[Batch[Answer], list[Row[Answer]]]] = {}
         room = self._config.serve.max_batch_size - sum(len(batch.rows) for batch in self._loaded.batches())
         tokens = 0
-        for version, answer in list(self._waiting):
+        for version, answer in sorted(self._waiting, key=lambda pair: pair[1].job.background):
             home = self._loaded.home(version)
             if home is None:
                 self._loaded.want(version)  # It may have gone since the job came in.

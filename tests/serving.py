@@ -1,0 +1,81 @@
+"""A running server, for the tests that meet it as its users do."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from treering import Workspace
+
+ASK: list[Any] = [{"role": "user", "content": "a item 3: sort d"}]
+LONG: list[Any] = [{"role": "user", "content": "tell me more"}]
+
+
+class Served:
+    """A running `treering serve` (or `run`)."""
+
+    def __init__(self, ws: Workspace, log: Path, command: str = "serve") -> None:
+        self.ws = ws
+        self.log = log
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    "from treering.cli import main; main()",
+                    command,
+                    "-w",
+                    str(ws.root),
+                    "--port",
+                    "0",
+                ],
+                stdout=out,
+                stderr=out,
+                cwd=Path(__file__).parents[1],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        self.url = self._wait_for(r"listening on (http://\S+)/v1")
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=60)
+
+    def _wait_for(self, pattern: str, seconds: float = 120) -> str:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            found = re.search(pattern, self.log.read_text())
+            if found:
+                return found[1]
+            time.sleep(0.05)
+        raise AssertionError(self.log.read_text())
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return answer.read().decode()
+
+    def ask(self, model: str = "current", **settings: Any) -> Any:
+        return self.client.chat.completions.create(**{"model": model, "messages": ASK, "max_tokens": 12, **settings})
+
+    def worker(self) -> int:
+        """The process id of the child that generates."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return next(
+            int(child) for child in children if "treering.serve.worker" in Path(f"/proc/{child}/cmdline").read_text()
+        )
+
+    def eventually(self, check: Callable[[], bool], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not check():
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
