@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -18,6 +19,7 @@ DRAIN_SECONDS = 30
 
 if TYPE_CHECKING:
     from fastapi import Request
+    from starlette.types import Receive, Scope, Send
 
     from treering.serve.api import ChatRequest, CompletionRequest
     from treering.serve.state import Server
@@ -74,18 +76,13 @@ async def _respond(
     seconds = server.settings.request_timeout
     pieces = together(server.engine, jobs)
     if body.stream:
-        inside = server.limits.entered(len(jobs))
-        inside.__enter__()  # The stream leaves it, at its end.
-        if sure:
-            try:
+        with ExitStack() as inside:
+            inside.enter_context(server.limits.entered(len(jobs)))
+            if sure:
                 pieces = _from(await unless_gone(request, seconds, anext(pieces)), pieces)
-            except BaseException:
-                inside.__exit__(None, None, None)
-                raise
-        with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        events = _stream(seen, shape, pieces, [[] for _ in jobs], with_usage, seconds, inside)
-        # Told to end, the server still finishes its streams.
-        return EventSourceResponse(events, sep="\n", shutdown_grace_period=DRAIN_SECONDS)
+            with_usage = bool(body.stream_options and body.stream_options.include_usage)
+            events = _stream(seen, shape, pieces, [[] for _ in jobs], with_usage, seconds)
+            return _StreamResponse(events, inside.pop_all())
     with server.limits.entered(len(jobs)):
         answers: list[list[Piece]] = [[] for _ in jobs]
 
@@ -106,7 +103,6 @@ async def _stream(
     answers: list[list[Piece]],
     with_usage: bool,
     seconds: float,
-    inside: Any,
 ) -> AsyncIterator[ServerSentEvent]:
     """Events as OpenAI sends them; what fails midway ends the stream with an error event."""
     whole = False
@@ -130,7 +126,20 @@ async def _stream(
         yield _event(_failure(failure, seconds))
     finally:
         _note(seen, [pieces for pieces in answers if pieces], whole)
-        inside.__exit__(None, None, None)
+
+
+class _StreamResponse(EventSourceResponse):
+    """Gives back at its end what it holds in `inside`, whether or not its first event was ever sent."""
+
+    def __init__(self, events: AsyncIterator[ServerSentEvent], inside: ExitStack) -> None:
+        # Told to end, the server still finishes its streams.
+        super().__init__(events, sep="\n", shutdown_grace_period=DRAIN_SECONDS)
+        self._inside = inside
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream."""
+        with self._inside:
+            await super().__call__(scope, receive, send)
 
 
 async def _from(first: tuple[int, Piece], rest: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[tuple[int, Piece]]:
