@@ -55,7 +55,7 @@ class MemoryConfig(Section):
 class DistillConfig(Section):
     """Distillation of the stored teacher logits on replayed rows."""
 
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(0.25, ge=0)
     """Weight of the distillation term beside the cross entropy of the same step."""
 
     temperature: float = Field(2.0, gt=0)
