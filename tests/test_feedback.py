@@ -28,7 +28,14 @@ def said(**more: object) -> Feedback:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{}, {"rating": "fine"}, {"correction": ""}, {"rating": "up", "answer": None}, {"rating": "up", "task": "../x"}],
+    [
+        {},
+        {"rating": "fine"},
+        {"correction": ""},
+        {"rating": "up", "answer": None},
+        {"rating": "up", "task": "../x"},
+        {"rating": "up", "messages": [{"role": "user", "content": float("nan")}]},
+    ],
 )
 def test_it_must_say_something(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):

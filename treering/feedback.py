@@ -44,6 +44,7 @@ class Feedback(BaseModel):
     def _says_something(self) -> Feedback:
         if self.rating is None and self.correction is None:
             raise ValueError("give a rating (up or down) or a correction")
+        json.dumps(self.messages, allow_nan=False)  # Raises for NaN, which no row may hold.
         if self.rating == "up" and self.correction is None and self.answer is None:
             raise ValueError("a rating of up needs the answer that it is for")
         return self

@@ -138,7 +138,8 @@ class BuiltinEngine:
             try:
                 assert self._process.stdout is not None
                 async for line in self._process.stdout:
-                    self._receive(json.loads(line))
+                    if line.endswith(b"\n"):  # A death may cut the last one short.
+                        self._receive(json.loads(line))
             finally:
                 self._ready.clear()
             code = await self._process.wait()
