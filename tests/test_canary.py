@@ -54,7 +54,7 @@ def test_it_begins_and_ends(ws: Workspace) -> None:
     over = canary.stop(ws)
     assert over is not None and over.ended is not None and over.reason == "turned off"
     assert canary.stop(ws) == over
-    assert canary.Watched(ws.root).now() is None
+    assert canary.running(ws.root) is None
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_what_becomes_current_is_no_longer_on_trial(ws: Workspace, how: str) -> 
 def test_another_promotion_goes_on_with_it(ws: Workspace) -> None:
     canary.start(ws, "v1", force=True)
     ws.promote("v2", force=True)
-    assert canary.Watched(ws.root).now() is not None
+    assert canary.running(ws.root) is not None
 
 
 @pytest.mark.parametrize("damage", ["{", '{"version": "v1"}', '{"version": "../x", "since": "2026-11-22T04:00:00Z"}'])

@@ -45,7 +45,7 @@ def peft_adapter(model_folder: Path, folder: Path, **settings: Any) -> Path:
 
     from treering.config import Config
 
-    torch.manual_seed(hash(folder.name) % 1000)
+    torch.manual_seed(sum(folder.name.encode()))
     settings = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
     adapted = get_peft_model(load_base(model_folder, Config(bf16=False)), LoraConfig(**settings))
     for name, weight in adapted.named_parameters():

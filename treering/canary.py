@@ -108,26 +108,10 @@ def read(root: Path) -> Canary | None:
     return found
 
 
-class Watched:
-    """What is on trial, as a server sees it: read again whenever the file has changed."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._stamp: tuple[int, int, int] | None = None
-        self._found: Canary | None = None
-
-    def now(self) -> Canary | None:
-        """The version on trial, None if there is none. Raises `TreeringError` as `read` does."""
-        try:
-            about = (self._root / FILE).stat()
-        except FileNotFoundError:
-            self._stamp = None
-            return None
-        stamp = about.st_mtime_ns, about.st_size, about.st_ino
-        if stamp != self._stamp:
-            self._found = read(self._root)
-            self._stamp = stamp
-        return None if self._found is None or self._found.ended else self._found
+def running(root: Path) -> Canary | None:
+    """What is on trial now, if anything is. Raises `TreeringError` as `read` does."""
+    found = read(root)
+    return None if found is None or found.ended else found
 
 
 def _ended(root: Path, found: Canary | None, reason: str) -> Canary | None:

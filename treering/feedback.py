@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from treering.errors import TreeringError, UsageError
-from treering.files import append_line, write_file
+from treering.files import append_line, timestamp, whole_lines, write_file
 
 if TYPE_CHECKING:
     from treering.workspace import Workspace
@@ -68,7 +67,7 @@ class Entry(BaseModel):
 
 def keep(ws: Workspace, feedback: Feedback, key: str | None) -> Entry:
     """Write it down."""
-    entry = Entry(id=secrets.token_hex(6), time=_now(), key=key, feedback=feedback)
+    entry = Entry(id=secrets.token_hex(6), time=timestamp(), key=key, feedback=feedback)
     with ws.changing("feedback"):
         append_line(ws.root / FILE, entry.model_dump(exclude={"state"}, exclude_none=True) | {"key": key})
     return entry
@@ -77,10 +76,8 @@ def keep(ws: Workspace, feedback: Feedback, key: str | None) -> Entry:
 def read(ws: Workspace) -> list[Entry]:
     """All feedback with what was decided on it, oldest first. Raises `TreeringError` for a damaged file."""
     path = ws.root / FILE
-    if not path.exists():
-        return []
     entries: dict[str, Entry] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    for number, line in whole_lines(path):
         try:
             found = json.loads(line)
             if "decided" in found:
@@ -148,8 +145,4 @@ def _chosen(ws: Workspace, ids: Sequence[str]) -> list[Entry]:
 
 def _decide(ws: Workspace, state: State, entries: Sequence[Entry]) -> None:
     if entries:
-        append_line(ws.root / FILE, {"decided": state, "ids": [entry.id for entry in entries], "time": _now()})
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+        append_line(ws.root / FILE, {"decided": state, "ids": [entry.id for entry in entries], "time": timestamp()})

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from treering import canary, feedback
 from treering.errors import TreeringError
-from treering.files import append_line
+from treering.files import append_line, whole_lines
 
 if TYPE_CHECKING:
     from treering.workspace import Workspace
@@ -118,10 +118,8 @@ def append(ws: Workspace, line: Line) -> None:
 def read(ws: Workspace, version: str) -> list[Line]:
     """What was counted while `version` was on trial, oldest first. Raises `TreeringError` for a damaged file."""
     path = ws.root / FILE
-    if not path.exists():
-        return []
     found = []
-    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    for number, text in whole_lines(path):
         try:
             found.append(Line.model_validate_json(text))
         except ValidationError as error:

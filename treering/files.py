@@ -1,12 +1,16 @@
-"""Writing to disk so that a crash leaves the old or the new, never a half."""
+"""Writing to disk so that a crash leaves the old or the new, never a half; and reading what was written so."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -37,6 +41,36 @@ def append_line(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
     if new:
         fsync_folder(path.parent)
+
+
+def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that `append_line` wrote, numbered from 1; one that a crash left unfinished is none, as is no file."""
+    yield from enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1)
+
+
+def timestamp() -> str:
+    """Now, in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class Watched(Generic[T]):
+    """What `read` makes of the file at `path`, which `write_file` writes: read again whenever it has changed."""
+
+    def __init__(self, path: Path, read: Callable[[], T]) -> None:
+        self._path = path
+        self._read = read
+        self._found: tuple[tuple[int, int, int] | None, T] | None = None
+
+    def now(self) -> T:
+        """What is there now. Raises as `read` does, each time until the file is mended."""
+        try:
+            about = self._path.stat()
+            stamp = about.st_mtime_ns, about.st_size, about.st_ino
+        except FileNotFoundError:
+            stamp = None
+        if self._found is None or self._found[0] != stamp:
+            self._found = stamp, self._read()
+        return self._found[1]
 
 
 def fsync_folder(folder: Path) -> None:

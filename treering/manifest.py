@@ -7,11 +7,11 @@ import platform
 import resource
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from importlib.metadata import version as library_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from treering.files import timestamp
 from treering.gate import Verdict
 from treering.metrics import Matrix, negative_flips
 from treering.results import Result, task_scores
@@ -39,7 +39,7 @@ def of_update(
         {r.id: r.score for r in before if r.id not in plan.fresh_ids}, {r.id: r.score for r in after}
     )
     return {
-        "created": _now(),
+        "created": timestamp(),
         "parent": plan.parent,
         "base": {"name": base_name(candidate.config), "sha256": plan.base},
         "plan": plan.digest,
@@ -71,7 +71,7 @@ def of_update(
 def of_adoption(adapter: Path, config: Config, base: str) -> dict[str, Any]:
     """The manifest of an adapter made elsewhere: nothing is known of what it was taught, so it has no scores."""
     return {
-        "created": _now(),
+        "created": timestamp(),
         "parent": None,
         "base": {"name": base_name(config), "sha256": base},
         "plan": None,
@@ -99,7 +99,3 @@ def base_name(config: Config) -> str:
     from treering.model import DEFAULT_MODEL
 
     return config.model_name_or_path or DEFAULT_MODEL
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

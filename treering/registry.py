@@ -14,13 +14,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treering.errors import UsageError, VersionError
-from treering.files import append_line, fsync_folder, fsync_tree, sha256, write_json
+from treering.files import append_line, fsync_folder, fsync_tree, sha256, timestamp, whole_lines, write_json
 
 if TYPE_CHECKING:
     from treering.workspace import Workspace
@@ -210,10 +209,8 @@ def rollback(ws: Workspace, name: str | None) -> Version | None:
 
 def history(ws: Workspace) -> list[dict[str, Any]]:
     """Every promotion and rollback, oldest first; a line that a crash left unfinished is not one."""
-    if not ws.history.exists():
-        return []
     events = []
-    for number, line in enumerate(ws.history.read_bytes().split(b"\n")[:-1], start=1):
+    for number, line in whole_lines(ws.history):
         try:
             event = json.loads(line)
             events.append({key: event[key] for key in ("time", "event", "version", "previous", "forced")})
@@ -263,7 +260,7 @@ def _promoted(ws: Workspace) -> list[str]:
 def _move(ws: Workspace, event: str, name: str | None, forced: bool = False) -> None:
     """Note what is about to happen, then do it; `recover` does it if a crash comes between."""
     note = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": timestamp(),
         "event": event,
         "version": name,
         "previous": _linked(ws),

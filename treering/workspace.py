@@ -8,7 +8,6 @@ import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +17,7 @@ import yaml
 from treering import registry
 from treering.config import Config
 from treering.errors import LockError, UsageError, full_disk_is_clear
-from treering.files import write_file
+from treering.files import timestamp, write_file
 from treering.registry import Version
 
 if TYPE_CHECKING:
@@ -156,7 +155,7 @@ class Workspace:
                 "command": command,
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
-                "since": datetime.now(UTC).isoformat(timespec="seconds"),
+                "since": timestamp(),
             }
             with suppress(OSError):  # On a full disk the lock holds all the same.
                 os.ftruncate(descriptor, 0)

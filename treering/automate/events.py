@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from treering import registry
 from treering.automate.hooks import Hooks
 from treering.errors import TreeringError
-from treering.files import append_line
+from treering.files import append_line, whole_lines
 from treering.progress import say
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ def history(ws: Workspace) -> list[dict[str, Any]]:
         for move in registry.history(ws)
     ]
     path = ws.root / FILE
-    # What follows the last line's end was cut off by a crash.
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    for number, line in enumerate(lines, start=1):
+    for number, line in whole_lines(path):
         try:
             entry = json.loads(line)
             datetime.fromisoformat(entry["time"]), str(entry["event"])

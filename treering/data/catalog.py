@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from treering.data.dedup import Split
 from treering.data.example import Example
 from treering.data.read import Bad
 from treering.errors import LockError, TreeringError
+from treering.files import timestamp
 
 SCHEMA = 1
 HELD = "held-by-gate"
@@ -197,7 +198,7 @@ class Writer:
 
     def __init__(self, db: sa.Connection) -> None:
         self.db = db
-        self.added = datetime.now(UTC).isoformat(timespec="seconds")
+        self.added = timestamp()
 
     def splits(self, ids: Sequence[str]) -> dict[str, Split | Literal["aside"]]:
         """Which of these ids are stored, and on which side; `aside`: in quarantine since a version was held."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import os
@@ -46,17 +47,12 @@ class BuiltinEngine:
         self._was_ready = False
         self._fatal = ""
         self._watcher: asyncio.Task[None] | None = None
-        self._numbers = iter(range(sys.maxsize))
+        self._numbers = itertools.count()
 
     @property
     def alive(self) -> bool:
         """Whether a worker is up."""
         return self._ready.is_set()
-
-    @property
-    def pid(self) -> int | None:
-        """The worker's process id."""
-        return self._process.pid if self._process else None
 
     async def start(self) -> None:
         """Start the worker and wait until the base model is loaded. Raises `EngineError` if it cannot be."""

@@ -6,14 +6,13 @@ import hashlib
 import hmac
 import json
 import secrets
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from treering.errors import TreeringError, UsageError
-from treering.files import write_file
+from treering.files import Watched, timestamp, write_file
 
 if TYPE_CHECKING:
     from treering.workspace import Workspace
@@ -49,7 +48,7 @@ def create(ws: Workspace, name: str, scope: str = "api", requests_per_minute: in
             name=name,
             scope=cast(Scope, scope),
             sha256=_hash(secret),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=timestamp(),
             requests_per_minute=requests_per_minute,
         )
         _write(ws.root, [*known, key])
@@ -79,24 +78,14 @@ def read(root: Path) -> list[Key]:
 
 
 class Keys:
-    """The keys as a server sees them: read again whenever their file has changed."""
+    """The keys as a server sees them, whenever they change."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root
-        self._stamp: tuple[int, int, int] | None = None
-        self._keys: list[Key] = []
+        self._watched = Watched(root / FILE, lambda: read(root))
 
     def all(self) -> list[Key]:
         """The keys as they are now. Raises `TreeringError` as `read` does."""
-        try:
-            found = (self._root / FILE).stat()
-            stamp = found.st_mtime_ns, found.st_size, found.st_ino
-        except FileNotFoundError:
-            stamp = None
-        if stamp is None or stamp != self._stamp:
-            self._keys = read(self._root)
-            self._stamp = stamp
-        return self._keys
+        return self._watched.now()
 
     def find(self, secret: str) -> Key | None:
         """The key that `secret` is."""

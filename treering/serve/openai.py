@@ -23,20 +23,15 @@ router = APIRouter(prefix="/v1", dependencies=[Depends(may("api"))], responses=E
 @router.get("/models")
 async def models(server: Here) -> dict[str, Any]:
     """What `model` may name."""
-    created = {version.name: int(version.folder.stat().st_mtime) for version in registry.versions(server.ws)}
-    names = {"current": created.get(server.following.serving, 0), BASE: 0, **created}
-    data = [
-        {"id": name, "object": "model", "created": at, "owned_by": "treering", "version": _named(server, name)}
-        for name, at in names.items()
-    ]
+    names = [BASE, *(version.name for version in registry.versions(server.ws))]
+    data = [_model(server, "current", server.following.serving), *(_model(server, name, name) for name in names)]
     return {"object": "list", "data": data}
 
 
 @router.get("/models/{name}")
 async def model(name: str, server: Here) -> dict[str, Any]:
     """One of them."""
-    version = server.following.version(name)
-    return {"id": name, "object": "model", "created": 0, "owned_by": "treering", "version": version}
+    return _model(server, name, server.following.version(name))
 
 
 @router.post("/feedback", status_code=202)
@@ -48,8 +43,10 @@ async def give_feedback(body: Feedback, server: Here, seen: Record) -> dict[str,
     return {"id": entry.id, "state": entry.state}
 
 
-def _named(server: Server, name: str) -> str:
-    return server.following.serving if name == "current" else name
+def _model(server: Server, name: str, version: str) -> dict[str, Any]:
+    folder = server.ws.versions / version
+    created = int(folder.stat().st_mtime) if folder.exists() else 0  # The base model is no version.
+    return {"id": name, "object": "model", "created": created, "owned_by": "treering", "version": version}
 
 
 @router.post("/chat/completions", response_model=None)

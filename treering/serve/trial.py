@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from treering import figures
-from treering.canary import Canary, Mode, Watched
+from treering import canary, figures
+from treering.canary import Canary, Mode
 from treering.errors import TreeringError
 from treering.figures import Arm, Line
+from treering.files import Watched
 from treering.serve.engine import EngineError
 from treering.serve.shadow import Asked, Outcome, Shadows
 
@@ -64,7 +65,7 @@ class Trial:
         self._engine = engine
         self._counted = counted
         self._shadows = Shadows(engine, limits, settings)
-        self._watched = Watched(ws.root)
+        self._watched = Watched(ws.root / canary.FILE, lambda: canary.running(ws.root))
         self._running: Canary | None = None
         self._damage = ""
         self._refusal = ""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import threading
 from collections import deque
@@ -272,7 +271,6 @@ class Worker:
 
 def main(root: Path) -> int:
     """Serve standard input until it ends. Returns the exit code."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides when to end.
     # Whatever a library prints goes to standard error; the pipe to the server carries events alone.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
