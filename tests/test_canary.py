@@ -403,7 +403,7 @@ def line(arm: figures.Arm, by: str, requests: int, errors: int = 0, mode: canary
 
 def thumb(ws: Workspace, version: str, rating: Literal["up", "down"], when: datetime, count: int) -> None:
     with pytest.MonkeyPatch.context() as clock:
-        clock.setattr(feedback, "_now", lambda: when.isoformat(timespec="seconds"))
+        clock.setattr(feedback, "timestamp", lambda: when.isoformat(timespec="seconds"))
         for _ in range(count):
             said = Feedback(messages=ASK, answer="x", rating=rating, version=version)
             feedback.keep(ws, said, None)

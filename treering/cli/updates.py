@@ -1,0 +1,141 @@
+"""The main job: make a workspace, take rows in, update, by hand or by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from treering.cli.common import HERE, AsJson, Folder, app, choices, matrix, opened, output
+
+
+@app.command()
+def init(
+    directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="Folder of the new workspace.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model: a folder or a hub name.")] = None,
+    adapter: Annotated[Path | None, typer.Option(metavar="PEFT_FOLDER", help="An adapter that becomes v1.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", metavar="CONFIG.yaml", help="Take settings from here.")
+    ] = None,
+    workspace: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Make a workspace."""
+    from treering.importers import Imported, read_config
+    from treering.workspace import Workspace
+
+    imported = read_config(source) if source else Imported()
+    settings = imported.settings | ({"model_name_or_path": model} if model else {})
+    base = settings.get("model_name_or_path")
+    if base and Path(base).is_dir():
+        # A path relative to here would mean nothing to a command that is run elsewhere.
+        settings["model_name_or_path"] = str(Path(base).resolve())
+    ws = Workspace.create(directory or workspace, adapter=adapter or imported.adapter, **settings)
+    from treering import registry
+
+    current = registry.current(ws)
+    result = {
+        "workspace": str(ws.root),
+        "settings": settings,
+        "not_carried": imported.left,
+        "version": current.name if current else None,
+    }
+    lines = [f"made {ws.root}"]
+    lines += [f"{key}: {value}" for key, value in settings.items()]
+    lines += [f"not carried over: {key} ({why})" for key, why in imported.left.items()]
+    lines += [f"{adapter or imported.adapter} is {current.name}"] if current else []
+    lines += [f"next: put files into {ws.inbox}/<task>/ and run `treering update`"]
+    output(result, as_json, lines)
+
+
+@app.command()
+def ingest(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="PATH...", help="Files or folders; else the inbox.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Task of all rows; else told by the folder.")] = None,
+    held_out: Annotated[
+        Path | None, typer.Option("--held-out", metavar="PATH", help="Rows to judge by, never trained.")
+    ] = None,
+    workspace: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Take rows in: read, check, deduplicate, store."""
+    ws = opened(workspace)
+    done = ws.ingest(paths or None, task=task, held_out=held_out, quiet=False)
+    lines = [
+        f"{done.rows} rows: {done.accepted} accepted ({done.held_out} held out), "
+        f"{done.duplicates} duplicates, {done.quarantined} quarantined"
+    ]
+    lines += [f"  {task_name}: {count}" for task_name, count in done.tasks.items()]
+    lines += [f"  quarantined by {rule}: {count}" for rule, count in done.reasons.items()]
+    if done.quarantined:
+        lines += [f"  {q['file']}, line {q['line']}: {q['reason']}" for q in ws.catalog.quarantined()[-10:]]
+    output(done.as_dict(), as_json, lines)
+
+
+@app.command()
+def update(
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings for this update.")
+    ] = None,
+    no_promote: Annotated[bool, typer.Option("--no-promote", help="Keep the candidate, leave current.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    workspace: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Run one update over everything new. Exit code 2: held by the gate."""
+    from treering import pipeline
+
+    outcome = pipeline.update(opened(workspace), settings or [], promote=not no_promote, dry_run=dry_run)
+    version = outcome.version
+    result: dict[str, Any] = {
+        "status": outcome.status,
+        "reason": outcome.reason,
+        "version": version.name if version else None,
+    }
+    head = version.name if version and outcome.reason == version.summary else f"{outcome.status}:"
+    lines = [f"{head} {outcome.reason}"]
+    if outcome.plan:
+        result["plan"] = outcome.plan
+        lines += [f"  {task}: {count} new rows" for task, count in outcome.plan["rows"].items()]
+    if version is not None:
+        result |= {"scores": version.scores, "verdict": version.manifest["verdict"]}
+        result["report"] = str(version.folder / "report.html")
+        lines += choices(version) + matrix(version) + [f"report: {result['report']}"]
+    output(result, as_json, lines)
+    if version is not None and (not version.promote or (outcome.status == "held" and not no_promote)):
+        raise typer.Exit(2)
+
+
+@app.command()
+def watch(
+    once: Annotated[bool, typer.Option("--once", help="Do what there is to do now, then end.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after failures stopped it.")] = False,
+    workspace: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Update by itself when files come or it is time. Exit code 1: failures stopped it."""
+    from treering.automate import loop
+    from treering.errors import LockError
+    from treering.stop import stop_on_signals
+
+    ws = opened(workspace)
+    resumed = resume and loop.resume(ws)
+    automation = loop.Automation(ws)
+    try:
+        with stop_on_signals() as stop:
+            ended: str = automation.run(stop, once=once)
+    except LockError:
+        if not resumed:
+            raise
+        ended = "resumed"  # By the loop that runs already.
+    from treering import registry
+
+    current = registry.current(ws)
+    result = {"ended": ended, "reason": automation.state.stopped, "current": current.name if current else None}
+    serves = f"{current.name} is current" if current else "no version yet"
+    output(result, as_json, [f"{ended}: {automation.state.stopped or serves}"])
+    if ended in ("stopped", "failed"):
+        raise typer.Exit(1)
