@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,15 @@ import pytest
 
 from treering import Workspace, registry
 from treering.testing import tiny_model, toy_rows
+
+QUICK: dict[str, Any] = {
+    "bf16": False,
+    "learning_rate": 1e-2,
+    "max_steps": 2,
+    "per_device_train_batch_size": 8,
+    "eval": {"max_new_tokens": 4},
+}
+"""Settings of updates that only have to happen."""
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +39,22 @@ def workspace(tmp_path: Path, model_folder: Path) -> Callable[..., Workspace]:
         return Workspace.create(tmp_path / name, **{"model_name_or_path": str(model_folder), "bf16": False, **settings})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """A workspace with v1 (pens) and v2 (cups), both promoted, and ten hats waiting. Only to be read or copied."""
+    settings = {**QUICK, "model_name_or_path": str(model_folder)}
+    ws = Workspace.create(tmp_path_factory.mktemp("made") / "ws", **settings)
+    for task in ("pens", "cups"):
+        ws.ingest(toy_rows(task, 20), task=task)
+        version = ws.update()
+        assert version is not None and version.promote
+    ws.ingest(toy_rows("hats", 10), task="hats")
+    root = ws.root
+    del ws, version
+    gc.collect()  # Closes the database, so that none of its files goes away while they are copied.
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -9,30 +9,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from treering import Workspace
 from treering.cli import run
 from treering.files import sha256
-from treering.testing import tiny_model, toy_rows
+from treering.testing import tiny_model
 
-QUICK: dict[str, Any] = {"bf16": False, "learning_rate": 1e-2, "max_steps": 2, "eval": {"max_new_tokens": 4}}
 Call = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
-    """A workspace with v1 and v2, and rows that wait. Only to be copied."""
-    settings = {**QUICK, "model_name_or_path": str(model_folder)}
-    ws = Workspace.create(tmp_path_factory.mktemp("bad-input") / "ws", **settings)
-    for task in ("pens", "cups"):
-        ws.ingest(toy_rows(task, 20), task=task)
-        version = ws.update()
-        assert version is not None and version.promote
-    ws.ingest(toy_rows("hats", 10), task="hats")
-    return ws.root
 
 
 @pytest.fixture

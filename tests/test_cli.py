@@ -21,13 +21,6 @@ from treering.cli import app, run
 from treering.testing import toy_rows
 
 ROOT = Path(__file__).parents[1]
-QUICK: dict[str, Any] = {
-    "bf16": False,
-    "learning_rate": 1e-2,
-    "max_steps": 2,
-    "per_device_train_batch_size": 8,
-    "eval": {"max_new_tokens": 4},
-}
 
 
 class Section:
@@ -77,18 +70,6 @@ def commands() -> dict[str, Any]:
             yield name.strip(), command
 
     return dict(walk(typer.main.get_command(app), ""))
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
-    """A workspace with v1 (pens) and v2 (cups), both promoted, and ten hats waiting. Only to be read."""
-    ws = Workspace.create(tmp_path_factory.mktemp("cli") / "ws", model_name_or_path=str(model_folder), **QUICK)
-    for task in ("pens", "cups"):
-        ws.ingest(toy_rows(task, 20), task=task)
-        version = ws.update()
-        assert version is not None and version.promote
-    ws.ingest(toy_rows("hats", 10), task="hats")
-    return ws.root
 
 
 @pytest.fixture
