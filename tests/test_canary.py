@@ -431,6 +431,19 @@ def test_figures_add_up(workspace: Callable[..., Workspace]) -> None:
     assert (ws.root / figures.FILE).read_bytes().count(b"\n") == 4
 
 
+def test_what_users_met_as_worse_is_promoted_by_force_only(ws: Workspace) -> None:
+    assert registry.current(ws).name == "v2" and registry.get(ws, "v1").promote  # type: ignore[union-attr]
+    for one in (line("canary", "v2", 100, 1), line("control", "v2", 100, 20)):
+        figures.append(ws, one.model_copy(update={"version": "v1"}))
+    ws.promote("v1")  # It failed less often than current.
+    ws.promote("v2")
+    figures.append(ws, line("canary", "v1", 100, 90).model_copy(update={"version": "v1"}))
+    with pytest.raises(UsageError, match=r"v1 did worse when it was on trial: errors: v1 45\.5% of 200, .* --force"):
+        ws.promote("v1")
+    ws.promote("v1", force=True)
+    assert [event["forced"] for event in registry.history(ws)][-3:] == [False, False, True]
+
+
 def test_few_requests_show_nothing(workspace: Callable[..., Workspace]) -> None:
     ws = workspace()
     assert figures.figures(ws, "v3") == figures.Figures()

@@ -101,6 +101,11 @@ class Comparison(BaseModel):
     p: float
     words: str
 
+    @property
+    def worse(self) -> bool:
+        """Whether the version on trial is shown to do worse."""
+        return self.p < CERTAIN and self.candidate > self.control
+
 
 class Figures(BaseModel):
     """All that is known of a version on trial."""
@@ -137,6 +142,11 @@ def figures(ws: Workspace, version: str) -> Figures:
     said = feedback.read(ws) if lines else []
     arms = [_sum(group, said) for _, group in sorted(groups.items())]
     return Figures(arms=arms, comparisons=_compare(version, arms))
+
+
+def worse(ws: Workspace, version: str) -> list[str]:
+    """What its trials show against `version`, in words."""
+    return [comparison.words for comparison in figures(ws, version).comparisons if comparison.worse]
 
 
 def report(ws: Workspace) -> dict[str, Any]:

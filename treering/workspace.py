@@ -112,12 +112,16 @@ class Workspace:
         return pipeline.update(self, texts, promote=promote, quiet=quiet).version
 
     def promote(self, name: str, *, force: bool = False) -> Version:
-        """Make a version current. Raises `UsageError` for one that the gate held, unless `force`."""
+        """Make a version current. Without `force`, one that the gate held or a trial showed worse is a `UsageError`."""
+        from treering import figures
+
         with self.changing("promote"):
             version = registry.get(self, name)
-            if not version.promote and not force:
-                raise UsageError(f"{name} was held by the gate: {version.summary}. Use --force to promote it anyway")
-            registry.promote(self, version, forced=not version.promote)
+            against = [] if version.promote else [f"{name} was held by the gate: {version.summary}"]
+            against += [f"{name} did worse when it was on trial: {words}" for words in figures.worse(self, name)]
+            if against and not force:
+                raise UsageError(f"{'; '.join(against)}. Use --force to promote it anyway")
+            registry.promote(self, version, forced=bool(against))
             return version
 
     def rollback(self, name: str | None = None) -> Version | None:
