@@ -22,7 +22,7 @@ from treering.methods import Methods
 from treering.model import Tokens, encode, encode_prompt, load_base, load_tokenizer, logits_at
 from treering.stop import Stop, stop_on_signals
 from treering.testing import toy_rows
-from treering.train import Step, make_batch, plan_steps, rate_schedule, teach, train
+from treering.train import Step, make_batch, passes, plan_steps, rate_schedule, teach, train
 
 RECORDED = [6.26756, 4.77819, 3.45686, 2.24950, 1.56761]
 """First five losses of `test_recorded_losses`, float32 on CPU."""
@@ -244,7 +244,7 @@ def test_the_rate_rises_and_falls() -> None:
 
 def test_recorded_losses(model_folder: Path) -> None:
     """The first losses as they were when this test was written: a change of the loop that moves them is no accident."""
-    config = settings(model_folder, per_device_train_batch_size=8, learning_rate=1e-2, seed=7)
+    config = settings(model_folder, num_train_epochs=3, per_device_train_batch_size=8, learning_rate=1e-2, seed=7)
     log = Run(model_folder, config).train()
     assert [entry["loss"] for entry in log[:5]] == pytest.approx(RECORDED, abs=1e-3)
 
@@ -295,6 +295,14 @@ def test_epochs_and_steps(model_folder: Path, values: dict[str, Any], steps: int
     assert len(made) == steps
     assert all(len(batch) <= 4 for step in made for batch in step)
     assert all(len(step) <= config.gradient_accumulation_steps for step in made)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(1, 20), (8, 20), (12, 17), (24, 9), (64, 4), (68, 3), (1000, 3)])
+def test_few_rows_get_more_passes(model_folder: Path, rows: int, count: int) -> None:
+    config = settings(model_folder, per_device_train_batch_size=4, num_train_epochs="auto")
+    assert passes(config, rows) == count
+    ids = [f"{n:04}" for n in range(rows)]
+    assert len(plan_steps(ids, Memory(), Methods(config), dict.fromkeys(ids, 5), config)) == count * -(-rows // 4)
 
 
 def test_an_epoch_shows_each_row_once_in_an_order_of_its_own(model_folder: Path) -> None:

@@ -20,7 +20,7 @@ from treering.metrics import metric_for
 from treering.model import Tokens, encode, load, load_tokenizer, save_weights, use_bf16
 from treering.registry import Version
 from treering.results import Result, read_results, write_results
-from treering.train import make_batch, peak_rate, plan_steps, teach, train
+from treering.train import make_batch, passes, peak_rate, plan_steps, teach, train
 
 if TYPE_CHECKING:
     from treering.config import Config
@@ -159,6 +159,7 @@ class Candidate:
         rate = "as set" if self.config.learning_rate != "auto" else f"default for {self.config.finetuning_type}"
         found = {
             "learning_rate": {"value": peak_rate(self.config), "reason": rate},
+            "num_train_epochs": {"value": passes(self.config, len(self.plan.row_ids)), "reason": self._length},
             "bf16": dict(zip(("value", "reason"), use_bf16(self.config), strict=True)),
             "memory": {"value": len(self.memory), "reason": f"size {self.memory.size}, {self.memory.policy}"},
         }
@@ -167,6 +168,15 @@ class Candidate:
             reason = few if self.metrics[task] == "exact_match" else "answers are no small label set"
             found[f"metric of {task}"] = {"value": self.metrics[task], "reason": reason}
         return found
+
+    @property
+    def _length(self) -> str:
+        """Why the training is as long as it is."""
+        if self.config.max_steps > 0:
+            return f"not used: max_steps is {self.config.max_steps}"
+        if self.config.num_train_epochs != "auto":
+            return "as set"
+        return f"{len(self.plan.row_ids)} new rows, {len(self.steps)} steps with the replayed ones"
 
     @property
     def trainable_parameters(self) -> int:

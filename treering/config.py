@@ -68,8 +68,8 @@ class Config(Section):
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak rate; `auto` takes the measured default of the `finetuning_type`."""
 
-    num_train_epochs: float = Field(3.0, gt=0)
-    """Passes over the new rows."""
+    num_train_epochs: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Passes over the new rows; `auto`: 3, and with few rows as many as make 50 optimiser steps of them, 20 at most."""
 
     max_steps: int = Field(-1, ge=-1)
     """Optimiser steps; overrides `num_train_epochs` when positive."""

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 LEARNING_RATES = {"lora": 1e-3, "freeze": 2e-4, "full": 5e-5}
 """Peak rates that `learning_rate: auto` takes."""
 
+PASSES, MOST_PASSES, ENOUGH_STEPS = 3, 20, 50
+"""What `num_train_epochs: auto` takes: that many passes, or more until the new rows alone make enough steps."""
+
 BATCHES_SORTED_TOGETHER = 8
 """Rows of so many batches are sorted by length together: little padding, and still a random mix of rows."""
 
@@ -92,6 +95,14 @@ def peak_rate(config: Config) -> float:
     return LEARNING_RATES[config.finetuning_type] if config.learning_rate == "auto" else config.learning_rate
 
 
+def passes(config: Config, new: int) -> float:
+    """Passes over `new` rows: as set, or by their number."""
+    if config.num_train_epochs != "auto":
+        return config.num_train_epochs
+    steps = math.ceil(new / (config.per_device_train_batch_size * config.gradient_accumulation_steps))
+    return min(max(PASSES, math.ceil(ENOUGH_STEPS / max(1, steps))), MOST_PASSES)
+
+
 Step = list[list[str]]
 """The row ids of one optimiser step, micro-batch by micro-batch."""
 
@@ -105,14 +116,15 @@ def plan_steps(
     """
     size, accumulate = config.per_device_train_batch_size, config.gradient_accumulation_steps
     steps: list[Step] = []
-    epochs = math.ceil(config.num_train_epochs)
+    wanted = passes(config, len(new))
+    epochs = math.ceil(wanted)
     epoch = 0
     while True:
         rng = random.Random(f"{config.seed}:{epoch}")
         rows = [*new, *methods.replay(new, memory, epoch)]
         if epoch == epochs - 1 and config.max_steps <= 0:
             rng.shuffle(rows)
-            rows = rows[: math.ceil(len(rows) * (config.num_train_epochs - epoch))]
+            rows = rows[: math.ceil(len(rows) * (wanted - epoch))]
         batches = _length_batches(rows, lengths, size, rng)
         steps += [batches[start : start + accumulate] for start in range(0, len(batches), accumulate)]
         epoch += 1
