@@ -55,6 +55,9 @@ class Outer:
 
         try:
             await self._app(scope, limited, answer)
+        except Exception:
+            seen.status = 500
+            raise
         finally:
             # A path nobody serves is no label of its own, or anybody could fill the metrics.
             seen.path = getattr(scope.get("route"), "path", "unknown")
