@@ -55,7 +55,7 @@ def create_app(ws: Workspace, engine: Engine, *, public: bool = False) -> FastAP
         finally:
             working.cancel()
             await asyncio.gather(working, return_exceptions=True)
-            await server.trial.stop()
+            await server.stop()
 
     app = FastAPI(title="treering", version=__version__, lifespan=running)
     app.state.server = server

@@ -80,6 +80,7 @@ async def completions(body: CompletionRequest, request: Request, server: Here, s
 async def embeddings(body: EmbeddingRequest, request: Request, server: Here, seen: Record) -> Any:
     """Vectors of texts: the mean of the last hidden states."""
     version = seen.version = server.following.version(body.model)
+    seen.model = body.model
     texts = body.texts()
     with server.limits.entered(1):
         found = await unless_gone(request, server.settings.request_timeout, server.engine.embed(version, texts))

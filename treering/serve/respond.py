@@ -48,6 +48,7 @@ async def answer(
     if server.settings.log_contents:
         seen.contents = {"request": body.model_dump(exclude_none=True)}
     version = server.following.version(body.model)
+    seen.model = body.model
     part = seen.part = server.trial.part(body.model, version, body.user, seen.key, len(server.keys.all()))
     if part is not None and part.arm == "canary" and not part.failed:
         seen.version = part.version

@@ -13,6 +13,7 @@ from treering.serve.following import Following
 from treering.serve.keys import Keys
 from treering.serve.limits import LaterError, Limits
 from treering.serve.telemetry import Seen, Telemetry
+from treering.serve.tracing import Tracing
 from treering.serve.trial import Trial
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Server:
         self.keys = Keys(ws.root)
         self.limits = Limits(settings.max_batch_size + settings.max_queue)
         self.telemetry = Telemetry()
+        self.tracing = Tracing() if settings.telemetry == "otlp" else None
         self.trial = Trial(ws, engine, self.limits, settings, self.telemetry.tried)
 
     async def open(self) -> None:
@@ -56,6 +58,14 @@ class Server:
         """A request ended, however it did."""
         self.telemetry.ended(seen)
         self.trial.ended(seen)
+        if self.tracing is not None:
+            self.tracing.ended(seen)
+
+    async def stop(self) -> None:
+        """Write and send what was not yet."""
+        await self.trial.stop()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.stop)
 
 
 def _server(request: Request) -> Server:
