@@ -166,6 +166,8 @@ DEAD = EngineError("the process died", status=503, code="engine_restarted")
 @contextmanager
 def client_of(ws: Workspace, engine: Fake) -> Iterator[TestClient]:
     with TestClient(create_app(ws, engine), base_url="http://127.0.0.1") as client:
+        assert client.portal is not None
+        client.portal.call(cast(Any, client.app).state.server.open)
         yield client
 
 

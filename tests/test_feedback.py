@@ -13,6 +13,7 @@ from treering import Workspace, feedback
 from treering.cli import run
 from treering.errors import TreeringError, UsageError
 from treering.feedback import Feedback
+from treering.files import append_line, json_line
 
 ASKED = [{"role": "user", "content": "my grinder hums"}]
 
@@ -35,6 +36,8 @@ def said(**more: object) -> Feedback:
         {"rating": "up", "answer": None},
         {"rating": "up", "task": "../x"},
         {"rating": "up", "messages": [{"role": "user", "content": float("nan")}]},
+        {"rating": "up", "messages": [{"role": "user", "content": "\ud800"}]},
+        {"rating": "up", "comment": "\ud800"},
     ],
 )
 def test_it_must_say_something(wrong: dict[str, object]) -> None:
@@ -93,6 +96,59 @@ def test_a_crash_between_file_and_decision_repeats_the_same_file(
     before = {path: path.read_bytes() for path in ws.inbox.rglob("*.jsonl")}
     feedback.accept(ws, [entry.id])
     assert {path: path.read_bytes() for path in ws.inbox.rglob("*.jsonl")} == before
+
+
+def test_what_cannot_be_written_keeps_no_other_back(ws: Workspace) -> None:
+    good = feedback.keep(ws, said(correction="fault", task="coffee"), None)
+    bad = good.model_copy(update={"id": "bad", "feedback": said(correction="x", task="\N{KATAKANA LETTER A}" * 100)})
+    with (ws.root / feedback.FILE).open("ab") as log:  # As it came from a server that did not look.
+        log.write(json_line(bad.model_dump(exclude_none=True, exclude={"state"}) | {"key": None}))
+    last = feedback.keep(ws, said(correction="fault", task="tea"), None)
+    with pytest.raises(TreeringError, match="File name too long"):
+        feedback.accept_by_rule(ws, "corrections")
+    assert sorted(path.parent.name for path in ws.inbox.rglob("*.jsonl")) == ["coffee", "tea"]
+    assert [entry.id for entry in feedback.waiting(feedback.read(ws))] == ["bad"]
+    feedback.reject(ws, ["bad"])
+    assert last.id and feedback.accept_by_rule(ws, "corrections") == []
+
+
+def test_a_task_that_no_folder_can_be_named_for_is_refused(ws: Workspace) -> None:
+    with pytest.raises(UsageError, match="300 bytes"):
+        feedback.keep(ws, said(correction="x", task="\N{KATAKANA LETTER A}" * 100), None)
+    assert not feedback.read(ws)
+
+
+def test_a_line_costs_the_same_however_long_the_log_is(tmp_path: Path) -> None:
+    def read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b"[1]\n" * 1_000_000)
+    before = read()
+    append_line(log, [2])
+    assert read() - before < 100_000
+    assert log.read_bytes().endswith(b"[1]\n[2]\n")
+
+
+def test_what_nobody_could_read_again_is_no_line() -> None:
+    deep: list[object] = []
+    for _ in range(5000):
+        deep = [deep]
+    for value, words in (
+        (deep, "nested too deeply"),
+        ({"a\ud800": 1}, r"U\+D800"),
+        (float("nan"), "not JSON compliant"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            json_line(value)
+
+
+def test_a_line_that_a_crash_cut_short_goes(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    for before, after in ((b"", b""), (b"[1]\n[", b"[1]\n"), (b"[", b"")):
+        log.write_bytes(before)
+        append_line(log, [2])
+        assert log.read_bytes() == after + b"[2]\n"
 
 
 def test_a_damaged_log_is_told(ws: Workspace) -> None:

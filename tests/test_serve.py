@@ -449,5 +449,7 @@ def test_a_written_call_comes_back_as_a_tool_call() -> None:
     choice = shape.whole([[Piece(text=text, finish="stop")]])["choices"][0]
     assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] == "Let me see."
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Oslo"}'}
-    delta = shape.chunk(0, Piece(text=text, finish="stop"), first=True)["choices"][0]["delta"]
+    event = shape.chunk(0, [Piece(text=text, finish="stop")])
+    assert event is not None
+    delta = event["choices"][0]["delta"]
     assert delta["tool_calls"][0]["index"] == 0 and delta["role"] == "assistant"

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from treering.errors import TreeringError, UsageError
-from treering.files import append_line, timestamp, whole_lines, write_file
+from treering.files import append_line, json_line, timestamp, whole_lines, write_file
 
 if TYPE_CHECKING:
     from treering.workspace import Workspace
 
 FILE = "feedback.jsonl"
 TASK = "feedback"
+LONGEST_NAME = 255
+"""Bytes that file systems take for the name of a folder, which a task's name becomes."""
+
 State = Literal["waiting", "accepted", "rejected"]
 
 
@@ -43,7 +46,7 @@ class Feedback(BaseModel):
     def _says_something(self) -> Feedback:
         if self.rating is None and self.correction is None:
             raise ValueError("give a rating (up or down) or a correction")
-        json.dumps(self.messages, allow_nan=False)  # Raises for NaN, which no row may hold.
+        json_line(self.model_dump())  # Raises for NaN and half characters, which neither log nor row may hold.
         if self.rating == "up" and self.correction is None and self.answer is None:
             raise ValueError("a rating of up needs the answer that it is for")
         return self
@@ -66,7 +69,10 @@ class Entry(BaseModel):
 
 
 def keep(ws: Workspace, feedback: Feedback, key: str | None) -> Entry:
-    """Write it down."""
+    """Write it down. Raises `UsageError` for a task that no folder can be named for."""
+    size = len((feedback.task or "").encode())
+    if size > LONGEST_NAME:
+        raise UsageError(f"task: the name has {size} bytes; {LONGEST_NAME} is the most, so take a shorter one")
     entry = Entry(id=secrets.token_hex(6), time=timestamp(), key=key, feedback=feedback)
     with ws.changing("feedback"):
         append_line(ws.root / FILE, entry.model_dump(exclude={"state"}, exclude_none=True) | {"key": key})
@@ -100,7 +106,10 @@ def waiting(entries: Sequence[Entry], rule: str = "all") -> list[Entry]:
 
 
 def accept(ws: Workspace, ids: Sequence[str]) -> list[Path]:
-    """Make rows of them: a new file in the inbox of each task, which the next ingest reads like any other."""
+    """Make rows of them: a new file in the inbox of each task, which the next ingest reads like any other.
+
+    Raises `TreeringError` if a task's file cannot be written; the other tasks' are there all the same.
+    """
     with ws.changing("feedback accept"):
         chosen = _chosen(ws, ids)
         rowless = [entry.id for entry in chosen if entry.feedback.row is None]
@@ -109,15 +118,24 @@ def accept(ws: Workspace, ids: Sequence[str]) -> list[Path]:
         by_task: dict[str, list[Entry]] = {}
         for entry in chosen:
             by_task.setdefault(entry.feedback.task or TASK, []).append(entry)
-        files = []
+        files, accepted, failures = [], list[Entry](), list[str]()
         for task, entries in by_task.items():
             # Named for its content: after a crash before the decision is noted, the same file is written again.
             path = ws.inbox / task / f"feedback-{entries[0].id}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps(entry.feedback.row, ensure_ascii=False) for entry in entries]
-            write_file(path, ("\n".join(lines) + "\n").encode())
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_file(path, b"".join(json_line(entry.feedback.row) for entry in entries))
+            except OSError as error:
+                failures.append(f"{len(entries)} for {task!r} ({error.strerror})")
+                continue
             files.append(path)
-        _decide(ws, "accepted", chosen)
+            accepted += entries
+        _decide(ws, "accepted", accepted)
+    if failures:
+        raise TreeringError(
+            f"no file in the inbox can be written for {'; '.join(failures)}; mend that and accept them again, "
+            "or reject them (`treering feedback list` has their ids)"
+        )
     return files
 
 

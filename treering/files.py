@@ -30,13 +30,27 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, (json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode())
 
 
+def json_line(value: Any) -> bytes:
+    """`value` as one line of JSON. Raises `ValueError` for what nobody could read again."""
+    try:
+        return (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(error.object[error.start]):04X}"
+        raise ValueError(f"there is {half} in it, half of a character (a lone surrogate); delete it") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply; make it flatter") from None
+
+
 def append_line(path: Path, value: Any) -> None:
     """Append one JSON line and fsync. A line that a crash left unfinished is cut off first."""
+    line = json_line(value)
     new = not path.exists()
     with os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644), "ab+") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write((json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        # Only after a crash is all of it read: logs are long, and lines many.
+        if file.seek(0, os.SEEK_END) and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line)
         file.flush()
         os.fsync(file.fileno())
     if new:

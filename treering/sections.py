@@ -128,6 +128,9 @@ class ServeConfig(Section):
     log_contents: bool = False
     """Write questions and answers into the access log."""
 
+    telemetry: Literal["otlp"] | None = None
+    """`otlp` sends a trace span a request where `OTEL_EXPORTER_OTLP_ENDPOINT` says (`pip install 'treering[otel]'`)."""
+
 
 class AutomateConfig(Section):
     """When `treering watch` updates by itself. Each of `schedule`, `min_rows`, `drift` and `max_age_hours` that is set

@@ -5,10 +5,12 @@ Settings that would change an answer and are not supported are refused, not pass
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from treering.files import json_line
 from treering.serve.engine import EngineError, Job
 
 MOST_CHOICES = 16
@@ -43,22 +45,58 @@ class TextPart(BaseModel):
     text: str
 
 
+class CalledFunction(BaseModel):
+    """What the model called, and with what."""
+
+    name: str
+    arguments: str
+
+    def turn(self) -> dict[str, Any]:
+        """As chat templates read it: they write the arguments as JSON themselves."""
+        try:
+            arguments = json.loads(self.arguments or "{}")
+            json_line(arguments)  # Escapes may hold what no text may.
+        except (ValueError, RecursionError):
+            arguments = self.arguments
+        return {"name": self.name, "arguments": arguments}
+
+
+class ToolCall(BaseModel):
+    """A call that the model made."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def turn(self) -> dict[str, Any]:
+        """As chat templates read it."""
+        return {"id": self.id, "type": self.type, "function": self.function.turn()}
+
+
 class ChatMessage(BaseModel):
-    """One turn of a conversation."""
+    """One turn of a conversation. An answer may be sent back as it came, with all that is empty in it."""
 
     model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
     refusal: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_empty(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if value is not None and value != []}
 
     def turn(self) -> dict[str, Any]:
         """As chat templates read it."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
         role = "system" if self.role == "developer" else self.role
-        others = {"name": self.name, "tool_calls": self.tool_calls, "tool_call_id": self.tool_call_id}
+        calls = [call.turn() for call in self.tool_calls] if self.tool_calls else None
+        others = {"name": self.name, "tool_calls": calls, "tool_call_id": self.tool_call_id}
         return {"role": role, "content": text, **{key: value for key, value in others.items() if value is not None}}
 
 

@@ -12,14 +12,15 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from treering import __version__, feedback
 from treering.errors import LockError, TreeringError, UsageError
 from treering.serve import keepers, openai
 from treering.serve.answers import error, kind_of
 from treering.serve.engine import Engine, EngineError
-from treering.serve.limits import TooManyError
+from treering.serve.limits import LaterError
+from treering.serve.loopback import Loopback
+from treering.serve.loops import go_on
 from treering.serve.outer import Outer
 from treering.serve.state import Server
 
@@ -28,30 +29,33 @@ if TYPE_CHECKING:
 
 FEEDBACK_SECONDS = 5
 
-LOOPBACK = ["127.0.0.1", "localhost", "::1"]
-
 log = logging.getLogger("treering.serve")
 
 
-def create_app(ws: Workspace, engine: Engine, *, open_to_all_hosts: bool = False) -> FastAPI:
-    """The application of one workspace, on an engine that was started.
+def create_app(ws: Workspace, engine: Engine, *, public: bool = False) -> FastAPI:
+    """The application of one workspace. It answers once its server (`app.state.server`) was opened.
 
-    On loopback it answers only to loopback's names, so that no web page reaches it by a name of its own.
+    `public`: others than this machine reach it, so it takes known keys only. On loopback it refuses web pages instead.
     """
-    server = Server(ws, engine, ws.config().serve)
+    server = Server(ws, engine, ws.config().serve, public=public)
+
+    async def work() -> None:
+        await server.opened.wait()
+        await asyncio.gather(
+            go_on("following `current`", server.following.run),
+            go_on("following the version on trial", server.trial.run),
+            go_on("accepting feedback", lambda: _accept_feedback(server)),
+        )
 
     @asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
-        await server.following.look()
-        work = server.following.run(), server.trial.run(), _accept_feedback(server)
-        tasks = [asyncio.create_task(one) for one in work]
+        working = asyncio.create_task(work())
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await server.trial.stop()
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+            await server.stop()
 
     app = FastAPI(title="treering", version=__version__, lifespan=running)
     app.state.server = server
@@ -62,8 +66,8 @@ def create_app(ws: Workspace, engine: Engine, *, open_to_all_hosts: bool = False
     app.add_exception_handler(RequestValidationError, cast(Any, _validation_error))
     app.add_exception_handler(HTTPException, cast(Any, _http_error))
     app.add_exception_handler(Exception, _bug)
-    if not open_to_all_hosts:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK)
+    if not public:
+        app.add_middleware(Loopback)
     app.add_middleware(Outer, ended=server.ended, max_body_bytes=server.settings.max_body_bytes)
     return app
 
@@ -79,7 +83,7 @@ async def _accept_feedback(server: Server) -> None:
 
 
 async def _engine_error(_: Request, failure: EngineError) -> JSONResponse:
-    headers = {"retry-after": str(failure.retry_after)} if isinstance(failure, TooManyError) else None
+    headers = {"retry-after": str(failure.retry_after)} if isinstance(failure, LaterError) else None
     return JSONResponse(error(str(failure), kind_of(failure.status), failure.code), failure.status, headers)
 
 

@@ -54,7 +54,10 @@ class Job(_Wire):
 
 
 class Token(_Wire):
-    """A generated token with its log-probability and those of the likeliest others, (text, log-probability) each."""
+    """A generated token with its log-probability and those of the likeliest others, (text, log-probability) each.
+
+    What is only a part of a character is called by its bytes (`serve/tokens.py`).
+    """
 
     text: str
     logprob: float

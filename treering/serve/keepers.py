@@ -10,9 +10,12 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from treering import canary, figures, overview, registry
-from treering.serve.state import ERRORS, Here, Server, may
+from treering.serve.body import plain
+from treering.serve.state import ERRORS, Here, Server, may, opened
 
-admin = APIRouter(prefix="/admin", dependencies=[Depends(may("admin"))], responses=ERRORS)
+admin = APIRouter(
+    prefix="/admin", dependencies=[Depends(may("admin")), Depends(opened), Depends(plain)], responses=ERRORS
+)
 health = APIRouter(responses=ERRORS)
 
 
@@ -103,7 +106,7 @@ async def healthz() -> dict[str, str]:
 @health.get("/readyz", response_model=None)
 async def readyz(server: Here) -> Any:
     """200 while requests are answered; also which version serves, and why not a newer one."""
-    ready = server.engine.alive
+    ready = server.opened.is_set() and server.engine.alive and bool(server.following.serving)
     body = {"ready": ready, "serving": server.following.serving, "problem": server.problem}
     return JSONResponse(body, 200 if ready else 503)
 

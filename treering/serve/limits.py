@@ -13,12 +13,19 @@ RETRY_SECONDS = 1
 WINDOW_SECONDS = 60.0
 
 
-class TooManyError(EngineError):
-    """A limit was met; `retry_after` says in how many seconds to come back."""
+class LaterError(EngineError):
+    """Not now; `retry_after` says in how many seconds to come back."""
+
+    def __init__(self, message: str, retry_after: int, *, status: int, code: str) -> None:
+        super().__init__(message, status=status, code=code)
+        self.retry_after = retry_after
+
+
+class TooManyError(LaterError):
+    """A limit was met."""
 
     def __init__(self, message: str, retry_after: int) -> None:
-        super().__init__(message, status=429, code="rate_limit_exceeded")
-        self.retry_after = retry_after
+        super().__init__(message, retry_after, status=429, code="rate_limit_exceeded")
 
 
 class Limits:

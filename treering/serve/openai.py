@@ -13,11 +13,12 @@ from treering import feedback, registry
 from treering.feedback import Feedback
 from treering.serve.answers import Shape
 from treering.serve.api import ChatRequest, CompletionRequest, EmbeddingRequest
+from treering.serve.body import plain
 from treering.serve.engine import BASE, EngineError
 from treering.serve.respond import Made, answer, unless_gone
-from treering.serve.state import ERRORS, Here, Record, Server, may
+from treering.serve.state import ERRORS, Here, Record, Server, may, opened
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(may("api"))], responses=ERRORS)
+router = APIRouter(prefix="/v1", dependencies=[Depends(may("api")), Depends(opened), Depends(plain)], responses=ERRORS)
 
 
 @router.get("/models")
@@ -39,7 +40,8 @@ async def give_feedback(body: Feedback, server: Here, seen: Record) -> dict[str,
     """Take a user's word on an answer; whether and when it is trained on is the workspace's rule."""
     if server.settings.feedback == "off":
         raise EngineError("this server takes no feedback (serve.feedback is off)", status=403, code="feedback_off")
-    entry = await asyncio.to_thread(feedback.keep, server.ws, body, seen.key)
+    with server.limits.entered(1):
+        entry = await asyncio.to_thread(feedback.keep, server.ws, body, seen.key)
     return {"id": entry.id, "state": entry.state}
 
 
@@ -55,7 +57,8 @@ async def chat_completions(body: ChatRequest, request: Request, server: Here, se
     name = f"chatcmpl-{seen.id.removeprefix('req-')}"
 
     def make(version: str, attempt: str) -> Made:
-        shape = Shape(name, "chat.completion", body.model, version, tools=bool(body.active_tools))
+        tools = {"tools": bool(body.active_tools), "one_call": body.parallel_tool_calls is False}
+        shape = Shape(name, "chat.completion", body.model, version, n=body.n or 1, **tools)
         return shape, body.jobs(name + attempt, version)
 
     return await answer(request, server, seen, body, make)
@@ -67,7 +70,8 @@ async def completions(body: CompletionRequest, request: Request, server: Here, s
     name = f"cmpl-{seen.id.removeprefix('req-')}"
 
     def make(version: str, attempt: str) -> Made:
-        return Shape(name, "text_completion", body.model, version), body.jobs(name + attempt, version)
+        shape = Shape(name, "text_completion", body.model, version, n=body.n or 1)
+        return shape, body.jobs(name + attempt, version)
 
     return await answer(request, server, seen, body, make)
 
@@ -76,6 +80,7 @@ async def completions(body: CompletionRequest, request: Request, server: Here, s
 async def embeddings(body: EmbeddingRequest, request: Request, server: Here, seen: Record) -> Any:
     """Vectors of texts: the mean of the last hidden states."""
     version = seen.version = server.following.version(body.model)
+    seen.model = body.model
     texts = body.texts()
     with server.limits.entered(1):
         found = await unless_gone(request, server.settings.request_timeout, server.engine.embed(version, texts))

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+TRACE = (b"traceparent", b"tracestate")
+"""The headers of a W3C trace context."""
+
 
 class Outer:
     """ASGI middleware: gives each request an id, refuses large bodies, and tells `ended` of it at the end.
@@ -32,6 +35,7 @@ class Outer:
             await self._app(scope, receive, send)
             return
         seen = Seen(f"req-{uuid.uuid4().hex}", scope["method"], scope["path"])
+        seen.trace = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in TRACE}
         scope.setdefault("state", {})["seen"] = seen
 
         async def answer(message: Message) -> None:
@@ -55,6 +59,9 @@ class Outer:
 
         try:
             await self._app(scope, limited, answer)
+        except Exception:
+            seen.status = 500
+            raise
         finally:
             # A path nobody serves is no label of its own, or anybody could fill the metrics.
             seen.path = getattr(scope.get("route"), "path", "unknown")

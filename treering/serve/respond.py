@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack, aclosing
 from typing import TYPE_CHECKING, Any
 
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import EventSourceResponse
+from sse_starlette.sse import SendTimeoutError
 
 from treering.serve.answers import Shape, error, kind_of
 from treering.serve.engine import Engine, EngineError, Job, Piece
 
 DRAIN_SECONDS = 30
 """What a server that was told to end gives its requests to finish."""
+
+CLIENT_LEFT = 499
+"""What the log says of a request that nobody waits for any more; no such status is ever sent."""
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -44,6 +48,7 @@ async def answer(
     if server.settings.log_contents:
         seen.contents = {"request": body.model_dump(exclude_none=True)}
     version = server.following.version(body.model)
+    seen.model = body.model
     part = seen.part = server.trial.part(body.model, version, body.user, seen.key, len(server.keys.all()))
     if part is not None and part.arm == "canary" and not part.failed:
         seen.version = part.version
@@ -82,7 +87,7 @@ async def _respond(
                 pieces = _from(await unless_gone(request, seconds, anext(pieces)), pieces)
             with_usage = bool(body.stream_options and body.stream_options.include_usage)
             events = _stream(seen, shape, pieces, [[] for _ in jobs], with_usage, seconds)
-            return _StreamResponse(events, inside.pop_all())
+            return _StreamResponse(events, inside.pop_all(), seen, seconds)
     with server.limits.entered(len(jobs)):
         answers: list[list[Piece]] = [[] for _ in jobs]
 
@@ -92,63 +97,78 @@ async def _respond(
                 answers[index].append(piece)
 
         await unless_gone(request, seconds, collect())
-    _note(seen, answers, whole=True)
+    _note(seen, shape, answers, whole=True)
     return shape.whole(answers)
 
 
 async def _stream(
     seen: Seen,
     shape: Shape,
-    pieces: AsyncIterator[tuple[int, Piece]],
+    pieces: AsyncGenerator[tuple[int, Piece]],
     answers: list[list[Piece]],
     with_usage: bool,
     seconds: float,
-) -> AsyncIterator[ServerSentEvent]:
+) -> AsyncIterator[str]:
     """Events as OpenAI sends them; what fails midway ends the stream with an error event."""
     whole = False
     try:
-        async with asyncio.timeout(seconds):
-            async for index, piece in pieces:
+        async with aclosing(_within(seconds, pieces)) as timed:
+            async for index, piece in timed:
                 _note_first(seen)
-                first = not answers[index]
                 answers[index].append(piece)
-                if not shape.tools:
-                    yield _event(shape.chunk(index, piece, first))
-                elif piece.finish:  # Whether a text is a tool call is known at its end.
-                    text = "".join(one.text for one in answers[index])
-                    yield _event(shape.chunk(index, piece.model_copy(update={"text": text}), first=True))
+                chunk = shape.chunk(index, answers[index])
+                if chunk is not None:
+                    yield _event(chunk)
         whole = True
         if with_usage:
             yield _event(shape.usage_chunk(answers))
-        yield ServerSentEvent("[DONE]")
+        yield "[DONE]"
     except (EngineError, TimeoutError) as failure:
         seen.status = 504 if isinstance(failure, TimeoutError) else failure.status
         yield _event(_failure(failure, seconds))
     finally:
-        _note(seen, [pieces for pieces in answers if pieces], whole)
+        _note(seen, shape, answers, whole)
 
 
 class _StreamResponse(EventSourceResponse):
     """Gives back at its end what it holds in `inside`, whether or not its first event was ever sent."""
 
-    def __init__(self, events: AsyncIterator[ServerSentEvent], inside: ExitStack) -> None:
-        # Told to end, the server still finishes its streams.
-        super().__init__(events, sep="\n", shutdown_grace_period=DRAIN_SECONDS)
+    def __init__(self, events: AsyncIterator[str], inside: ExitStack, seen: Seen, seconds: float) -> None:
+        # Told to end, the server still finishes its streams. Who reads nothing for so long has left.
+        super().__init__(events, sep="\n", shutdown_grace_period=DRAIN_SECONDS, send_timeout=seconds)
         self._inside = inside
+        self._seen = seen
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream."""
         with self._inside:
-            await super().__call__(scope, receive, send)
+            try:
+                await super().__call__(scope, receive, send)
+            except SendTimeoutError:
+                self._seen.status = CLIENT_LEFT
 
 
-async def _from(first: tuple[int, Piece], rest: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[tuple[int, Piece]]:
-    yield first
-    async for found in rest:
-        yield found
+async def _within(seconds: float, pieces: AsyncGenerator[tuple[int, Piece]]) -> AsyncGenerator[tuple[int, Piece]]:
+    """The pieces, unless waiting for them takes longer in all; the time that their reader takes is its own."""
+    async with aclosing(pieces):
+        while True:
+            started = time.perf_counter()
+            async with asyncio.timeout(seconds):
+                found = await anext(pieces, None)
+            if found is None:
+                return
+            seconds -= time.perf_counter() - started
+            yield found
 
 
-async def together(engine: Engine, jobs: list[Job]) -> AsyncIterator[tuple[int, Piece]]:
+async def _from(first: tuple[int, Piece], rest: AsyncGenerator[tuple[int, Piece]]) -> AsyncGenerator[tuple[int, Piece]]:
+    async with aclosing(rest):
+        yield first
+        async for found in rest:
+            yield found
+
+
+async def together(engine: Engine, jobs: list[Job]) -> AsyncGenerator[tuple[int, Piece]]:
     """Pieces of all jobs as they come, each with the number of its job. The first failure ends them all."""
     if len(jobs) == 1:
         async for piece in engine.generate(jobs[0]):
@@ -188,7 +208,7 @@ async def unless_gone(request: Request, seconds: float, work: Awaitable[Any]) ->
         if task.done():
             return task.result()
         if gone.done():
-            raise EngineError("the client left", status=499, code="client_left")
+            raise EngineError("the client left", status=CLIENT_LEFT, code="client_left")
         raise TimeoutError
     except TimeoutError:
         raise EngineError(_too_long(seconds), status=504, code="timeout") from None
@@ -212,18 +232,18 @@ def _note_first(seen: Seen) -> None:
         seen.first_token = time.perf_counter() - seen.started
 
 
-def _note(seen: Seen, answers: list[list[Piece]], whole: bool) -> None:
+def _note(seen: Seen, shape: Shape, answers: list[list[Piece]], whole: bool) -> None:
     """What the record says of the answers."""
-    seen.prompt_tokens = max((pieces[-1].prompt_tokens for pieces in answers), default=0)
-    seen.completion_tokens = sum(pieces[-1].completion_tokens for pieces in answers)
+    usage = shape.usage(answers)
+    seen.prompt_tokens, seen.completion_tokens = usage["prompt_tokens"], usage["completion_tokens"]
     texts = ["".join(piece.text for piece in pieces) for pieces in answers]
     seen.texts = texts if whole else None
     if seen.contents is not None:
         seen.contents["answers"] = texts
 
 
-def _event(content: dict[str, Any]) -> ServerSentEvent:
-    return ServerSentEvent(json.dumps(content, ensure_ascii=False))
+def _event(content: dict[str, Any]) -> str:
+    return json.dumps(content)  # ASCII: clients may take U+2028 and others for the end of a line.
 
 
 def _failure(failure: EngineError | TimeoutError, seconds: float) -> dict[str, Any]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -20,6 +19,7 @@ from treering.errors import UsageError
 from treering.serve.app import create_app
 from treering.serve.builtin import BuiltinEngine
 from treering.serve.keys import read
+from treering.serve.loopback import is_loopback
 from treering.serve.respond import DRAIN_SECONDS
 
 if TYPE_CHECKING:
@@ -44,15 +44,15 @@ def serve(
 
     Raises `UsageError` for an address that others can reach while no key was made, or that is taken.
     """
-    loopback = _is_loopback(host)
-    if not loopback and not read(ws.root):
+    public = not is_loopback(host)
+    if public and not read(ws.root):
         raise UsageError(
             f"--host {host} can be reached from elsewhere, and no key was made; run `treering keys create` first"
         )
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     engine = BuiltinEngine(ws.root)
     with _listen(host, port) as listener:
-        app = create_app(ws, engine, open_to_all_hosts=not loopback)
+        app = create_app(ws, engine, public=public)
         with in_thread(Automation(ws)) if updates else nullcontext(lambda: None) as check:
 
             def answers(url: str) -> None:
@@ -72,15 +72,27 @@ async def _run(app: FastAPI, engine: Engine, listener: socket.socket, ready: Cal
         timeout_graceful_shutdown=DRAIN_SECONDS + 1,
     )
     server = uvicorn.Server(settings)
-    await engine.start()
+
+    async def load() -> None:
+        try:
+            await app.state.server.open()
+            ready(f"http://{_address(listener)}/v1")
+        except Exception:
+            server.should_exit = True
+            raise
+
     # Uvicorn ends at these, and then raises them once more: by that time all is done.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+    # It answers while the model is being loaded, if only to say so.
+    loading = asyncio.create_task(load())
     try:
-        ready(f"http://{_address(listener)}/v1")
         await server.serve(sockets=[listener])
     finally:
+        loading.cancel()
         await engine.stop()
+    with suppress(asyncio.CancelledError):
+        await loading
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -93,10 +105,3 @@ def _listen(host: str, port: int) -> socket.socket:
 def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

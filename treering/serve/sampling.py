@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from treering.serve.engine import EngineError, Job, Token
+from treering.serve.tokens import name_of
 
 
 class Sampler:
@@ -93,4 +94,4 @@ class Sampler:
         return probabilities.index_fill(0, ids[beyond], 0.0)
 
     def _text(self, id: int) -> str:
-        return str(self._tokenizer.decode([id]))
+        return name_of(self._tokenizer, id)

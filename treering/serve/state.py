@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastapi import Depends, Request
@@ -10,8 +11,9 @@ from treering.serve.answers import ErrorBody
 from treering.serve.engine import EngineError
 from treering.serve.following import Following
 from treering.serve.keys import Keys
-from treering.serve.limits import Limits
+from treering.serve.limits import LaterError, Limits
 from treering.serve.telemetry import Seen, Telemetry
+from treering.serve.tracing import Tracing
 from treering.serve.trial import Trial
 
 if TYPE_CHECKING:
@@ -21,19 +23,31 @@ if TYPE_CHECKING:
     from treering.serve.engine import Engine
     from treering.workspace import Workspace
 
+LOADING_SECONDS = 5
+"""When to come back to a server that is loading its model."""
+
 
 class Server:
-    """One workspace being served."""
+    """One workspace being served; `public` if others than this machine reach it."""
 
-    def __init__(self, ws: Workspace, engine: Engine, settings: ServeConfig) -> None:
+    def __init__(self, ws: Workspace, engine: Engine, settings: ServeConfig, *, public: bool = False) -> None:
         self.ws = ws
         self.engine = engine
         self.settings = settings
+        self.public = public
+        self.opened = asyncio.Event()
         self.following = Following(ws, engine)
         self.keys = Keys(ws.root)
         self.limits = Limits(settings.max_batch_size + settings.max_queue)
         self.telemetry = Telemetry()
+        self.tracing = Tracing() if settings.telemetry == "otlp" else None
         self.trial = Trial(ws, engine, self.limits, settings, self.telemetry.tried)
+
+    async def open(self) -> None:
+        """Have the model loaded, and the version that serves; from then on requests are answered."""
+        await self.engine.start()
+        await self.following.look()
+        self.opened.set()
 
     @property
     def problem(self) -> str:
@@ -44,6 +58,14 @@ class Server:
         """A request ended, however it did."""
         self.telemetry.ended(seen)
         self.trial.ended(seen)
+        if self.tracing is not None:
+            self.tracing.ended(seen)
+
+    async def stop(self) -> None:
+        """Write and send what was not yet."""
+        await self.trial.stop()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.stop)
 
 
 def _server(request: Request) -> Server:
@@ -65,7 +87,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         413: "Too large",
         429: "Too many",
         500: "An error in the server or the workspace",
-        503: "The engine or the version cannot answer",
+        503: "The model is loading, or the engine or the version cannot answer",
         504: "It took too long",
     }.items()
 }
@@ -75,12 +97,20 @@ Here = Annotated[Server, Depends(_server)]
 Record = Annotated[Seen, Depends(_seen)]
 
 
+async def opened(server: Here) -> None:
+    """Refuse what comes before the model is loaded."""
+    if not server.opened.is_set():
+        raise LaterError("the model is being loaded; try again", LOADING_SECONDS, status=503, code="loading")
+
+
 def may(scope: str) -> Callable[..., Awaitable[None]]:
-    """A check that the request's key has `scope`. With no key made, any key may use the API, and none the admin."""
+    """A check that the request's key has `scope`.
+
+    While there is no key, anybody on this machine may use the API; from elsewhere nobody may, and admin nobody at all.
+    """
 
     async def check(request: Request, server: Here, seen: Record) -> None:
-        known = server.keys.all()
-        if not known and scope == "api":
+        if scope == "api" and not server.public and not server.keys.all():
             return
         kind, _, secret = request.headers.get("authorization", "").partition(" ")
         key = server.keys.find(secret.strip()) if kind.lower() == "bearer" else None

@@ -28,6 +28,10 @@ class Seen:
     path: str
     started: float = field(default_factory=time.perf_counter)
     status: int = 0
+    trace: dict[str, str] = field(default_factory=dict)
+    """The headers that tell which trace it belongs to."""
+    model: str | None = None
+    """What was asked for; `version` is what that was."""
     version: str | None = None
     key: str | None = None
     first_token: float | None = None
