@@ -39,9 +39,18 @@ class Batch(Generic[T]):
 
     `join` reads new prompts, `step` goes on by one token; both return logits `[rows, vocabulary]`, float32, for the
     next token of the rows concerned. The caller writes the token it chose into `row.last`.
+
+    Raises `ModelError` for a model whose cache is not made of keys and values of all tokens.
     """
 
     def __init__(self, model: PreTrainedModel, slots: Slots | None, pad_id: int) -> None:
+        odd = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - {DynamicLayer.__name__}
+        if odd:
+            raise ModelError(
+                f"{model.name_or_path or type(model).__name__} keeps {', '.join(sorted(odd))} from token to token, and "
+                "this server can only join answers whose keys and values of all tokens are kept; serve its versions "
+                "with another server (they are plain folders), or set model_name_or_path to a model with full attention"
+            )
         self.model = model
         self.slots = slots
         self.rows: list[Row[T]] = []
@@ -55,8 +64,6 @@ class Batch(Generic[T]):
         inputs = pad([row.prompt for row in rows], self._pad_id, left=True)
         mask = inputs["attention_mask"].to(self.model.device)
         cache = DynamicCache(config=self.model.config)
-        if any(type(layer) is not DynamicLayer for layer in cache.layers):
-            raise ModelError(f"{type(self.model).__name__} keeps another cache than keys and values of all tokens")
         logits = self._forward(rows, inputs["input_ids"].to(self.model.device), mask, cache)
         new = _tensors(cache)
         if self.rows:
