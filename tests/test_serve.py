@@ -225,10 +225,19 @@ def test_a_changed_version_does_not_serve(served: Served) -> None:
     kept = weights.read_bytes()
     served.ask("v2")
     try:
+        served.ws.promote("v1", force=True)
         weights.write_bytes(kept.replace(b'"r": 8', b'"r": 4'))
-        served.ask("base")
         fresh = Served(served.ws, served.log.with_name("tampered.log"))
         try:
+            # From the start nothing can answer to `current`; versions by name can.
+            with pytest.raises(urllib.error.HTTPError, match="503") as unready:
+                fresh.get("/readyz")
+            assert "was changed since" in json.loads(unready.value.read())["problem"]
+            with pytest.raises(openai.APIStatusError, match="nothing answers to `current`"):
+                fresh.ask()
+            assert fresh.ask("v2").system_fingerprint == "v2"
+            fresh.ws.promote("v2", force=True)
+            fresh.eventually(lambda: 'treering_serving{version="v2"} 1.0' in fresh.get("/metrics"))
             with pytest.raises(openai.APIStatusError) as found:
                 fresh.ask("v1")
             assert found.value.status_code == 503 and "was changed since" in str(found.value.body)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 
 from treering import Workspace, registry
 from treering.serve import following as module
-from treering.serve.app import create_app
 from treering.serve.engine import EngineError, Job, Piece
 from treering.serve.following import Following
 
@@ -164,19 +161,18 @@ def test_what_was_refused_is_tried_again_after_a_while(ws: Workspace, monkeypatc
 def test_nothing_answers_to_a_current_that_is_damaged_at_the_start(ws: Workspace) -> None:
     engine = Slow()
     engine.broken = {"v1"}
-    with TestClient(create_app(ws, engine), base_url="http://127.0.0.1") as client:
-        ready = client.get("/readyz")
-        assert ready.status_code == 503 and ready.json()["problem"] == "v1 is broken"
-        body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
-        answer = client.post("/v1/chat/completions", json={"model": "current", **body})
-        assert answer.status_code == 503 and "v1 is broken" in answer.json()["error"]["message"]
-        named = client.post("/v1/chat/completions", json={"model": "v2", **body})
-        assert named.json()["choices"][0]["message"]["content"] == "v2"
+
+    async def test(following: Following) -> None:
+        assert following.serving == "" and following.problem == "v1 is broken"
+        with pytest.raises(EngineError, match="nothing answers to `current`: v1 is broken") as found:
+            following.version("current")
+        assert found.value.status == 503
+        assert following.version("v2") == "v2" and following.version("base") == "base"
         ws.promote("v2", force=True)
-        while client.get("/readyz").status_code != 200:
-            pass
-        answer = client.post("/v1/chat/completions", json={"model": "current", **body})
-        assert json.loads(answer.text)["system_fingerprint"] == "v2"
+        await until(lambda: following.serving == "v2")
+        assert following.version("current") == "v2" and following.problem == ""
+
+    follow(ws, engine, test)
 
 
 def test_a_current_that_leads_nowhere_is_told(ws: Workspace) -> None:

@@ -41,11 +41,6 @@ class Following:
         self.serving = ""
         self.problem = ""
 
-    @property
-    def ready(self) -> bool:
-        """Whether anything answers to `current`."""
-        return bool(self.serving)
-
     async def run(self) -> None:
         """Follow until cancelled."""
         try:
@@ -66,7 +61,7 @@ class Following:
     def version(self, model: str) -> str:
         """The version that answers to `model`. Raises `EngineError` for a name nobody has."""
         if model == "current":
-            if not self.ready:
+            if not self.serving:
                 raise EngineError(
                     f"nothing answers to `current`: {self.problem or 'it is being loaded'}",
                     status=503,
@@ -134,6 +129,6 @@ class Following:
 
     def _complain(self, name: str, reason: str) -> None:
         if self.problem != reason:
-            before = f"{self.serving} goes on serving" if self.ready else "nothing serves"
+            before = f"{self.serving} goes on serving" if self.serving else "nothing serves"
             log.error("%s, for %s cannot: %s", before, name, reason)
         self.problem = reason

@@ -103,7 +103,7 @@ async def healthz() -> dict[str, str]:
 @health.get("/readyz", response_model=None)
 async def readyz(server: Here) -> Any:
     """200 while requests are answered; also which version serves, and why not a newer one."""
-    ready = server.engine.alive and server.following.ready
+    ready = server.engine.alive and bool(server.following.serving)
     body = {"ready": ready, "serving": server.following.serving, "problem": server.problem}
     return JSONResponse(body, 200 if ready else 503)
 

@@ -345,7 +345,9 @@ class Worker:
         self._send({"event": "reading", "version": version})
 
     def _fail(self, id: str, error: EngineError) -> None:
-        self._send({"event": "failed", "id": id, "error": str(error), "status": error.status, "code": error.code})
+        # What is quoted of the request may hold half characters, which no response can.
+        text = str(error).encode(errors="replace").decode()
+        self._send({"event": "failed", "id": id, "error": text, "status": error.status, "code": error.code})
 
     def _end_tokens(self, model: Any) -> set[int]:
         own = getattr(model.generation_config, "eos_token_id", None)
