@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from treering import Workspace
 from treering.errors import ModelError, TreeringError, UsageError
 from treering.model import load_base, load_tokenizer, pad
+from treering.serve import batch as batch_module
 from treering.serve import keys
 from treering.serve.adapters import Adapter, Slots, read_adapter
 from treering.serve.batch import Batch, Row
@@ -106,7 +107,7 @@ def test_an_adapter_of_another_model_is_refused(model: Any) -> None:
         slots.put(1, Adapter({"model.layers.0.self_attn.q_proj": wrong}))
 
 
-def test_rows_that_join_and_leave_read_what_they_would_alone(model: Any) -> None:
+def test_rows_that_join_and_leave_read_what_they_would_alone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever else is in the batch, and whenever they come and go, each row's logits are its own."""
 
     def alone(prompt: list[int], steps: int) -> list[int]:
@@ -115,6 +116,7 @@ def test_rows_that_join_and_leave_read_what_they_would_alone(model: Any) -> None
             ids.append(int(logits_of(model, ids).argmax()))
         return ids[len(prompt) :]
 
+    monkeypatch.setattr(batch_module, "SPARE", 3)
     batch: Batch[list[int]] = Batch(model, None, 0)
     written: list[list[int]] = [[] for _ in PROMPTS]
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SPARE = 64
+"""Columns of keys and values that are reserved at once, so that not every token copies all those before."""
+
 
 @dataclass
 class Row(Generic[T]):
@@ -55,7 +58,7 @@ class Batch(Generic[T]):
         self.slots = slots
         self.rows: list[Row[T]] = []
         self._pad_id = pad_id
-        self._cache: list[tuple[Tensor, Tensor]] = []
+        self._cache = DynamicCache()
         self._mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)
 
     @torch.inference_mode()
@@ -68,13 +71,12 @@ class Batch(Generic[T]):
         new = _tensors(cache)
         if self.rows:
             length = max(self._mask.shape[1], mask.shape[1])
-            self._cache = [
+            new = [
                 (_merged(old_keys, keys, length), _merged(old_values, values, length))
-                for (old_keys, old_values), (keys, values) in zip(self._cache, new, strict=True)
+                for (old_keys, old_values), (keys, values) in zip(_tensors(self._cache), new, strict=True)
             ]
-            self._mask = torch.cat([pad_tensor(part, (length - part.shape[1], 0)) for part in (self._mask, mask)])
-        else:
-            self._cache, self._mask = new, mask
+            mask = torch.cat([pad_tensor(part, (length - part.shape[1], 0)) for part in (self._mask, mask)])
+        self._cache, self._mask = _cache_of(new), mask
         self.rows += rows
         return logits
 
@@ -83,10 +85,7 @@ class Batch(Generic[T]):
         """One token more for every running row."""
         ids = torch.tensor([[row.last] for row in self.rows], device=self.model.device)
         self._mask = pad_tensor(self._mask, (0, 1), value=1)
-        cache = DynamicCache(ddp_cache_data=self._cache)
-        logits = self._forward(self.rows, ids, self._mask, cache)
-        self._cache = _tensors(cache)
-        return logits
+        return self._forward(self.rows, ids, self._mask, self._cache)
 
     def leave(self, gone: set[int]) -> None:
         """Rows at the places `gone` end; columns that only they needed go too."""
@@ -96,7 +95,9 @@ class Batch(Generic[T]):
         mask = self._mask[index]
         start = mask.shape[1] - int(mask.sum(1).max()) if kept else 0
         self._mask = mask[:, start:]
-        self._cache = [(keys[index, :, start:], values[index, :, start:]) for keys, values in self._cache]
+        self._cache = _cache_of(
+            [(keys[index, :, start:], values[index, :, start:]) for keys, values in _tensors(self._cache)]
+        )
 
     @torch.inference_mode()
     def embed(self, texts: list[list[int]], slot: int) -> Tensor:
@@ -122,6 +123,34 @@ class Batch(Generic[T]):
             logits_to_keep=1,
         )
         return cast(Tensor, out.logits[:, -1].float())
+
+
+class _Spacious(DynamicLayer):
+    """Keys and values of a layer, in tensors with columns to spare."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        cast(Any, super()).__init__()
+        self.lazy_initialization(keys, values)
+        self._all_keys, self._all_values, self._length = keys, values, keys.shape[2]
+        self.keys, self.values = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append columns; returns all."""
+        start, end = self._length, self._length + key_states.shape[2]
+        missing = end - self._all_keys.shape[2]
+        if missing > 0:
+            more = 0, 0, 0, missing + SPARE
+            self._all_keys, self._all_values = pad_tensor(self._all_keys, more), pad_tensor(self._all_values, more)
+        self._all_keys[:, :, start:end] = key_states
+        self._all_values[:, :, start:end] = value_states
+        self.keys, self.values, self._length = self._all_keys[:, :, :end], self._all_values[:, :, :end], end
+        return self.keys, self.values
+
+
+def _cache_of(tensors: list[tuple[Tensor, Tensor]]) -> DynamicCache:
+    cache = DynamicCache()
+    cache.layers = [_Spacious(keys, values) for keys, values in tensors]
+    return cache
 
 
 def _tensors(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
