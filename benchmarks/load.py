@@ -1,8 +1,8 @@
 """The load: clients that ask for a streamed answer, one after the other. Run by locust; see `serving.py`.
 
 Beside locust's own figures of a request there are four more, told as request types: `first` (milliseconds to the first
-text), `gap` (milliseconds between two texts), `answer` (milliseconds to the last) and `text`, whose length is the tokens
-that came, of answers cut off by the end of the run as well.
+text), `gap` (milliseconds between two texts), `answer` (milliseconds to the last) and `text`, whose length is the
+tokens that came, of answers cut off by the end of the run as well.
 """
 
 from __future__ import annotations

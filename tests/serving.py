@@ -79,3 +79,27 @@ class Served:
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
+
+
+def greedy(ws: Workspace, version: str, messages: list[Any], most: int) -> str:
+    """What `version` answers, by transformers and peft alone."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = ws.config().model_name_or_path
+    assert base is not None
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    if version != "base":
+        model = PeftModel.from_pretrained(model, str(ws.versions / version))
+    asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.inference_mode():
+        written = model.eval().generate(
+            **asked,
+            do_sample=False,
+            max_new_tokens=most,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return str(tokenizer.decode(written[0, asked["input_ids"].shape[1] :], skip_special_tokens=True))

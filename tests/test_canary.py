@@ -139,7 +139,7 @@ class Fake:
     async def stop(self) -> None:
         pass
 
-    async def load(self, version: str) -> None:
+    async def load(self, version: str, *, keep: bool = False) -> None:
         if version in self.unloadable:
             raise self.unloadable[version]
 

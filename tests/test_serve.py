@@ -17,7 +17,7 @@ from typing import Any, cast
 import openai
 import pytest
 
-from tests.serving import ASK, LONG, Served
+from tests.serving import ASK, LONG, Served, greedy
 from treering import Workspace, feedback, registry
 from treering.serve import keys
 from treering.testing import CHAT_TEMPLATE, tiny_model, toy_rows
@@ -29,6 +29,14 @@ def served(trained: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Iter
     yield running
     running.process.kill()
     running.process.wait()
+
+
+@pytest.fixture(scope="module")
+def texts(trained: Workspace) -> dict[str, str]:
+    """What each version answers to `ASK` with 12 tokens at most, by transformers and peft alone."""
+    found = {name: greedy(trained, name, ASK, 12) for name in ("base", "v1", "v2")}
+    assert len(set(found.values())) == 3
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -43,14 +51,15 @@ def test_models_are_listed(served: Served) -> None:
     assert served.client.models.retrieve("v1").id == "v1"
 
 
-def test_every_answer_says_which_version_made_it(served: Served) -> None:
+def test_every_answer_says_which_version_made_it(served: Served, texts: dict[str, str]) -> None:
     for name, version in (("current", "v2"), ("v1", "v1"), ("base", "base")):
-        raw = served.client.chat.completions.with_raw_response.create(model=name, messages=ASK, max_tokens=3)
+        raw = served.client.chat.completions.with_raw_response.create(model=name, messages=ASK, max_tokens=12)
         assert raw.headers["x-treering-version"] == version
         answer = raw.parse()
         assert (answer.system_fingerprint, answer.model) == (version, name)
         assert answer.usage is not None
-        assert 1 <= answer.usage.completion_tokens <= 3 and answer.usage.prompt_tokens > len(ASK[0]["content"])
+        assert 1 <= answer.usage.completion_tokens <= 12 and answer.usage.prompt_tokens > len(ASK[0]["content"])
+        assert answer.choices[0].message.content == texts[version]
 
 
 def test_it_answers_as_predict_does(served: Served, trained: Workspace) -> None:
@@ -132,7 +141,7 @@ def test_embeddings(served: Served) -> None:
     made = served.client.embeddings.create(model="current", input=["some text", "other", "some text"])
     first, other, again = (item.embedding for item in made.data)
     assert sum(value * value for value in first) == pytest.approx(1, abs=1e-4)
-    assert first == again and first != other
+    assert first == pytest.approx(again, abs=1e-6) and first != pytest.approx(other, abs=1e-2)
     plain = served.client.embeddings.create(model="current", input="some text", encoding_format="float")
     assert plain.data[0].embedding == pytest.approx(first, abs=1e-6)
     assert served.client.embeddings.create(model="base", input="some text").data[0].embedding != first
@@ -176,13 +185,15 @@ def test_a_promotion_is_followed_while_answers_run(served: Served) -> None:
     assert json.loads(served.get("/readyz"))["serving"] == "v1"
 
 
-def test_nothing_fails_while_versions_change(served: Served) -> None:
+def test_nothing_fails_while_versions_change(served: Served, texts: dict[str, str]) -> None:
+    """Every answer is what its version writes alone, whatever others run beside it."""
     ended, failures, seen = threading.Event(), [], set()
 
     def load() -> None:
         while not ended.is_set():
             try:
-                seen.add(served.ask(max_tokens=4).system_fingerprint)
+                answer = served.ask()
+                seen.add((answer.system_fingerprint, answer.choices[0].message.content))
             except openai.APIError as error:
                 failures.append(error)
 
@@ -197,7 +208,7 @@ def test_nothing_fails_while_versions_change(served: Served) -> None:
     ended.set()
     for thread in threads:
         thread.join()
-    assert not failures and seen == {"v1", "v2"}
+    assert not failures and seen == {(name, texts[name]) for name in ("v1", "v2")}
 
 
 def test_before_the_first_version_the_base_model_answers(served: Served) -> None:
@@ -214,10 +225,19 @@ def test_a_changed_version_does_not_serve(served: Served) -> None:
     kept = weights.read_bytes()
     served.ask("v2")
     try:
+        served.ws.promote("v1", force=True)
         weights.write_bytes(kept.replace(b'"r": 8', b'"r": 4'))
-        served.ask("base")
         fresh = Served(served.ws, served.log.with_name("tampered.log"))
         try:
+            # From the start nothing can answer to `current`; versions by name can.
+            with pytest.raises(urllib.error.HTTPError, match="503") as unready:
+                fresh.get("/readyz")
+            assert "was changed since" in json.loads(unready.value.read())["problem"]
+            with pytest.raises(openai.APIStatusError, match="nothing answers to `current`"):
+                fresh.ask()
+            assert fresh.ask("v2").system_fingerprint == "v2"
+            fresh.ws.promote("v2", force=True)
+            fresh.eventually(lambda: 'treering_serving{version="v2"} 1.0' in fresh.get("/metrics"))
             with pytest.raises(openai.APIStatusError) as found:
                 fresh.ask("v1")
             assert found.value.status_code == 503 and "was changed since" in str(found.value.body)
@@ -244,6 +264,22 @@ def test_a_dead_worker_is_replaced(served: Served) -> None:
         list(stream)
     answer = served.ask(max_tokens=3)  # Sent while there is no worker: it waits for the next one.
     assert answer.system_fingerprint == "v2" and served.worker() != dead
+
+
+def test_a_whole_answer_outlives_the_worker(served: Served) -> None:
+    answers: list[Any] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(served.ask("base", messages=LONG, max_tokens=1500, logit_bias={257: -100}))
+    )
+    asking.start()
+    served.eventually(lambda: "treering_answers_under_way 1.0" in served.get("/metrics"))
+    stream = served.ask("base", max_tokens=1500, stream=True, logit_bias={257: -100})
+    next(stream)  # Both are being written.
+    os.kill(served.worker(), signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="ended while it wrote"):
+        list(stream)
+    asking.join()
+    assert answers[0].usage.completion_tokens == 1500
 
 
 def test_a_client_that_leaves_makes_room(served: Served) -> None:

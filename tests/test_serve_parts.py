@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from treering import Workspace
 from treering.errors import ModelError, TreeringError, UsageError
 from treering.model import load_base, load_tokenizer, pad
+from treering.serve import batch as batch_module
 from treering.serve import keys
 from treering.serve.adapters import Adapter, Slots, read_adapter
 from treering.serve.batch import Batch, Row
-from treering.serve.engine import Job
+from treering.serve.engine import EngineError, Job
 from treering.serve.limits import Limits, TooManyError
 from treering.serve.sampling import Sampler
 from treering.serve.text import Writer
@@ -106,7 +107,7 @@ def test_an_adapter_of_another_model_is_refused(model: Any) -> None:
         slots.put(1, Adapter({"model.layers.0.self_attn.q_proj": wrong}))
 
 
-def test_rows_that_join_and_leave_read_what_they_would_alone(model: Any) -> None:
+def test_rows_that_join_and_leave_read_what_they_would_alone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever else is in the batch, and whenever they come and go, each row's logits are its own."""
 
     def alone(prompt: list[int], steps: int) -> list[int]:
@@ -115,6 +116,7 @@ def test_rows_that_join_and_leave_read_what_they_would_alone(model: Any) -> None
             ids.append(int(logits_of(model, ids).argmax()))
         return ids[len(prompt) :]
 
+    monkeypatch.setattr(batch_module, "SPARE", 3)
     batch: Batch[list[int]] = Batch(model, None, 0)
     written: list[list[int]] = [[] for _ in PROMPTS]
 
@@ -143,9 +145,8 @@ def test_rows_that_join_and_leave_read_what_they_would_alone(model: Any) -> None
 def test_another_kind_of_cache_is_refused(model: Any) -> None:
     model.config.sliding_window = 4
     model.config.layer_types = ["sliding_attention"] * 2
-    batch: Batch[None] = Batch(model, None, 0)
-    with pytest.raises(ModelError, match="another cache"):
-        batch.join([Row(None, [1, 2])])
+    with pytest.raises(ModelError, match=r"keeps DynamicSlidingWindowLayer .* set model_name_or_path"):
+        Batch(model, None, 0)
 
 
 def test_embeddings_do_not_depend_on_their_neighbours(model: Any) -> None:
@@ -197,6 +198,39 @@ def test_greedy_takes_the_likeliest_and_penalties_move_it(tokenizer: Any) -> Non
     assert [value for _, value in token.top] == pytest.approx([float(expected[1]), float(expected[2])])
 
 
+def test_biases_are_few(tokenizer: Any) -> None:
+    Sampler(job(logit_bias=dict.fromkeys(range(300), 1.0)), 0, tokenizer, None)
+    with pytest.raises(EngineError, match="301 tokens; name 300 at most"):
+        Sampler(job(logit_bias=dict.fromkeys(range(301), 1.0)), 0, tokenizer, None)
+
+
+def test_the_coldest_temperatures_take_the_likeliest(tokenizer: Any) -> None:
+    logits = torch.tensor([0.0, 2.0, 1.99, -1.0])
+    for temperature in (1e-40, 1e-6, 1e-4):
+        assert Sampler(job(), temperature, tokenizer, None).choose(logits * 1000)[0] == 1
+
+
+def test_without_scores_there_is_nothing_to_choose(tokenizer: Any) -> None:
+    for score in (float("nan"), float("-inf"), float("inf")):
+        with pytest.raises(EngineError, match="base gives no token a score"):
+            Sampler(job(), 1, tokenizer, None).choose(torch.full((4,), score))
+
+
+def test_a_grammar_needs_no_compiler(tokenizer: Any) -> None:
+    import llguidance.hf
+
+    grammar = llguidance.hf.from_tokenizer(tokenizer, n_vocab=len(tokenizer))
+    schema = {"enum": ["ab"]}
+    with torch.compiler.set_stance("fail_on_recompile"):
+        sampler = Sampler(job(json_schema=schema), 0, tokenizer, grammar)
+        written = ""
+        while not sampler.ended:
+            written += tokenizer.decode([sampler.choose(torch.zeros(len(tokenizer) + 5))[0]])
+    assert written == '"ab"'
+    with pytest.raises(EngineError, match="cannot be followed"):
+        Sampler(job(json_schema={"const": "\ud800"}), 0, tokenizer, grammar)
+
+
 def test_drawn_tokens_follow_the_distribution(tokenizer: Any) -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
@@ -211,30 +245,6 @@ def test_drawn_tokens_follow_the_distribution(tokenizer: Any) -> None:
     assert shares(top_p=0.5) == [1, 0, 0, 0]
     squared = [value / (0.25 + 0.09 + 0.0225 + 0.0025) for value in (0.25, 0.09, 0.0225, 0.0025)]
     assert shares(temperature=0.5) == pytest.approx(squared, abs=0.03)
-
-
-def test_what_nobody_waits_for_goes_last(model_folder: Path, tmp_path: Path) -> None:
-    from queue import SimpleQueue
-
-    from treering.serve.worker import Worker
-
-    settings: dict[str, Any] = {"model_name_or_path": str(model_folder), "bf16": False, "serve": {"max_batch_size": 1}}
-    ws = Workspace.create(tmp_path / "ws", **settings)
-    inbox: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
-    ended: list[str] = []
-
-    def send(event: dict[str, Any]) -> None:
-        if event.get("finish"):
-            ended.append(event["id"])
-            if len(ended) == 3:
-                inbox.put(None)
-
-    worker = Worker(ws.root, ws.config(), inbox, send)
-    for name, background in (("shadow", True), ("one", False), ("two", False)):
-        made = Job(id=name, version="base", prompt="x", max_tokens=2, background=background)
-        inbox.put({"op": "generate", "job": made.model_dump()})
-    worker.run()
-    assert ended == ["one", "two", "shadow"]
 
 
 def test_limits_count_answers_and_minutes() -> None:

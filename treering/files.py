@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -85,6 +86,15 @@ class Watched(Generic[T]):
         if self._found is None or self._found[0] != stamp:
             self._found = stamp, self._read()
         return self._found[1]
+
+
+def stamp(path: Path) -> tuple[tuple[str, int], ...]:
+    """Something else once a file, a link or anything in a folder was changed, however that was done."""
+    found = []
+    for one in sorted([path, *path.rglob("*")]):
+        with suppress(FileNotFoundError):
+            found.append((str(one), one.lstat().st_ctime_ns))
+    return tuple(found)
 
 
 def fsync_folder(folder: Path) -> None:

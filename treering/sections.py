@@ -110,7 +110,8 @@ class ServeConfig(Section):
     """Requests that may wait beyond those; more get HTTP status 429."""
 
     max_loaded_versions: int = Field(4, ge=1)
-    """Versions kept in memory beside the base model; the least recently used one goes."""
+    """Versions kept in memory beside the base model; the least recently used one goes, but never `current`. While
+    another becomes current, or is asked for where only `current` fits, there is one more."""
 
     max_body_bytes: int = Field(1_000_000, ge=1)
     """Largest request."""

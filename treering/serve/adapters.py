@@ -63,8 +63,17 @@ class Slots:
         self.rows: Tensor | int = 0
         self._layers: dict[str, _Adapted] = {}
 
+    def check(self, adapter: Adapter) -> None:
+        """Raises `ValueError` for an adapter of another model."""
+        for name, (a, b) in adapter.weights.items():
+            layer = self._layers.get(name)
+            base = layer.base if layer else _linear(self.model, name)
+            if a.shape[1] != base.in_features or b.shape[0] != base.out_features:
+                raise ValueError(f"the adapter's weights {tuple(a.shape)}, {tuple(b.shape)} do not fit {base}")
+
     def put(self, slot: int, adapter: Adapter) -> None:
         """Replace what `slot` holds. Raises `ValueError` for an adapter of another model."""
+        self.check(adapter)
         for name in adapter.weights:
             if name not in self._layers:
                 self._layers[name] = _Adapted.around(self.model, name, self)
@@ -91,13 +100,7 @@ class _Adapted(nn.Module):
     def around(cls, model: nn.Module, name: str, slots: Slots) -> _Adapted:
         """Put one around the linear layer `name` of `model`."""
         parent, _, last = name.rpartition(".")
-        try:
-            base = model.get_submodule(name)
-        except AttributeError:
-            base = None
-        if not isinstance(base, nn.Linear):
-            raise ValueError(f"the adapter has weights for {name}, which is no linear layer of this base model")
-        layer = cls(base, slots)
+        layer = cls(_linear(model, name), slots)
         setattr(model.get_submodule(parent), last, layer)
         return layer
 
@@ -108,8 +111,6 @@ class _Adapted(nn.Module):
         if weights is None:
             return
         a, b = weights
-        if a.shape[1] != self.base.in_features or b.shape[0] != self.base.out_features:
-            raise ValueError(f"the adapter's weights {tuple(a.shape)}, {tuple(b.shape)} do not fit {self.base}")
         missing = len(a) - self.A.shape[1]
         if missing > 0:
             self.A = nn.functional.pad(self.A, (0, 0, 0, missing))
@@ -124,3 +125,13 @@ class _Adapted(nn.Module):
         if isinstance(rows, int):
             return y if rows == 0 else y + linear(linear(x, self.A[rows]), self.B[rows])
         return y + (x @ self.A[rows].mT) @ self.B[rows].mT
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    try:
+        found = model.get_submodule(name)
+    except AttributeError:
+        found = None
+    if not isinstance(found, nn.Linear):
+        raise ValueError(f"the adapter has weights for {name}, which is no linear layer of this base model")
+    return found

@@ -159,6 +159,7 @@ class _Generate(_Request):
             "frequency_penalty": self.frequency_penalty or 0.0,
             "presence_penalty": self.presence_penalty or 0.0,
             "logit_bias": self.logit_bias or {},
+            "whole": not self.stream,
         }
 
     def _seed(self, choice: int) -> int | None:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SPARE = 64
+"""Columns of keys and values that are reserved at once, so that not every token copies all those before."""
+
 
 @dataclass
 class Row(Generic[T]):
@@ -39,14 +42,23 @@ class Batch(Generic[T]):
 
     `join` reads new prompts, `step` goes on by one token; both return logits `[rows, vocabulary]`, float32, for the
     next token of the rows concerned. The caller writes the token it chose into `row.last`.
+
+    Raises `ModelError` for a model whose cache is not made of keys and values of all tokens.
     """
 
     def __init__(self, model: PreTrainedModel, slots: Slots | None, pad_id: int) -> None:
+        odd = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - {DynamicLayer.__name__}
+        if odd:
+            raise ModelError(
+                f"{model.name_or_path or type(model).__name__} keeps {', '.join(sorted(odd))} from token to token, and "
+                "this server can only join answers whose keys and values of all tokens are kept; serve its versions "
+                "with another server (they are plain folders), or set model_name_or_path to a model with full attention"
+            )
         self.model = model
         self.slots = slots
         self.rows: list[Row[T]] = []
         self._pad_id = pad_id
-        self._cache: list[tuple[Tensor, Tensor]] = []
+        self._cache = DynamicCache()
         self._mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)
 
     @torch.inference_mode()
@@ -55,19 +67,16 @@ class Batch(Generic[T]):
         inputs = pad([row.prompt for row in rows], self._pad_id, left=True)
         mask = inputs["attention_mask"].to(self.model.device)
         cache = DynamicCache(config=self.model.config)
-        if any(type(layer) is not DynamicLayer for layer in cache.layers):
-            raise ModelError(f"{type(self.model).__name__} keeps another cache than keys and values of all tokens")
         logits = self._forward(rows, inputs["input_ids"].to(self.model.device), mask, cache)
         new = _tensors(cache)
         if self.rows:
             length = max(self._mask.shape[1], mask.shape[1])
-            self._cache = [
+            new = [
                 (_merged(old_keys, keys, length), _merged(old_values, values, length))
-                for (old_keys, old_values), (keys, values) in zip(self._cache, new, strict=True)
+                for (old_keys, old_values), (keys, values) in zip(_tensors(self._cache), new, strict=True)
             ]
-            self._mask = torch.cat([pad_tensor(part, (length - part.shape[1], 0)) for part in (self._mask, mask)])
-        else:
-            self._cache, self._mask = new, mask
+            mask = torch.cat([pad_tensor(part, (length - part.shape[1], 0)) for part in (self._mask, mask)])
+        self._cache, self._mask = _cache_of(new), mask
         self.rows += rows
         return logits
 
@@ -76,10 +85,7 @@ class Batch(Generic[T]):
         """One token more for every running row."""
         ids = torch.tensor([[row.last] for row in self.rows], device=self.model.device)
         self._mask = pad_tensor(self._mask, (0, 1), value=1)
-        cache = DynamicCache(ddp_cache_data=self._cache)
-        logits = self._forward(self.rows, ids, self._mask, cache)
-        self._cache = _tensors(cache)
-        return logits
+        return self._forward(self.rows, ids, self._mask, self._cache)
 
     def leave(self, gone: set[int]) -> None:
         """Rows at the places `gone` end; columns that only they needed go too."""
@@ -89,7 +95,9 @@ class Batch(Generic[T]):
         mask = self._mask[index]
         start = mask.shape[1] - int(mask.sum(1).max()) if kept else 0
         self._mask = mask[:, start:]
-        self._cache = [(keys[index, :, start:], values[index, :, start:]) for keys, values in self._cache]
+        self._cache = _cache_of(
+            [(keys[index, :, start:], values[index, :, start:]) for keys, values in _tensors(self._cache)]
+        )
 
     @torch.inference_mode()
     def embed(self, texts: list[list[int]], slot: int) -> Tensor:
@@ -115,6 +123,34 @@ class Batch(Generic[T]):
             logits_to_keep=1,
         )
         return cast(Tensor, out.logits[:, -1].float())
+
+
+class _Spacious(DynamicLayer):
+    """Keys and values of a layer, in tensors with columns to spare."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        cast(Any, super()).__init__()
+        self.lazy_initialization(keys, values)
+        self._all_keys, self._all_values, self._length = keys, values, keys.shape[2]
+        self.keys, self.values = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append columns; returns all."""
+        start, end = self._length, self._length + key_states.shape[2]
+        missing = end - self._all_keys.shape[2]
+        if missing > 0:
+            more = 0, 0, 0, missing + SPARE
+            self._all_keys, self._all_values = pad_tensor(self._all_keys, more), pad_tensor(self._all_values, more)
+        self._all_keys[:, :, start:end] = key_states
+        self._all_values[:, :, start:end] = value_states
+        self.keys, self.values, self._length = self._all_keys[:, :, :end], self._all_values[:, :, :end], end
+        return self.keys, self.values
+
+
+def _cache_of(tensors: list[tuple[Tensor, Tensor]]) -> DynamicCache:
+    cache = DynamicCache()
+    cache.layers = [_Spacious(keys, values) for keys, values in tensors]
+    return cache
 
 
 def _tensors(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:

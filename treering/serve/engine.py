@@ -51,6 +51,8 @@ class Job(_Wire):
     """The answer is JSON that fits this schema."""
     background: bool = False
     """Nobody waits for the answer: all others go first."""
+    whole: bool = False
+    """Nobody sees the answer before its end: its pieces come then, and until then it may be started over."""
 
 
 class Token(_Wire):
@@ -90,8 +92,8 @@ class Engine(Protocol):
     async def stop(self) -> None:
         """End what still runs."""
 
-    async def load(self, version: str) -> None:
-        """Have `version` ready, so that no request waits for it."""
+    async def load(self, version: str, *, keep: bool = False) -> None:
+        """Have `version` ready, so that no request waits for it; `keep` it so until another one is to be kept."""
 
     def generate(self, job: Job) -> AsyncIterator[Piece]:
         """Pieces of the answer as they are written. Leaving the iterator early cancels the job."""

@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+import math
 from typing import Any
 
 import llguidance
-import llguidance.torch as guide
+import numpy as np
 import torch
 from torch import Tensor
 
 from treering.serve.engine import EngineError, Job, Token
 from treering.serve.tokens import name_of
 
+MOST_BIASES = 300
+"""As OpenAI has it."""
+
+COLDEST = 1e-5
+"""Below this temperature the likeliest token has all the probability that numbers can tell."""
+
 
 class Sampler:
-    """Chooses the tokens of one job. Raises `EngineError` for a JSON schema that cannot be followed."""
+    """Chooses the tokens of one job. Raises `EngineError` for a job whose settings cannot be followed."""
 
     def __init__(self, job: Job, temperature: float, tokenizer: Any, grammar: llguidance.LLTokenizer | None) -> None:
+        if len(job.logit_bias) > MOST_BIASES:
+            raise EngineError(
+                f"logit_bias names {len(job.logit_bias)} tokens; name {MOST_BIASES} at most",
+                status=400,
+                code="too_many_biases",
+            )
         self._job = job
         self._temperature = temperature
         self._tokenizer = tokenizer
-        self._counts: Counter[int] = Counter()
+        self._shift: Tensor | None = None  # What biases and penalties add to the score of each token.
+        self._chosen: set[int] = set()
         self._random = torch.Generator()
         if job.seed is None:
             self._random.seed()
         else:
             self._random.manual_seed(job.seed)
-        self._matcher = None
-        if grammar is not None:
-            rules = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(job.json_schema))
-            self._matcher = llguidance.LLMatcher(grammar, rules)
-            if self._matcher.is_error():
-                raise EngineError(
-                    f"this JSON schema cannot be followed: {self._matcher.get_error()}",
-                    status=400,
-                    code="invalid_json_schema",
-                )
+        self._matcher = None if grammar is None else _matcher(grammar, job.json_schema)
 
     @property
     def ended(self) -> bool:
@@ -47,17 +51,23 @@ class Sampler:
     def choose(self, logits: Tensor) -> tuple[int, Token | None]:
         """The next token's id, and its log-probabilities if asked; `logits` is `[vocabulary]`, float32.
 
-        Log-probabilities are the model's own, before temperature, penalties and grammar.
+        Log-probabilities are the model's own, before temperature, penalties and grammar. Raises `EngineError` if there
+        is nothing to choose from.
         """
         job = self._job
-        scores = self._adjusted(logits)
-        if self._temperature == 0:
+        scores = self._adjusted(logits.cpu())
+        best = float(scores.max())
+        if not math.isfinite(best):
+            raise EngineError(
+                f"{job.version} gives no token a score to choose it by (the best is {best}): its weights may be "
+                "damaged, or too large for bfloat16; ask another version",
+                code="no_scores",
+            )
+        if self._temperature < COLDEST:
             chosen = int(scores.argmax())
         else:
-            chosen = int(torch.multinomial(self._probabilities(scores), 1, generator=self._random))
-        self._counts[chosen] += 1
-        if self._matcher is not None:
-            self._matcher.consume_token(chosen)
+            chosen = int(torch.multinomial(self._probabilities(scores - best), 1, generator=self._random))
+        self._note(chosen)
         if job.logprobs is None:
             return chosen, None
         logprobs = logits.log_softmax(-1)
@@ -65,24 +75,33 @@ class Sampler:
         others = [(self._text(int(id)), float(value)) for value, id in zip(*top, strict=True)] if top else []
         return chosen, Token(text=self._text(chosen), logprob=float(logprobs[chosen]), top=others)
 
-    def _adjusted(self, logits: Tensor) -> Tensor:
-        """Logits after biases, penalties (per OpenAI: count times frequency, once presence) and grammar."""
-        job = self._job
-        scores = logits.cpu()
-        if job.logit_bias or job.frequency_penalty or job.presence_penalty:
-            scores = scores.clone()
-            for id, bias in job.logit_bias.items():
-                if 0 <= id < len(scores):
-                    scores[id] += bias
-            for id, count in self._counts.items():
-                scores[id] -= count * job.frequency_penalty + job.presence_penalty
+    def _adjusted(self, scores: Tensor) -> Tensor:
+        """Logits after biases, penalties and grammar."""
+        if self._job.logit_bias or self._penalised:
+            if self._shift is None:
+                self._shift = torch.zeros_like(scores)
+                for id, bias in self._job.logit_bias.items():
+                    if 0 <= id < len(scores):
+                        self._shift[id] = bias
+            scores = scores + self._shift
         if self._matcher is not None:
-            mask = guide.allocate_token_bitmask(1, len(scores))
-            guide.fill_next_token_bitmask(self._matcher, mask, 0)
-            scores = scores.clone().unsqueeze(0)
-            guide.apply_token_bitmask_inplace(scores, mask)
-            scores = scores[0]
+            allowed = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+            allowed.resize(len(scores))  # The mask ends with a whole byte, the vocabulary where it likes.
+            scores = scores.masked_fill(torch.from_numpy(allowed) == 0, -math.inf)
         return scores
+
+    @property
+    def _penalised(self) -> bool:
+        return bool(self._job.frequency_penalty or self._job.presence_penalty)
+
+    def _note(self, chosen: int) -> None:
+        """Penalties are OpenAI's: one each time, one once."""
+        if self._penalised and self._shift is not None:
+            once = 0.0 if chosen in self._chosen else self._job.presence_penalty
+            self._shift[chosen] -= self._job.frequency_penalty + once
+            self._chosen.add(chosen)
+        if self._matcher is not None:
+            self._matcher.consume_token(chosen)
 
     def _probabilities(self, scores: Tensor) -> Tensor:
         """Softmax at the temperature, cut to the smallest set of tokens that holds `top_p` of it."""
@@ -95,3 +114,14 @@ class Sampler:
 
     def _text(self, id: int) -> str:
         return name_of(self._tokenizer, id)
+
+
+def _matcher(grammar: llguidance.LLTokenizer, schema: dict[str, Any] | None) -> llguidance.LLMatcher:
+    try:
+        matcher = llguidance.LLMatcher(grammar, llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+        reason = matcher.get_error() if matcher.is_error() else ""
+    except Exception as error:  # Schemas are the client's, and may be anything.
+        reason = str(error) or type(error).__name__
+    if reason:
+        raise EngineError(f"this JSON schema cannot be followed: {reason}", status=400, code="invalid_json_schema")
+    return matcher

@@ -48,7 +48,8 @@ class Shadows:
             tell(Asked("dropped"))
             return
         mine = [
-            job.model_copy(update={"id": f"{job.id}-shadow", "version": version, "background": True}) for job in jobs
+            job.model_copy(update={"id": f"{job.id}-shadow", "version": version, "background": True, "whole": True})
+            for job in jobs
         ]
         task = asyncio.create_task(self._ask(mine, texts, tell))
         self._asking[task] = len(jobs)

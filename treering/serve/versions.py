@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from treering.config import Config
 from treering.model import fingerprint, load, load_base
@@ -14,9 +15,6 @@ from treering.registry import Version
 from treering.serve.adapters import Adapter, Slots, read_adapter
 from treering.serve.batch import Batch
 from treering.serve.engine import BASE
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -28,23 +26,29 @@ class Home:
 
 
 class Loaded:
-    """The base model and up to `count` versions.
+    """The base model and up to `count` versions, one of which may be kept: it goes only for the next to be kept.
 
-    Files are read beside the generation, in a thread; what was read is put in place between two tokens (`settle`).
-    Plain LoRA adapters share the base model; any other version gets a model of its own.
+    Files are read beside the generation, in a thread, one version at a time; what was read is put in place between two
+    tokens (`settle`). Plain LoRA adapters share the base model; any other version gets a model of its own. `begun` is
+    told each version that begins to be read.
     """
 
-    def __init__(self, versions: Path, base: Path, config: Config, pad_id: int) -> None:
+    def __init__(self, versions: Path, base: Path, config: Config, pad_id: int, begun: Callable[[str], None]) -> None:
         self._versions = versions
         self._base = base
         self._config = config
         self._pad_id = pad_id
+        self._begun = begun
         self._count = config.serve.max_loaded_versions
         self._hash = fingerprint(base)
         self._model = load_base(base, config).eval()
-        self._slots = Slots(self._model, self._count)
+        self._slots = Slots(self._model, self._count + 1)
         self._homes = {BASE: Home(Batch(self._model, self._slots, pad_id))}
-        self._reading: dict[str, Future[Adapter | PreTrainedModel]] = {}
+        self._wanted: deque[str] = deque()
+        self._reading: tuple[str, Future[Adapter | Batch[Any]]] | None = None
+        self._kept = BASE
+        self._next: str | None = None  # To be kept, once it is there.
+        self._leaving: str | None = None
         self._thread = ThreadPoolExecutor(1)
 
     def has(self, version: str) -> bool:
@@ -52,68 +56,116 @@ class Loaded:
         return version in self._homes
 
     def home(self, version: str) -> Home | None:
-        """Where `version` runs, or None if it is not there (yet)."""
+        """Where a new answer of `version` may run, or None if it has to wait."""
         found = self._homes.get(version)
-        if found is not None:  # Most recently used last.
-            self._homes[version] = self._homes.pop(version)
+        if found is None or version == self._leaving:
+            return None
+        self._homes[version] = self._homes.pop(version)  # Most recently used last.
         return found
 
     def batches(self) -> list[Batch[Any]]:
         """All batches, each once."""
         return list({id(home.batch): home.batch for home in self._homes.values()}.values())
 
-    def want(self, version: str) -> None:
-        """Begin to read `version`, unless that was begun."""
-        if version not in self._homes and version not in self._reading:
-            self._reading[version] = self._thread.submit(self._read, version)
+    def want(self, version: str, keep: bool = False) -> None:
+        """Have `version` read, unless it is there or will be; what is to be kept goes first."""
+        if keep:
+            self._next = version
+        if version in self._homes:
+            self._keep_next(version)
+        elif self._reading is None or self._reading[0] != version:
+            if keep and version in self._wanted:
+                self._wanted.remove(version)
+            if keep:
+                self._wanted.appendleft(version)
+            elif version not in self._wanted:
+                self._wanted.append(version)
+        self._read_on()
 
     @property
     def busy(self) -> bool:
-        """Whether files are being read."""
-        return bool(self._reading)
+        """Whether files are being read, or what was read waits for a place."""
+        return self._reading is not None
 
-    def settle(self, used: Callable[[], set[str]]) -> dict[str, str | None]:
+    def settle(self, running: Set[str], waiting: Set[str]) -> dict[str, str | None]:
         """Put in place what was read; returns each version with the reason why it failed, or None.
 
-        `used` names the versions that running answers need. A version for which there is no room yet stays read.
+        Versions with answers `running` stay. So do those that answers are `waiting` for, unless all places are taken:
+        then the one used least recently takes no new answers and leaves with its last one. A version that waits for a
+        place stays read, except when one to be kept is to be read.
         """
-        done: dict[str, str | None] = {}
-        for version, reading in list(self._reading.items()):
-            if not reading.done() or not self._make_room(used):
-                continue
-            del self._reading[version]
-            try:
-                self._homes[version] = self._place(reading.result())
-                done[version] = None
-            except Exception as error:  # Whatever a version's files make libraries raise, the others go on.
-                done[version] = str(error) or type(error).__name__
-        return done
+        self._trim(self._count, running | waiting)
+        if self._reading is None or not self._reading[1].done():
+            return {}
+        version, reading = self._reading
+        reason = None
+        try:
+            read = reading.result()
+            if isinstance(read, Adapter):
+                self._slots.check(read)
+            if not self._make_room(version, running, waiting):
+                if self._next in self._wanted:
+                    self._wanted.append(version)
+                    self._reading = None
+                    self._read_on()
+                return {}
+            self._homes[version] = self._place(read)
+        except Exception as error:  # Whatever a version's files make libraries raise, the others go on.
+            reason = str(error) or type(error).__name__
+            if version == self._next:
+                self._next = None
+        self._reading = self._leaving = None
+        self._keep_next(version)
+        self._read_on()
+        return {version: reason}
 
-    def _read(self, name: str) -> Adapter | PreTrainedModel:
+    def _keep_next(self, loaded: str) -> None:
+        if loaded == self._next:
+            self._kept, self._next = loaded, None
+        if loaded == self._leaving == self._kept:
+            self._leaving = None
+
+    def _read_on(self) -> None:
+        if self._reading is None and self._wanted:
+            version = self._wanted.popleft()
+            self._begun(version)
+            self._reading = version, self._thread.submit(self._read, version)
+
+    def _read(self, name: str) -> Adapter | Batch[Any]:
         version = Version(name, self._versions / name).check()
         made_from = version.manifest["base"]
         if made_from["sha256"] == self._hash and (version.folder / "adapter_config.json").exists():
             adapter = read_adapter(version.folder, self._model.dtype)
             if adapter is not None:
                 return adapter
-        return load(self._base, self._config, version)  # It also says what is wrong with another base model.
+        # It also says what is wrong with another base model.
+        return Batch(load(self._base, self._config, version).eval(), None, self._pad_id)
 
-    def _place(self, read: Adapter | PreTrainedModel) -> Home:
-        if not isinstance(read, Adapter):
-            return Home(Batch(read.eval(), None, self._pad_id))
+    def _place(self, read: Adapter | Batch[Any]) -> Home:
+        if isinstance(read, Batch):
+            return Home(read)
         taken = {home.slot for home in self._homes.values() if home.batch is self._homes[BASE].batch}
-        slot = next(number for number in range(1, self._count + 1) if number not in taken)
+        slot = next(number for number in range(1, self._slots.count + 1) if number not in taken)
         self._slots.put(slot, read)
         return Home(self._homes[BASE].batch, slot)
 
-    def _make_room(self, used: Callable[[], set[str]]) -> bool:
-        """Drop the version that was not used for longest; False if all are in use."""
-        versions = [name for name in self._homes if name != BASE]
-        if len(versions) < self._count:
+    def _make_room(self, version: str, running: Set[str], waiting: Set[str]) -> bool:
+        """Drop what is in the way of `version`; False if all is in use, and then one takes no new answers.
+
+        There is a place more than `count` for the next version to be kept, so that it need not wait for answers to end;
+        and for any, while the only place is the kept one's.
+        """
+        most = self._count + (version == self._next or (self._count == 1 and self._kept != BASE))
+        if self._trim(most - 1, running | (waiting - {self._leaving})):
             return True
-        needed = used()
-        idle = next((name for name in versions if name not in needed), None)
-        if idle is None:
-            return False
-        del self._homes[idle]
-        return True
+        if self._leaving not in self._homes:
+            self._leaving = next((name for name in self._homes if name not in (BASE, self._kept)), None)
+        return False
+
+    def _trim(self, most: int, used: Set[str | None]) -> bool:
+        """Drop the versions that were not used for longest until `most` are left; False if more are in use."""
+        idle = [name for name in self._homes if name not in (BASE, self._kept) and name not in used]
+        surplus = len(self._homes) - 1 - most
+        for name in idle[: max(surplus, 0)]:
+            del self._homes[name]
+        return surplus <= len(idle)

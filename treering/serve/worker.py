@@ -6,12 +6,14 @@ It knows nothing of HTTP, keys or `current`. When standard input ends, so does i
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, cast
@@ -31,10 +33,15 @@ from treering.serve.text import Writer
 from treering.serve.versions import Loaded
 
 PREFILL_TOKENS = 2048
-"""Prompts of so many tokens in all join at once, so that nobody waits long for the others' prompts."""
+"""Prompts of so many tokens in all, padding counted, join at once: nobody waits long for the others' prompts."""
+
+EMBEDDED_TOKENS = 512
+"""Texts of so many tokens in all are embedded between two tokens of the answers under way."""
 
 IDLE_SECONDS = 0.005
 """How often a worker with nothing to generate looks whether a version has been read."""
+
+log = logging.getLogger("treering.serve")
 
 
 @dataclass
@@ -49,6 +56,25 @@ class Answer:
     written: int = 0
 
 
+@dataclass
+class Texts:
+    """Texts to embed: their tokens, and which are left, the longest last."""
+
+    id: str
+    version: str
+    ids: list[list[int]]
+    left: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = sorted(range(len(self.ids)), key=lambda at: len(self.ids[at]))
+
+    def next(self, tokens: int) -> list[int]:
+        """Takes the longest of those left, and as many more as fit into `tokens` beside it."""
+        count = max(1, tokens // len(self.ids[self.left[-1]]))
+        taken, self.left = self.left[-count:], self.left[:-count]
+        return taken
+
+
 class Worker:
     """Runs the jobs of `inbox` together, and hands every event to `send`."""
 
@@ -60,13 +86,13 @@ class Worker:
         self._inbox = inbox
         self._send = send
         self._tokenizer = models.load_tokenizer(base, config.trust_remote_code)
-        self._loaded = Loaded(root / "versions", base, config, cast(int, self._tokenizer.pad_token_id))
+        self._loaded = Loaded(root / "versions", base, config, cast(int, self._tokenizer.pad_token_id), self._tell)
         model = self._loaded.batches()[0].model
         self._context = int(model.config.max_position_embeddings)
         self._vocabulary = int(model.config.vocab_size)
         self._grammar: Any = None
         self._waiting: deque[tuple[str, Answer]] = deque()
-        self._texts: deque[dict[str, Any]] = deque()
+        self._texts: deque[Texts] = deque()
         self._ends = self._end_tokens(model)
 
     def run(self) -> None:
@@ -82,12 +108,12 @@ class Worker:
 
     def _receive(self) -> bool:
         """Take what has come in; wait for it if there is nothing else to do. False: there will be no more."""
-        wanted = {version for version, _ in self._waiting} | {message["version"] for message in self._texts}
-        busy = any(map(self._loaded.has, wanted)) or any(batch.rows for batch in self._loaded.batches())
-        reading = self._loaded.busy
+        awaited = self._awaited()
+        busy = any(map(self._loaded.has, awaited)) or any(batch.rows for batch in self._loaded.batches())
+        soon = self._loaded.busy or bool(awaited)
         while True:
             try:
-                message = self._inbox.get(block=not busy, timeout=IDLE_SECONDS if reading else None)
+                message = self._inbox.get(block=not busy, timeout=IDLE_SECONDS if soon else None)
             except Empty:
                 return True
             if message is None:
@@ -98,20 +124,19 @@ class Worker:
     def _take(self, message: dict[str, Any]) -> None:
         match message["op"]:
             case "load":
-                self._loaded.want(message["version"])
-                if self._loaded.home(message["version"]):
+                self._loaded.want(message["version"], message["keep"])
+                if self._loaded.has(message["version"]):
                     self._send({"event": "loaded", "version": message["version"], "error": None})
             case "generate":
-                job = Job.model_validate(message["job"])
-                try:
+                with self._failing(message["job"]["id"]):
+                    job = Job.model_validate(message["job"])
                     self._waiting.append((job.version, self._prepare(job)))
-                except EngineError as error:
-                    self._fail(job.id, error)
-                else:
                     self._loaded.want(job.version)
             case "embed":
-                self._texts.append(message)
-                self._loaded.want(message["version"])
+                with self._failing(message["id"]):
+                    ids = [self._text_ids(text) for text in message["texts"]]
+                    self._texts.append(Texts(message["id"], message["version"], ids))
+                    self._loaded.want(message["version"])
             case "cancel":
                 self._cancel(message["id"])
 
@@ -144,7 +169,7 @@ class Worker:
     def _prompt(self, job: Job) -> list[int]:
         tokenizer = cast(Any, self._tokenizer)
         if job.messages is None:
-            ids = job.prompt if isinstance(job.prompt, list) else tokenizer(job.prompt)["input_ids"]
+            ids = job.prompt if isinstance(job.prompt, list) else self._ids(cast(str, job.prompt))
             if not ids or not all(0 <= id < self._vocabulary for id in ids):
                 raise EngineError(
                     f"the prompt needs at least one token, each from 0 to {self._vocabulary - 1}",
@@ -164,11 +189,35 @@ class Worker:
             raise EngineError(
                 f"the chat template refuses these messages: {error}", status=400, code="invalid_messages"
             ) from None
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._ids(text, add_special_tokens=False)
+
+    def _text_ids(self, text: str | list[int]) -> list[int]:
+        """The tokens of a text to embed."""
+        ids = text if isinstance(text, list) else self._ids(text)
+        if not 1 <= len(ids) <= self._context or not all(0 <= id < self._vocabulary for id in ids):
+            raise EngineError(
+                f"one of the texts has {len(ids)} tokens; each text needs 1 to {self._context}, "
+                f"each from 0 to {self._vocabulary - 1}",
+                status=400,
+                code="invalid_input",
+            )
+        return ids
+
+    def _ids(self, text: str, **settings: Any) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise EngineError(
+                f"the text has half a character, U+{ord(text[error.start]):04X}; send both halves of it or neither",
+                status=400,
+                code="invalid_text",
+            ) from None
+        return list(cast(Any, self._tokenizer)(text, **settings)["input_ids"])
 
     def _settle(self) -> None:
         """Versions that were read are put in place; what waited for one that cannot be loaded fails."""
-        for version, error in self._loaded.settle(self._used).items():
+        running = {row.owner.job.version for batch in self._loaded.batches() for row in batch.rows}
+        for version, error in self._loaded.settle(running, self._awaited()).items():
             self._send({"event": "loaded", "version": version, "error": error})
             if error is None:
                 continue
@@ -176,61 +225,79 @@ class Worker:
             for name, answer in [pair for pair in self._waiting if pair[0] == version]:
                 self._waiting.remove((name, answer))
                 self._fail(answer.job.id, failure)
-            for message in [m for m in self._texts if m["version"] == version]:
-                self._texts.remove(message)
-                self._fail(message["id"], failure)
+            for texts in [texts for texts in self._texts if texts.version == version]:
+                self._texts.remove(texts)
+                self._fail(texts.id, failure)
 
-    def _used(self) -> set[str]:
-        return {row.owner.job.version for batch in self._loaded.batches() for row in batch.rows}
+    def _awaited(self) -> set[str]:
+        """Versions that something waits for."""
+        return {version for version, _ in self._waiting} | {texts.version for texts in self._texts}
 
     def _embed(self) -> None:
-        for message in list(self._texts):
-            home = self._loaded.home(message["version"])
+        """A few of the texts that wait, of each request in turn."""
+        for _ in range(len(self._texts)):
+            texts = self._texts.popleft()
+            home = self._loaded.home(texts.version)
             if home is None:
+                self._loaded.want(texts.version)  # It may have gone since the last of them.
+                self._texts.append(texts)
                 continue
-            self._texts.remove(message)
-            tokenizer = cast(Any, self._tokenizer)
-            ids = [text if isinstance(text, list) else tokenizer(text)["input_ids"] for text in message["texts"]]
-            wrong = [len(row) for row in ids if not 1 <= len(row) <= self._context]
-            if wrong or not all(0 <= id < self._vocabulary for row in ids for id in row):
-                self._fail(
-                    message["id"],
-                    EngineError(f"each text needs 1 to {self._context} known tokens", status=400, code="invalid_input"),
-                )
-                continue
-            vectors = [home.batch.embed([row], home.slot)[0].tolist() for row in ids]
-            self._send({"event": "embedded", "id": message["id"], "vectors": vectors, "tokens": sum(map(len, ids))})
+            with self._failing(texts.id):
+                taken = texts.next(EMBEDDED_TOKENS)
+                vectors = home.batch.embed([texts.ids[at] for at in taken], home.slot).tolist()
+                for at, vector in zip(taken, vectors, strict=True):
+                    event = {
+                        "event": "vector",
+                        "id": texts.id,
+                        "at": at,
+                        "vector": vector,
+                        "tokens": len(texts.ids[at]),
+                    }
+                    self._send(event)
+                if texts.left:
+                    self._texts.append(texts)
+                else:
+                    self._send({"event": "embedded", "id": texts.id})
+            return
 
     def _admit(self) -> None:
         """Let waiting answers join, as many as the batch and one reading of prompts hold."""
         joining: dict[int, tuple[Batch[Answer], list[Row[Answer]]]] = {}
         room = self._config.serve.max_batch_size - sum(len(batch.rows) for batch in self._loaded.batches())
-        tokens = 0
+        count = longest = 0
         for version, answer in sorted(self._waiting, key=lambda pair: pair[1].job.background):
             home = self._loaded.home(version)
             if home is None:
                 self._loaded.want(version)  # It may have gone since the job came in.
                 continue
-            tokens += len(answer.prompt)
-            if room <= 0 or (joining and tokens > PREFILL_TOKENS):
+            longest = max(longest, len(answer.prompt))
+            if room <= count or (joining and (count + 1) * longest > PREFILL_TOKENS):
                 break
-            room -= 1
+            count += 1
             self._waiting.remove((version, answer))
             _, rows = joining.setdefault(id(home.batch), (home.batch, []))
             rows.append(Row(answer, answer.prompt, home.slot))
         for batch, rows in joining.values():
-            self._go_on(batch, rows, batch.join(rows))
+            try:
+                logits = batch.join(rows)
+            except torch.OutOfMemoryError as error:
+                log.exception("prompts that found no memory")
+                for row in rows:
+                    self._fail(row.owner.job.id, _no_memory(error))
+            else:
+                self._go_on(batch, rows, logits)
 
     def _go_on(self, batch: Batch[Answer], rows: list[Row[Answer]], logits: torch.Tensor) -> None:
         """Choose the next token of `rows`, tell what it adds, let go of those that ended."""
-        ended = set()
+        ended = set(map(id, rows))
         for row, scores in zip(rows, logits, strict=True):
-            row.last, token = row.owner.sampler.choose(scores)
-            piece = self._piece(row.owner, row.last, token)
-            if piece.text or piece.tokens or piece.finish:
-                self._send({"event": "piece", "id": row.owner.job.id, **piece.model_dump(exclude_defaults=True)})
-            if piece.finish:
-                ended.add(id(row))
+            with self._failing(row.owner.job.id):
+                row.last, token = row.owner.sampler.choose(scores)
+                piece = self._piece(row.owner, row.last, token)
+                if piece.text or piece.tokens or piece.finish:
+                    self._send({"event": "piece", "id": row.owner.job.id, **piece.model_dump(exclude_defaults=True)})
+                if not piece.finish:
+                    ended.remove(id(row))
         if ended:
             batch.leave({at for at, row in enumerate(batch.rows) if id(row) in ended})
 
@@ -253,13 +320,34 @@ class Worker:
 
     def _cancel(self, id: str) -> None:
         self._waiting = deque(pair for pair in self._waiting if pair[1].job.id != id)
+        self._texts = deque(texts for texts in self._texts if texts.id != id)
         for batch in self._loaded.batches():
             gone = {at for at, row in enumerate(batch.rows) if row.owner.job.id == id}
             if gone:
                 batch.leave(gone)
 
+    @contextmanager
+    def _failing(self, id: str) -> Iterator[None]:
+        """Whatever goes wrong inside is the failure of this request alone."""
+        try:
+            yield
+        except EngineError as error:
+            self._fail(id, error)
+        except BrokenPipeError:
+            raise
+        except torch.OutOfMemoryError as error:
+            self._fail(id, _no_memory(error))
+        except Exception as error:
+            log.exception("request %s failed", id)
+            self._fail(id, EngineError(f"this request cannot be answered ({type(error).__name__}: {error})"))
+
+    def _tell(self, version: str) -> None:
+        self._send({"event": "reading", "version": version})
+
     def _fail(self, id: str, error: EngineError) -> None:
-        self._send({"event": "failed", "id": id, "error": str(error), "status": error.status, "code": error.code})
+        # What is quoted of the request may hold half characters, which no response can.
+        text = str(error).encode(errors="replace").decode()
+        self._send({"event": "failed", "id": id, "error": text, "status": error.status, "code": error.code})
 
     def _end_tokens(self, model: Any) -> set[int]:
         own = getattr(model.generation_config, "eos_token_id", None)
@@ -267,6 +355,14 @@ class Worker:
             cast(int, self._tokenizer.eos_token_id),
             *(own if isinstance(own, list) else [own] if own is not None else []),
         }
+
+
+def _no_memory(error: torch.OutOfMemoryError) -> EngineError:
+    return EngineError(
+        f"there is no memory for this request beside the others ({error}); try again, or lower serve.max_batch_size",
+        status=503,
+        code="out_of_memory",
+    )
 
 
 def main(root: Path) -> int:
@@ -282,9 +378,11 @@ def main(root: Path) -> int:
     inbox: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
 
     def read() -> None:
-        for line in sys.stdin:
-            inbox.put(json.loads(line))
-        inbox.put(None)
+        try:
+            for line in sys.stdin:
+                inbox.put(json.loads(line))
+        finally:
+            inbox.put(None)
 
     threading.Thread(target=read, daemon=True).start()
     try:

@@ -1,0 +1,346 @@
+"""The generating process from inside: what it writes, in which order, and that a request only ever breaks itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+import torch
+
+from tests.serving import ASK, LONG, greedy
+from treering import Workspace
+from treering.errors import ModelError
+from treering.serve import worker as worker_module
+from treering.serve.adapters import Adapter
+from treering.serve.batch import Batch
+from treering.serve.engine import BASE, Job
+from treering.serve.versions import Loaded
+from treering.serve.worker import Texts, Worker
+
+Message = dict[str, Any]
+
+
+class Inside:
+    """A worker in this process. `then` is called with each event, and may `put` more."""
+
+    def __init__(self, ws: Workspace) -> None:
+        self.inbox: SimpleQueue[Message | None] = SimpleQueue()
+        self.events: list[Message] = []
+        self.then: Callable[[Message], None] = lambda _: None
+        self.worker = Worker(ws.root, ws.config(), self.inbox, self._send)
+
+    def _send(self, event: Message) -> None:
+        self.events.append(event)
+        self.then(event)
+
+    def put(self, **message: Any) -> None:
+        self.inbox.put(message)
+
+    def generate(self, id: str, version: str = "base", **settings: Any) -> None:
+        asked = {} if "prompt" in settings else {"messages": ASK}
+        self.put(op="generate", job=dict(Job(id=id, version=version, **{"max_tokens": 12, **asked, **settings})))
+
+    def run(self, ends: int) -> None:
+        """Until so many requests have ended."""
+
+        def send(event: Message) -> None:
+            self._send(event)
+            if sum(self.ended(event) for event in self.events) == ends:
+                self.inbox.put(None)
+
+        self.worker._send = send
+        self.worker.run()
+
+    def ended(self, event: Message) -> bool:
+        return event["event"] in ("failed", "embedded") or bool(event.get("finish"))
+
+    def text(self, id: str) -> str:
+        return "".join(event.get("text", "") for event in self.events if event.get("id") == id)
+
+    def failure(self, id: str) -> tuple[int, str]:
+        [event] = [event for event in self.events if event["event"] == "failed" and event["id"] == id]
+        return event["status"], event["error"]
+
+
+@pytest.fixture
+def inside(trained: Workspace) -> Inside:
+    return Inside(trained)
+
+
+def test_versions_mixed_in_a_batch_write_what_each_writes_alone(inside: Inside, trained: Workspace) -> None:
+    wanted = {name: greedy(trained, name, ASK, 12) for name in ("base", "v1", "v2")}
+    assert len(set(wanted.values())) == 3
+    together: set[str] = set()
+
+    def note(_: Message) -> None:
+        rows = inside.worker._loaded.batches()[0].rows
+        together.update(row.owner.job.version for row in rows if len({r.slot for r in rows}) == 3)
+
+    inside.then = note
+    for name in wanted:
+        inside.put(op="load", version=name, keep=False)
+        inside.generate(f"{name}-a", name)
+        inside.generate(f"{name}-b", name, messages=LONG, max_tokens=100)
+    inside.run(6)
+    assert together == set(wanted)
+    for name, text in wanted.items():
+        assert inside.text(f"{name}-a") == text
+        assert inside.text(f"{name}-b") == greedy(trained, name, LONG, 100)
+
+
+def test_a_request_breaks_only_itself(inside: Inside) -> None:
+    inside.generate("well", max_tokens=40)
+    inside.generate("cold", temperature=1e-40)
+    inside.generate("half", messages=[{"role": "user", "content": "a\ud800"}])
+    inside.generate("half-prompt", prompt="\udc00")
+    inside.put(op="embed", id="half-text", version="base", texts=["x", "\ud800"])
+    inside.generate("nan", logit_bias={65: float("nan")})
+    inside.generate("odd-schema", json_schema={"const": "\ud800"})
+    inside.put(op="generate", job={"id": "odd-job", "version": 5})
+    inside.put(op="embed", id="odd-texts", version="base", texts=[5])
+    inside.generate("biased", logit_bias=dict.fromkeys(range(301), 1.0))
+    inside.run(10)
+    assert inside.text("cold") == inside.text("well")[: len(inside.text("cold"))] != ""
+    for id in ("half", "half-prompt", "half-text"):
+        assert inside.failure(id)[0] == 400 and "half a character, U+D" in inside.failure(id)[1]
+    assert inside.failure("nan")[0] == 500 and "no token a score" in inside.failure("nan")[1]
+    assert inside.failure("odd-schema")[0] == inside.failure("biased")[0] == 400
+    assert inside.failure("odd-job")[0] == inside.failure("odd-texts")[0] == 500
+    assert not inside.worker._loaded.batches()[0].rows
+
+
+def test_prompts_without_memory_break_only_themselves(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    join = Batch.join
+
+    def full(batch: Batch[Any], rows: Any) -> torch.Tensor:
+        if any(row.owner.job.id == "large" for row in rows):
+            raise torch.OutOfMemoryError("no memory")
+        return join(batch, rows)
+
+    monkeypatch.setattr(Batch, "join", full)
+
+    def then(event: Message) -> None:
+        if event.get("id") == "first" and len(inside.events) == 2:
+            inside.generate("large")
+
+    inside.then = then
+    inside.generate("first")
+    inside.run(2)
+    assert inside.failure("large") == (503, inside.failure("large")[1]) and inside.text("first")
+
+
+def test_what_nobody_waits_for_goes_last(workspace: Callable[..., Workspace]) -> None:
+    inside = Inside(workspace(serve={"max_batch_size": 1}))
+    for name, background in (("shadow", True), ("one", False), ("two", False)):
+        inside.generate(name, background=background, max_tokens=2)
+    inside.run(3)
+    assert [event["id"] for event in inside.events if inside.ended(event)] == ["one", "two", "shadow"]
+
+
+def test_padding_counts_where_prompts_join(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    join = Batch.join
+
+    def noted(batch: Batch[Any], rows: Any) -> torch.Tensor:
+        sizes.append(len(rows) * max(len(row.prompt) for row in rows))
+        return join(batch, rows)
+
+    monkeypatch.setattr(Batch, "join", noted)
+    inside.generate("long", prompt="x" * 1500, max_tokens=1)
+    for number in range(3):
+        inside.generate(f"short-{number}", prompt="x", max_tokens=1)
+    inside.run(4)
+    assert max(sizes) <= worker_module.PREFILL_TOKENS and len(sizes) == 2
+
+
+def test_a_model_with_another_cache_is_refused_at_the_start(
+    workspace: Callable[..., Workspace], model_folder: Path, tmp_path: Path
+) -> None:
+    import json
+    import shutil
+
+    folder = Path(shutil.copytree(model_folder, tmp_path / "sliding"))
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"sliding_window": 4, "layer_types": ["sliding_attention"] * 2}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"sliding keeps DynamicSlidingWindowLayer .* set model_name_or_path"):
+        Inside(workspace(model_name_or_path=str(folder)))
+
+
+# Embeddings
+
+
+def test_texts_are_taken_a_few_at_a_time() -> None:
+    texts = Texts("id", "base", [[1] * length for length in (3, 300, 2, 600, 4)])
+    taken = []
+    while texts.left:
+        taken.append(texts.next(512))
+    assert taken == [[3], [1], [2, 0, 4]]
+
+
+def test_answers_go_on_while_texts_are_embedded(inside: Inside, trained: Workspace) -> None:
+    texts = ["x" * 400] * 20
+    inside.put(op="embed", id="many", version="base", texts=texts)
+    inside.generate("answer", max_tokens=10)
+    inside.run(2)
+    kinds = [event["event"] for event in inside.events[1:]]
+    assert kinds.count("vector") == 20 and kinds[-1] == "embedded"
+    assert kinds.index("piece") < 3 and "vector" in kinds[kinds.index("piece") : kinds.index("piece") + 3]
+    assert inside.text("answer") == greedy(trained, "base", ASK, 10)
+    vectors = {event["at"]: event["vector"] for event in inside.events if event["event"] == "vector"}
+    alone = inside.worker._loaded.batches()[0].embed([inside.worker._text_ids(texts[0])], 0)[0].tolist()
+    assert vectors[0] == pytest.approx(alone, abs=1e-5) and len(vectors) == 20
+
+
+def test_embedding_ends_when_its_client_leaves(inside: Inside) -> None:
+    def then(event: Message) -> None:
+        if event["event"] == "vector" and event["at"] == 4:
+            inside.put(op="cancel", id="many")
+            inside.generate("after", max_tokens=1)
+
+    inside.then = then
+    inside.put(op="embed", id="many", version="base", texts=["x" * 600] * 5 + ["y" * 700] * 20)
+    inside.put(op="embed", id="few", version="base", texts=["x"] * 5)
+    inside.run(2)
+    assert sum(event["event"] == "vector" and event["id"] == "many" for event in inside.events) < 5
+    assert not inside.worker._texts
+
+
+def test_texts_wait_for_a_version_that_went(inside: Inside) -> None:
+    def then(event: Message) -> None:
+        homes = inside.worker._loaded._homes
+        if event.get("at") == 1 and "v1" in homes:
+            del homes["v1"]
+
+    inside.then = then
+    inside.put(op="embed", id="two", version="v1", texts=["x" * 500, "y" * 600])
+    inside.run(1)
+    assert [event["at"] for event in inside.events if event["event"] == "vector"] == [1, 0]
+    assert [event["event"] for event in inside.events].count("reading") == 2
+
+
+# Places
+
+
+class Places(Loaded):
+    """Versions that are read at once, as empty adapters; those in `damaged` cannot be."""
+
+    damaged: set[str]
+
+    def _read(self, name: str) -> Adapter | Batch[Any]:
+        if name in self.damaged:
+            raise ModelError(f"{name} is damaged")
+        return Adapter({})
+
+
+@pytest.fixture
+def places(workspace: Callable[..., Workspace], model_folder: Path) -> Callable[[int], Places]:
+    def make(count: int) -> Places:
+        config = workspace(f"ws{count}", serve={"max_loaded_versions": count}).config()
+        made = Places(Path(), model_folder, config, 0, begun.append)
+        made.damaged = set()
+        return made
+
+    begun: list[str] = []
+    return make
+
+
+def settled(loaded: Loaded, running: set[str] = frozenset(), waiting: set[str] = frozenset()) -> dict[str, str | None]:  # type: ignore[assignment]
+    """All that can be put in place now."""
+    done: dict[str, str | None] = {}
+    for _ in range(20):
+        if loaded._reading is not None:
+            loaded._reading[1].exception(10)
+        done |= loaded.settle(running, waiting)
+    return done
+
+
+def there(loaded: Loaded) -> list[str]:
+    return [name for name in loaded._homes if name != BASE]
+
+
+def test_the_next_to_be_kept_waits_for_nobody(places: Callable[[int], Places]) -> None:
+    for count in (1, 2, 3):
+        loaded = places(count)
+        busy = {f"v{number}" for number in range(1, count + 1)}
+        loaded.want("v1", keep=True)
+        for name in sorted(busy):
+            loaded.want(name)
+        settled(loaded, busy)
+        loaded.want("v9", keep=True)
+        assert settled(loaded, busy) == {"v9": None}
+        assert set(there(loaded)) == busy | {"v9"}
+        settled(loaded)  # Later it has its place among the others.
+        assert len(there(loaded)) == count and "v9" in there(loaded)
+
+
+def test_what_is_kept_stays_however_long_it_is_not_used(places: Callable[[int], Places]) -> None:
+    for count in (1, 2):
+        loaded = places(count)
+        loaded.want("v1", keep=True)
+        settled(loaded)
+        for number in range(2, 6):
+            loaded.want(f"v{number}")
+            assert settled(loaded, waiting={f"v{number}"}) == {f"v{number}": None}
+            assert there(loaded) == ["v1", f"v{number}"]
+
+
+def test_a_damaged_version_takes_no_place(places: Callable[[int], Places]) -> None:
+    loaded = places(1)
+    loaded.damaged = {"v2", "v3"}
+    loaded.want("v1")
+    settled(loaded)
+    loaded.want("v2")
+    loaded.want("v3", keep=True)
+    assert settled(loaded) == {"v2": "v2 is damaged", "v3": "v3 is damaged"}
+    assert there(loaded) == ["v1"]
+
+
+def test_an_adapter_that_does_not_fit_takes_no_place(
+    places: Callable[[int], Places], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = places(1)
+    loaded.want("v1")
+    settled(loaded)
+    monkeypatch.setattr(loaded, "_read", lambda _: Adapter({"model.nowhere": (torch.zeros(2, 3), torch.zeros(3, 2))}))
+    loaded.want("v2")
+    reason = settled(loaded)["v2"]
+    assert reason is not None and "no linear layer" in reason and there(loaded) == ["v1"]
+
+
+def test_where_all_places_are_busy_one_takes_no_new_answers(places: Callable[[int], Places]) -> None:
+    loaded = places(2)
+    for name in ("v1", "v2"):
+        loaded.want(name)
+    settled(loaded)
+    loaded.want("v3")
+    assert settled(loaded, {"v1", "v2"}, {"v1", "v2", "v3"}) == {}
+    assert loaded.home("v1") is None and loaded.home("v2") is not None
+    # Answers wait for v1 too, but v3 was first: else a busy version would never leave.
+    assert settled(loaded, {"v2"}, {"v1", "v2", "v3"}) == {"v3": None}
+    assert there(loaded) == ["v2", "v3"] and loaded.home("v2") is not None
+
+
+def test_answers_that_wait_for_a_version_keep_it(places: Callable[[int], Places]) -> None:
+    loaded = places(2)
+    for name in ("v1", "v2"):
+        loaded.want(name)
+    settled(loaded)
+    loaded.want("v3")
+    assert settled(loaded, waiting={"v1"}) == {"v3": None}
+    assert there(loaded) == ["v1", "v3"]
+
+
+def test_one_version_is_read_at_a_time(places: Callable[[int], Places]) -> None:
+    loaded = places(1)
+    loaded.want("v1")
+    settled(loaded)
+    for name in ("v2", "v3", "v4"):
+        loaded.want(name)
+    settled(loaded, {"v1"})
+    assert loaded._reading is not None and loaded._reading[0] == "v2" and list(loaded._wanted) == ["v3", "v4"]
+    loaded.want("v9", keep=True)  # What is to be kept does not wait behind it.
+    assert settled(loaded, {"v1"}) == {"v9": None}
