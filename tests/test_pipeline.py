@@ -457,6 +457,16 @@ def test_a_changed_parent_is_refused(copied: Workspace) -> None:
     assert names(copied) == ["v1", "v2", "v3"]
 
 
+def test_new_rows_are_held_against_what_the_parent_makes_of_them(copied: Workspace) -> None:
+    """`lwf` needs a parent: the first version has no such term, later ones do."""
+    first = [json.loads(line) for line in (registry.get(copied, "v1").folder / "log.jsonl").open()]
+    assert not any("lwf" in entry for entry in first)
+    version = learned(copied, "mugs", "protect=[lwf]", "max_steps=2")
+    log = [json.loads(line) for line in (version.folder / "log.jsonl").open()]
+    assert all(entry["lwf"] >= 0 for entry in log)
+    assert log[0]["lwf"] < 1e-3 < log[0]["loss"]  # Before the first step the model is its parent.
+
+
 def test_another_number_of_stored_logits(copied: Workspace) -> None:
     """`distill.top_k` may change between updates: old rows keep what was stored."""
     version = learned(copied, "mugs", "distill.top_k=4", "max_steps=2")

@@ -182,7 +182,7 @@ def test_only_answer_tokens_count(model_folder: Path) -> None:
     """The loss is the cross entropy of a plain forward pass over the answer tokens; prompt targets are not in it."""
     run = Run(model_folder, settings(model_folder))
     rows = list(run.rows.values())[:5]
-    batch = make_batch(rows, {}, run.pad_id)
+    batch = make_batch(rows, run.pad_id)
     assert batch.targets.tolist() == [row.ids[at] for row in rows for at in row.answers]
     logits = logits_at(run.model, **batch.inputs, at=batch.at)
     wanted = torch.cat([run.model(torch.tensor([row.ids])).logits[0, [at - 1 for at in row.answers]] for row in rows])
@@ -199,7 +199,7 @@ def test_a_shared_prefix_changes_no_value(model_folder: Path, monkeypatch: pytes
     def gradients(shortest: int) -> tuple[Tensor, dict[str, Tensor], int]:
         monkeypatch.setattr(model_module, "SHORTEST_SHARED_PREFIX", shortest)
         run = Run(model_folder, config, rows)
-        batch = make_batch(list(run.rows.values()), {}, run.pad_id)
+        batch = make_batch(list(run.rows.values()), run.pad_id)
         calls: list[int] = []
         run.model.register_forward_hook(lambda *_: calls.append(1))
         logits = logits_at(run.model, **batch.inputs, at=batch.at)
@@ -219,8 +219,8 @@ def test_nothing_is_shared_into_an_answer(model_folder: Path) -> None:
     """Rows that are the same down to their answers share the prompt, never the answer's first prediction."""
     run = Run(model_folder, settings(model_folder))
     row = next(iter(run.rows.values()))
-    batch = make_batch([row, row, row], {}, run.pad_id)
-    alone = logits_at(run.model, **make_batch([row], {}, run.pad_id).inputs, at=batch.at[: len(row.answers)])
+    batch = make_batch([row, row, row], run.pad_id)
+    alone = logits_at(run.model, **make_batch([row], run.pad_id).inputs, at=batch.at[: len(row.answers)])
     torch.testing.assert_close(
         logits_at(run.model, **batch.inputs, at=batch.at), alone.repeat(3, 1), rtol=1e-4, atol=1e-5
     )
@@ -324,22 +324,22 @@ def test_teachers_stand_at_their_own_tokens() -> None:
         return Teacher(ids, ids.half())
 
     rows = [Tokens("a", [1, 2, 3, 4], [2, 3]), Tokens("b", [1, 5, 6], [2]), Tokens("c", [1, 7, 8, 9], [1, 2, 3])]
-    batch = make_batch(rows, {"b": teacher(1, 10), "c": teacher(3, 20)}, pad_id=0)
+    batch = make_batch(rows, 0, teachers={"b": teacher(1, 10), "c": teacher(3, 20)})
     assert batch.targets.tolist() == [3, 4, 6, 7, 8, 9]
     assert batch.teacher is not None
     at, ids, logits = batch.teacher
     assert at.tolist() == [2, 3, 4, 5]
     assert ids.tolist() == [[10, 11], [20, 21], [22, 23], [24, 25]]
     assert logits.tolist() == ids.tolist()
-    assert make_batch(rows, {}, pad_id=0).teacher is None
+    assert make_batch(rows, 0).teacher is None
     # Logits stored for another tokenisation of the row are no teacher.
-    assert make_batch(rows, {"a": teacher(5, 0)}, pad_id=0).teacher is None
+    assert make_batch(rows, 0, teachers={"a": teacher(5, 0)}).teacher is None
 
 
 def test_teach_stores_the_top_logits(model_folder: Path) -> None:
-    run = Run(model_folder, settings(model_folder, distill={"top_k": 3}, eval={"batch_size": 4}))
+    run = Run(model_folder, settings(model_folder, eval={"batch_size": 4}))
     rows = list(run.rows.values())
-    found = teach(run.model, rows, run.config, pad_id=run.pad_id, quiet=True)
+    found = teach(run.model, rows, run.config, top_k=3, pad_id=run.pad_id, quiet=True)
     assert found.keys() == run.rows.keys()
     with torch.no_grad():
         plain = run.model(torch.tensor([rows[0].ids])).logits[0, [at - 1 for at in rows[0].answers]].topk(3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,8 +14,9 @@ import torch
 from treering.errors import ConfigError
 from treering.evaluate import METRIC_VERSION, evaluate
 from treering.files import fsync_tree, write_file
-from treering.memory import Memory
+from treering.memory import Memory, Teacher
 from treering.methods import Methods
+from treering.methods.lwf import TOP_K
 from treering.metrics import metric_for
 from treering.model import Tokens, encode, load, load_tokenizer, save_weights, use_bf16
 from treering.registry import Version
@@ -101,6 +102,7 @@ class Candidate:
             self.config,
             pad_id=self._pad_id,
             teachers=self.memory.teachers if "distill" in self.config.protect else None,
+            parents=self._parent_on(rows) if self.parent and "lwf" in self.config.protect else None,
             checkpoints=self.staging / "checkpoints",
             stop=self.stop,
             quiet=self.quiet,
@@ -123,7 +125,7 @@ class Candidate:
             self.memory.add([self.examples[id] for id in ids], task, labelled=self.metrics[task] == "exact_match")
         if "distill" in self.config.protect:
             rows = [self._tokens(id) for id in self.memory.rows if id not in self.memory.teachers]
-            self.memory.teachers |= teach(self.model, rows, self.config, pad_id=self._pad_id, quiet=self.quiet)
+            self.memory.teachers |= self._logits(rows, self.config.distill.top_k)
 
     def write(self, base_name: str, results: Sequence[Result], log: Sequence[dict[str, float]]) -> None:
         """Fill `folder` with what the version consists of, all but its report and manifest."""
@@ -135,7 +137,7 @@ class Candidate:
         write_results(folder / RESULTS, results)
         write_file(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log).encode())
         shutil.copyfile(self.staging / PARENT_RESULTS, folder / PARENT_RESULTS)
-        batches = [make_batch([self._tokens(id)], {}, self._pad_id, self.model.device) for id in self.plan.row_ids]
+        batches = [make_batch([self._tokens(id)], self._pad_id, self.model.device) for id in self.plan.row_ids]
         state = self.methods.after_update(self.model, batches)
         if state:
             from safetensors.torch import save_file
@@ -189,6 +191,13 @@ class Candidate:
 
     def _tokens(self, id: str) -> Tokens:
         return encode(self.tokenizer, self.examples[id])
+
+    def _parent_on(self, rows: Mapping[str, Tokens]) -> dict[str, Teacher]:
+        """What the parent makes of the new rows; to be asked before the first step changes the model."""
+        return self._logits([rows[id] for id in self.plan.row_ids], TOP_K)
+
+    def _logits(self, rows: Sequence[Tokens], top_k: int) -> dict[str, Teacher]:
+        return teach(self.model, rows, self.config, top_k=top_k, pad_id=self._pad_id, quiet=self.quiet)
 
     def _score(self, rows: Sequence[tuple[str, str]], title: str) -> list[Result]:
         pairs = [(self.examples[id], task) for id, task in rows]

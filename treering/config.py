@@ -20,6 +20,7 @@ from treering.sections import (
     DistillConfig,
     EvalConfig,
     GateConfig,
+    LwfConfig,
     MemoryConfig,
     Section,
     ServeConfig,
@@ -103,6 +104,7 @@ class Config(Section):
 
     memory: MemoryConfig = MemoryConfig()
     distill: DistillConfig = DistillConfig()
+    lwf: LwfConfig = LwfConfig()
     gate: GateConfig = GateConfig()
     eval: EvalConfig = EvalConfig()
     serve: ServeConfig = ServeConfig()

@@ -56,7 +56,7 @@ def evaluate(
             if stop is not None:
                 stop.check()
             part = order[start : start + size]
-            batch = make_batch([tokens[at] for at in part], {}, pad_id, model.device)
+            batch = make_batch([tokens[at] for at in part], pad_id, model.device)
             with compute(bf16, model.device):
                 logits = logits_at(model, **batch.inputs, at=batch.at)
             counts = [len(tokens[at].answers) for at in part]

@@ -65,6 +65,16 @@ class DistillConfig(Section):
     """Logits stored for each answer token."""
 
 
+class LwfConfig(Section):
+    """Learning without forgetting: how the parent ranks the other answers to new rows is kept."""
+
+    weight: float = Field(0.02, ge=0)
+    """Weight of the term beside the cross entropy of the same step."""
+
+    temperature: float = Field(2.0, gt=0)
+    """Softening of parent and student."""
+
+
 class GateConfig(Section):
     """When a candidate may become current."""
 

@@ -46,48 +46,62 @@ BATCHES_SORTED_TOGETHER = 8
 """Rows of so many batches are sorted by length together: little padding, and still a random mix of rows."""
 
 
+Taught = tuple[Tensor, Tensor, Tensor]
+"""Places in `Batch.targets` `[m]`, and the top-k `ids` and `logits` that a teacher has for them, `[m, k]`."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """One forward pass.
 
     `inputs`: `ids` and `mask`, `[rows, length]`. `at`: `[answer tokens]` flat positions whose logits
-    predict `targets` `[answer tokens]`. `teacher`: for the tokens with stored logits, their places in `targets`
-    `[m]`, and the teacher's top-k `ids` and `logits`, `[m, k]`.
+    predict `targets` `[answer tokens]`. `teacher`: what the memory has stored of replayed rows. `parent`: what the
+    version before makes of new rows.
     """
 
     inputs: dict[str, Tensor]
     at: Tensor
     targets: Tensor
-    teacher: tuple[Tensor, Tensor, Tensor] | None
+    teacher: Taught | None = None
+    parent: Taught | None = None
 
 
 def make_batch(
-    rows: Sequence[Tokens], teachers: Mapping[str, Teacher], pad_id: int, device: torch.device | str = "cpu"
+    rows: Sequence[Tokens],
+    pad_id: int,
+    device: torch.device | str = "cpu",
+    *,
+    teachers: Mapping[str, Teacher] | None = None,
+    parents: Mapping[str, Teacher] | None = None,
 ) -> Batch:
     """Collate `rows`; their last token is only predicted, never read."""
     inputs = pad([row.ids[:-1] for row in rows], pad_id)
     length = inputs["input_ids"].shape[1]
-    at: list[int] = []
-    targets: list[int] = []
-    taught: list[int] = []
-    found = []
-    for number, row in enumerate(rows):
-        teacher = teachers.get(row.id)
-        if teacher is not None and len(teacher.ids) == len(row.answers):
-            taught += range(len(targets), len(targets) + len(row.answers))
-            found.append(teacher)
-        at += [number * length + position - 1 for position in row.answers]
-        targets += [row.ids[position] for position in row.answers]
-    teacher_tensors = None
-    if found:
-        ids, logits = stack(found)
-        teacher_tensors = (torch.tensor(taught).to(device), ids.long().to(device), logits.to(device))
+    at = [n * length + position - 1 for n, row in enumerate(rows) for position in row.answers]
+    targets = [row.ids[position] for row in rows for position in row.answers]
     return Batch(
         {"ids": inputs["input_ids"].to(device), "mask": inputs["attention_mask"].to(device)},
         torch.tensor(at).to(device),
         torch.tensor(targets).to(device),
-        teacher_tensors,
+        _taught(rows, teachers or {}, device),
+        _taught(rows, parents or {}, device),
     )
+
+
+def _taught(rows: Sequence[Tokens], teachers: Mapping[str, Teacher], device: torch.device | str) -> Taught | None:
+    places: list[int] = []
+    found = []
+    start = 0
+    for row in rows:
+        teacher = teachers.get(row.id)
+        if teacher is not None and len(teacher.ids) == len(row.answers):
+            places += range(start, start + len(row.answers))
+            found.append(teacher)
+        start += len(row.answers)
+    if not found:
+        return None
+    ids, logits = stack(found)
+    return torch.tensor(places).to(device), ids.long().to(device), logits.to(device)
 
 
 def peak_rate(config: Config) -> float:
@@ -166,6 +180,7 @@ def train(
     *,
     pad_id: int,
     teachers: Mapping[str, Teacher] | None = None,
+    parents: Mapping[str, Teacher] | None = None,
     checkpoints: Path | None = None,
     stop: Stop | None = None,
     quiet: bool = False,
@@ -195,7 +210,7 @@ def train(
         for number in range(done, len(steps)):
             started = time.perf_counter()
             batches = [
-                make_batch([rows[id] for id in ids], teachers or {}, pad_id, accelerator.device)
+                make_batch([rows[id] for id in ids], pad_id, accelerator.device, teachers=teachers, parents=parents)
                 for ids in steps[number]
             ]
             entry = {"step": float(number + 1), **_gradients(model, batches, methods, accelerator, bf16)}
@@ -310,20 +325,20 @@ def _resume(
 
 @torch.no_grad()
 def teach(
-    model: PreTrainedModel, rows: Sequence[Tokens], config: Config, *, pad_id: int, quiet: bool = False
+    model: PreTrainedModel, rows: Sequence[Tokens], config: Config, *, top_k: int, pad_id: int, quiet: bool = False
 ) -> dict[str, Teacher]:
-    """The model's top `distill.top_k` logits at every answer token of `rows`, to be stored with the memory."""
+    """The model's `top_k` highest logits at every answer token of `rows`."""
     model.eval()
-    bf16, k = use_bf16(config)[0], config.distill.top_k
+    bf16 = use_bf16(config)[0]
     found: dict[str, Teacher] = {}
     ordered = sorted(rows, key=lambda row: (len(row.ids), row.id))
-    with bar("storing logits", len(ordered), quiet) as advance:
+    with bar("taking logits", len(ordered), quiet) as advance:
         for start in range(0, len(ordered), config.eval.batch_size):
             part = ordered[start : start + config.eval.batch_size]
-            batch = make_batch(part, {}, pad_id, model.device)
+            batch = make_batch(part, pad_id, model.device)
             with compute(bf16, model.device):
                 logits = logits_at(model, **batch.inputs, at=batch.at)
-            top = logits.topk(min(k, logits.shape[-1]))
+            top = logits.topk(min(top_k, logits.shape[-1]))
             counts = [len(row.answers) for row in part]
             ids, values = top.indices.to(torch.int32).cpu().split(counts), top.values.half().cpu().split(counts)
             for row, row_ids, row_logits in zip(part, ids, values, strict=True):

@@ -20,6 +20,7 @@ from treering.methods.distill import Distill
 from treering.methods.freeze import Freeze
 from treering.methods.full import Full
 from treering.methods.lora import LoRA
+from treering.methods.lwf import LwF
 from treering.methods.replay import Replay
 from treering.model import encode, load_base, load_tokenizer
 from treering.testing import tiny_model, toy_rows
@@ -169,6 +170,42 @@ def test_distillation_by_hand() -> None:
         given = (torch.tensor([0]), torch.tensor([[0, 1, 2]]), stored.half())
         found = distill(torch.zeros(1, 3), given, temperature=2.0, weight=weight)
         assert value(found) == pytest.approx(weight * float(expected), rel=1e-4)
+
+
+def lwf(logits: Tensor, answers: list[int], ids: list[list[int]], parent: list[list[float]], **values: Any) -> Tensor:
+    method = LwF(Config.build({"lwf": values}))
+    taught = (torch.arange(len(ids)), torch.tensor(ids), torch.tensor(parent).half())
+    model: Any = None
+    found = method.loss(model, Batch({}, torch.empty(0), torch.tensor(answers), parent=taught), logits)
+    assert found is not None
+    return found
+
+
+def test_lwf_by_hand() -> None:
+    """Four words, of which word 0 is the answer: `T^2 * KL(softmax(z / T) || softmax(0))` over the other three."""
+    parent = torch.softmax(torch.tensor([2.0, 0.0, -2.0]) / 2, -1)
+    expected = 4 * sum(p * (p.log() - torch.tensor(1 / 3).log()) for p in parent)
+    for weight in (1.0, 0.5):
+        found = lwf(torch.zeros(1, 4), [0], [[0, 1, 2, 3]], [[9.0, 2.0, 0.0, -2.0]], weight=weight, temperature=2.0)
+        assert value(found) == pytest.approx(weight * float(expected), rel=1e-4)
+
+
+def test_lwf_leaves_the_answer_free() -> None:
+    """Whatever the parent thought of it, and whatever the model learns of it."""
+    ids, parent = [[0, 1, 2], [3, 1, 0]], [[5.0, 1.0, 0.0], [2.0, 1.0, float("-inf")]]
+    logits = torch.tensor([[-3.0, 1.0, 0.0, 5.0], [-3.0, 1.0, 7.0, 2.0]], requires_grad=True)
+    loss = lwf(logits, [0, 3], ids, parent)
+    assert value(loss) == pytest.approx(0.0, abs=1e-5)
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad[0, 0] == 0 and logits.grad[1, 3] == 0
+    assert value(lwf(torch.zeros(1, 4), [0], [[0]], [[5.0]])) == 0.0  # The parent has nothing but the answer to say.
+
+
+def test_lwf_wants_a_parent() -> None:
+    model: Any = None
+    batch = Batch({}, torch.empty(0), torch.tensor([1]))
+    assert LwF(Config()).loss(model, batch, torch.zeros(1, 4)) is None
 
 
 def test_distillation_concerns_replayed_tokens_alone() -> None:

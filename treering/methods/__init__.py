@@ -27,6 +27,7 @@ FINETUNING_TYPES: dict[str, str] = {
 PROTECT: dict[str, str] = {
     "replay": "treering.methods.replay:Replay",
     "distill": "treering.methods.distill:Distill",
+    "lwf": "treering.methods.lwf:LwF",
 }
 """What protects old knowledge."""
 
