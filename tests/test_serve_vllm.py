@@ -207,14 +207,16 @@ def test_a_dead_server_is_told_and_one_that_comes_back_gets_its_adapters(
         with pytest.raises(openai.APIStatusError) as found:
             served.ask()
         assert found.value.status_code == 503
+        served.ws.promote("v1", force=True)  # It waits for the server, and is not refused.
         second = Fake(base_of(trained), port=first.port)
         served.eventually(lambda: ready(served), 20)
-        assert said(served) == "v2 heard hello you"
+        served.eventually(lambda: said(served) == "v1 heard hello you", 10)
         second.kill()  # So fast that nobody notices but by what is missing.
         third = Fake(base_of(trained), port=first.port)
         served.eventually(lambda: ready(served), 20)
-        assert said(served) == "v2 heard hello you" and said(served, "base") == "base heard hello you"
+        assert said(served) == "v1 heard hello you" and said(served, "base") == "base heard hello you"
         assert served.stop() == 0
+        assert "/health" not in served.log.read_text()
         assert third.seen()["adapters"] == {}  # Left as it was found.
         third.kill()
     finally:

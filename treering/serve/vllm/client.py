@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,6 +17,8 @@ ANSWER_SECONDS = 10.0
 LOAD_SECONDS = 300.0
 PASSED_ON = (400, 413, 429, 503)
 """Statuses of vLLM that mean the same to whoever asked treering; any other is an error of the server."""
+
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # Else there is a line for every look whether vLLM is there.
 
 
 class DownError(EngineError):
@@ -50,8 +53,11 @@ class Client:
         await self._http.aclose()
 
     async def health(self) -> None:
-        """Return if its engine runs."""
-        await self._call("GET", "/health")
+        """Return if its engine runs; anything else is `DownError`."""
+        try:
+            await self._call("GET", "/health")
+        except EngineError as error:
+            raise DownError(str(error)) from None
 
     async def models(self) -> list[dict[str, Any]]:
         """What it serves: the base model, and adapters, which have a `parent`."""

@@ -32,11 +32,11 @@ class VllmEngine:
         self._root = root
         self._config = config
         self._up = asyncio.Event()
-        self._client = Client(config.serve.vllm_url or "", None)
         self._child: Child | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._context = 0
-        self._base: Base
+        self._base: Base  # This and what follows is there once `start` has run.
+        self._client: Client
         self._adapters: Adapters
 
     @property
@@ -53,7 +53,7 @@ class VllmEngine:
             self._child = Child(command(self._config, self._base, ranks), self._root / "vllm.log")
             self._client = Client("", self._child.key)
         else:
-            self._client = Client(serve.vllm_url.rstrip("/"), self._key())
+            self._client = Client(serve.vllm_url, self._key())
         self._adapters = Adapters(self._client, self._root, self._base, serve.max_loaded_versions)
         if self._child is None:
             await self._meet()

@@ -23,7 +23,7 @@ def run(command: list[str]) -> int:
     threading.Thread(target=_end_with_input, args=(process.pid,), daemon=True).start()
     code = process.wait()
     _signal(process.pid, signal.SIGKILL)  # One that was killed leaves its workers behind.
-    return code
+    return code if code >= 0 else 128 - code  # As shells tell of a signal.
 
 
 def _end_with_input(group: int) -> None:
@@ -40,4 +40,4 @@ def _signal(group: int, number: signal.Signals) -> None:
 
 
 if __name__ == "__main__":
-    os._exit(run(sys.argv[1:]) & 0xFF)
+    os._exit(run(sys.argv[1:]))
