@@ -134,6 +134,23 @@ def test_no_more_versions_stay_loaded_than_the_settings_say(attached: Served, fa
         assert sorted(Path(path).name.partition("-")[0] for path in fake.seen()["adapters"].values()) == ["base", name]
 
 
+def test_a_load_that_nobody_waits_for_any_more_is_no_obstacle(attached: Served, fake: Fake) -> None:
+    said(attached, "v2")
+    impatient = attached.client.with_options(timeout=0.05)
+    for _ in range(3):
+        with pytest.raises(openai.APITimeoutError):
+            impatient.chat.completions.create(model="v1", messages=LONG, max_tokens=1900)
+    assert said(attached, "v1") == "v1 heard hello you"
+
+
+def test_a_name_that_is_known_from_another_folder_is_moved(attached: Served, fake: Fake) -> None:
+    said(attached, "v2")
+    digest = json.loads((attached.ws.versions / "v1" / "manifest.json").read_text())["digest"]
+    elsewhere = {"lora_name": f"v1-{digest[:16]}", "lora_path": str(attached.ws.versions / "v2"), "load_inplace": True}
+    httpx2.post(f"{fake.url}/v1/load_lora_adapter", json=elsewhere, headers={"authorization": "Bearer sesame"})
+    assert said(attached, "v1") == "v1 heard hello you"
+
+
 def test_the_base_model_is_never_asked_beside_adapters(attached: Served, fake: Fake) -> None:
     said(attached)
     plain = [request for request in fake.seen()["requests"] if request["model"] == str(base_of(attached.ws))]

@@ -46,7 +46,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         ws.update()
         ws.promote(registry.versions(ws)[-1].name, force=True)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    running = Served(ws, folder / "serve.log")
+    running = Served(ws, folder / "serve.log", seconds=400)
     yield running
     assert running.stop() == 0
 

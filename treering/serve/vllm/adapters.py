@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,22 +40,22 @@ class Adapters:
         self._base = base
         self._count = count
         self._plain = ""
-        self._there: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._users: Counter[str] = Counter()
         self._left = asyncio.Event()
         self._lock = asyncio.Lock()
 
-    def met(self, plain: str, there: Mapping[str, str]) -> None:
-        """The server calls the base model `plain`, and has the adapters `there`, each with its folder."""
-        self._plain, self._there = plain, dict(there)
+    def met(self, plain: str, there: Collection[str]) -> None:
+        """The server calls the base model `plain`, and has the adapters `there`."""
+        self._plain = plain
         self._names = {version: name for version, name in self._names.items() if name in there}
 
     @asynccontextmanager
     async def using(self, version: str) -> AsyncIterator[str]:
         """The server's name for `version`, which stays loaded meanwhile. Raises `EngineError` if it cannot be."""
-        if version != BASE and version not in self._names:
-            await self._load(version)
+        while version != BASE and version not in self._names:
+            # Whoever gives up waiting does not leave the server with what nobody here knows of.
+            await asyncio.shield(asyncio.ensure_future(self._load(version)))
         name = self._names.get(version, self._plain)
         if version in self._names:  # Most recently used last.
             self._names[version] = self._names.pop(version)
@@ -79,7 +79,11 @@ class Adapters:
             found = await asyncio.to_thread(self._checked, version)
             try:
                 if BASE not in self._names:
-                    await self._stand_in(found.folder)
+                    name, folder = await asyncio.to_thread(stand_in, found.folder, self._root / FOLDER)
+                    self._names[BASE] = await self._put(name, folder)
+                while self._users[self._plain]:  # Asked before there was a stand-in.
+                    self._left.clear()
+                    await self._left.wait()
                 await self._make_room()
                 name = f"{version}-{found.manifest['digest'][:16]}"
                 self._names[version] = await self._put(name, found.folder)
@@ -98,18 +102,10 @@ class Adapters:
 
         `load_inplace` only moves a name to another folder, because vLLM reads such an adapter again at every token.
         """
-        if self._there.get(name) != str(folder):
-            await self._client.load(name, str(folder), inplace=name in self._there)
-            self._there[name] = str(folder)
+        there = {model["id"]: model["root"] for model in await self._client.models()}
+        if there.get(name) != str(folder):
+            await self._client.load(name, str(folder), inplace=name in there)
         return name
-
-    async def _stand_in(self, adapter: Path) -> None:
-        """From now on the base model answers through the stand-in, made in the shape of `adapter`."""
-        name, folder = await asyncio.to_thread(stand_in, adapter, self._root / FOLDER)
-        self._names[BASE] = await self._put(name, folder)
-        while self._users[self._plain]:
-            self._left.clear()
-            await self._left.wait()
 
     async def _make_room(self) -> None:
         """Unload what was not used for longest, unless an answer under way needs it."""
@@ -119,9 +115,7 @@ class Adapters:
                 await self._drop(version)
 
     async def _drop(self, version: str) -> None:
-        name = self._names.pop(version)
-        self._there.pop(name, None)
-        await self._client.unload(name)
+        await self._client.unload(self._names.pop(version))
 
     def _checked(self, name: str) -> Version:
         try:

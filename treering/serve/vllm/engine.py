@@ -150,7 +150,7 @@ class VllmEngine:
                 code="engine_down",
             )
         self._context = plain["max_model_len"]
-        self._adapters.met(plain["id"], {model["id"]: model["root"] for model in models if model.get("parent")})
+        self._adapters.met(plain["id"], [model["id"] for model in models])
         if self._child is not None:
             self._child.is_ready()
         if not self.alive:
