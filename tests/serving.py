@@ -54,6 +54,7 @@ class Served:
             if found:
                 return found[1]
             time.sleep(0.05)
+        self.process.kill()
         raise AssertionError(self.log.read_text())
 
     def get(self, path: str) -> Any:
