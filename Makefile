@@ -1,8 +1,8 @@
-# make setup | demo | test | soak | format | build
+# make setup | demo | test | soak | vllm | format | build
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: setup demo test soak format build clean
+.PHONY: setup demo test soak vllm format build clean
 
 setup: .venv/ready
 
@@ -23,6 +23,9 @@ test: setup
 soak: setup
 	scripts/soak
 
+vllm: setup
+	PYTHON=$(PYTHON) scripts/vllm
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -31,4 +34,4 @@ build: setup
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv .demo build dist *.egg-info
+	rm -rf .venv .vllm-venv .demo build dist *.egg-info

@@ -24,7 +24,7 @@ LONG: list[Any] = [{"role": "user", "content": "tell me more"}]
 class Served:
     """A running `treering serve` (or `run`)."""
 
-    def __init__(self, ws: Workspace, log: Path, command: str = "serve") -> None:
+    def __init__(self, ws: Workspace, log: Path, command: str = "serve", seconds: float = 120) -> None:
         self.ws = ws
         self.log = log
         with log.open("w") as out:
@@ -44,16 +44,17 @@ class Served:
                 cwd=Path(__file__).parents[1],
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
-        self.url = self._wait_for(r"listening on (http://\S+)/v1")
+        self.url = self._wait_for(r"listening on (http://\S+)/v1", seconds)
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=60)
 
-    def _wait_for(self, pattern: str, seconds: float = 120) -> str:
+    def _wait_for(self, pattern: str, seconds: float) -> str:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.process.poll() is None:
             found = re.search(pattern, self.log.read_text())
             if found:
                 return found[1]
             time.sleep(0.05)
+        self.process.kill()
         raise AssertionError(self.log.read_text())
 
     def get(self, path: str) -> Any:

@@ -107,6 +107,21 @@ class EvalConfig(Section):
 class ServeConfig(Section):
     """How `treering serve` answers."""
 
+    engine: Literal["builtin", "vllm"] = "builtin"
+    """What generates: treering itself, on any machine, or a vLLM server (`docs/serving.md` says how)."""
+
+    vllm_url: str | None = None
+    """Address of a vLLM server to attach to, such as `http://127.0.0.1:8001`; with none, one is started."""
+
+    vllm_key_file: str | None = None
+    """File that holds the API key of the server attached to; a relative path begins at the workspace."""
+
+    vllm_python: str | None = None
+    """Python that has vLLM installed, to start one; the one treering runs on by default."""
+
+    vllm_arguments: str | None = None
+    """What the vLLM server that is started gets on its command line besides, such as `--tensor-parallel-size 2`."""
+
     temperature: float = Field(0.0, ge=0)
     """Temperature of requests that name none; 0, the likeliest token, is how versions are judged."""
 
@@ -141,6 +156,27 @@ class ServeConfig(Section):
 
     telemetry: Literal["otlp"] | None = None
     """`otlp` sends a trace span a request where `OTEL_EXPORTER_OTLP_ENDPOINT` says (`pip install 'treering[otel]'`)."""
+
+    @field_validator("vllm_url")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError("write an address that begins with http:// or https://")
+        return value and value.rstrip("/").removesuffix("/v1")
+
+    @field_validator("vllm_arguments")
+    @classmethod
+    def _words(cls, value: str | None) -> str | None:
+        shlex.split(value or "")  # Raises for an open quotation mark.
+        return value
+
+    @model_validator(mode="after")
+    def _one_server(self) -> ServeConfig:
+        if self.vllm_url is not None and (self.vllm_python or self.vllm_arguments):
+            raise ValueError("vllm_python and vllm_arguments start a server, vllm_url names one that runs: drop either")
+        if self.vllm_key_file is not None and self.vllm_url is None:
+            raise ValueError("vllm_key_file is for the server at vllm_url: set that too, or drop it")
+        return self
 
 
 class AutomateConfig(Section):

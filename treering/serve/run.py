@@ -17,7 +17,6 @@ from treering.automate.beside import in_thread
 from treering.automate.loop import Automation
 from treering.errors import UsageError
 from treering.serve.app import create_app
-from treering.serve.builtin import BuiltinEngine
 from treering.serve.keys import read
 from treering.serve.loopback import is_loopback
 from treering.serve.respond import DRAIN_SECONDS
@@ -50,7 +49,7 @@ def serve(
             f"--host {host} can be reached from elsewhere, and no key was made; run `treering keys create` first"
         )
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    engine = BuiltinEngine(ws.root)
+    engine = _engine(ws)
     with _listen(host, port) as listener:
         app = create_app(ws, engine, public=public)
         with in_thread(Automation(ws)) if updates else nullcontext(lambda: None) as check:
@@ -60,6 +59,17 @@ def serve(
                 ready(url)
 
             asyncio.run(_run(app, engine, listener, answers))
+
+
+def _engine(ws: Workspace) -> Engine:
+    config = ws.config()
+    if config.serve.engine == "vllm":
+        from treering.serve.vllm.engine import VllmEngine
+
+        return VllmEngine(ws.root, config)
+    from treering.serve.builtin import BuiltinEngine
+
+    return BuiltinEngine(ws.root)
 
 
 async def _run(app: FastAPI, engine: Engine, listener: socket.socket, ready: Callable[[str], None]) -> None:
