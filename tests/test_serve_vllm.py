@@ -114,6 +114,14 @@ def said(served: Served, model: str = "current", **settings: Any) -> str:
     return text
 
 
+def problem(served: Served) -> str:
+    """Why nothing answers to `current`."""
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        served.get("/readyz")
+    assert refused.value.code == 503
+    return str(json.loads(refused.value.read())["problem"])
+
+
 def test_each_version_answers_through_its_own_adapter(attached: Served, fake: Fake) -> None:
     for name, version in (("current", "v2"), ("v1", "v1"), ("base", "base"), ("v2", "v2")):
         answer = attached.ask(name, messages=HELLO)
@@ -129,9 +137,13 @@ def test_each_version_answers_through_its_own_adapter(attached: Served, fake: Fa
 
 
 def test_no_more_versions_stay_loaded_than_the_settings_say(attached: Served, fake: Fake) -> None:
-    for name in ("v1", "v2", "v1"):
+    """The one that is current stays, beside one other where there is one place."""
+    attached.ws.ingest(toy_rows("c", 20), task="c")
+    attached.ws.update(promote=False)
+    for name in ("v1", "v3", "v2", "v1"):
         assert said(attached, name) == f"{name} heard hello you"
-        assert sorted(Path(path).name.partition("-")[0] for path in fake.seen()["adapters"].values()) == ["base", name]
+        loaded = {Path(path).name.partition("-")[0] for path in fake.seen()["adapters"].values()}
+        assert loaded == {"base", "v2", "v3" if name == "v2" else name}
 
 
 def test_a_load_that_nobody_waits_for_any_more_is_no_obstacle(attached: Served, fake: Fake) -> None:
@@ -144,7 +156,7 @@ def test_a_load_that_nobody_waits_for_any_more_is_no_obstacle(attached: Served, 
 
 
 def test_a_name_that_is_known_from_another_folder_is_moved(attached: Served, fake: Fake) -> None:
-    said(attached, "v2")
+    said(attached, "v3")  # v1 makes way.
     digest = json.loads((attached.ws.versions / "v1" / "manifest.json").read_text())["digest"]
     elsewhere = {"lora_name": f"v1-{digest[:16]}", "lora_path": str(attached.ws.versions / "v2"), "load_inplace": True}
     httpx2.post(f"{fake.url}/v1/load_lora_adapter", json=elsewhere, headers={"authorization": "Bearer sesame"})
@@ -280,8 +292,10 @@ def test_a_server_that_loads_nothing_is_told(
 ) -> None:
     fake = Fake(base_of(trained), updates=False)
     served = Served(copied(vllm_url=fake.url), tmp_path / "serve.log")
-    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in json.loads(served.get("/readyz"))["problem"]
-    assert said(served) == "base heard hello you"
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in problem(served)
+    with pytest.raises(openai.APIStatusError, match="nothing answers to `current`"):
+        said(served)
+    assert said(served, "base") == "base heard hello you"
     assert served.stop() == 0
     fake.kill()
 
@@ -304,8 +318,8 @@ def test_a_version_of_all_weights_does_not_serve(
     assert version is not None
     ws.promote(version.name, force=True)
     served = Served(ws, tmp_path / "serve.log")
-    assert "holds all weights" in json.loads(served.get("/readyz"))["problem"]
-    assert served.ask(messages=HELLO).system_fingerprint == "base"
+    assert "holds all weights" in problem(served)
+    assert served.ask("base", messages=HELLO).system_fingerprint == "base"
     with pytest.raises(openai.APIStatusError, match="engine: builtin"):
         served.ask("v1")
     assert served.stop() == 0
@@ -388,7 +402,7 @@ def test_the_command_follows_the_settings() -> None:
     config = Config.build({"serve": {"max_loaded_versions": 3, "vllm_arguments": "--max-model-len '99'"}})
     line = " ".join(command(config, BASE, [12]))
     assert "--model /m" in line and "--dtype float32" in line and line.endswith("--max-model-len 99")
-    assert "--max-loras 4" in line and "--max-lora-rank 16" in line and "--trust-remote-code" not in line
+    assert "--max-loras 5" in line and "--max-lora-rank 16" in line and "--trust-remote-code" not in line
 
 
 def test_a_job_becomes_a_request() -> None:

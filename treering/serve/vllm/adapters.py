@@ -32,7 +32,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class Adapters:
-    """Loads versions into the server when they are used, up to `count` of them."""
+    """Loads versions into the server when they are used, about `count` of them."""
 
     def __init__(self, client: Client, root: Path, base: Base, count: int) -> None:
         self._client = client
@@ -40,7 +40,7 @@ class Adapters:
         self._base = base
         self._count = count
         self.kept = BASE
-        """Never unloaded."""
+        """Never unloaded; whatever else is loaded has the other places, or one where there is none."""
         self._plain = ""
         self._names: dict[str, str] = {}
         self._users: Counter[str] = Counter()
@@ -111,8 +111,9 @@ class Adapters:
 
     async def _make_room(self) -> None:
         """Unload what was not used for longest, unless an answer under way needs it."""
-        idle = [v for v, name in self._names.items() if v not in (BASE, self.kept) and not self._users[name]]
-        for version in idle[: max(0, len(self._names) - self._count)]:
+        others = [version for version in self._names if version not in (BASE, self.kept)]
+        idle = [version for version in others if not self._users[self._names[version]]]
+        for version in idle[: max(0, len(others) + 1 - max(1, self._count - 1))]:
             with suppress(MissingError):
                 await self._drop(version)
 

@@ -34,7 +34,7 @@ def command(config: Config, base: Base, ranks: Iterable[int]) -> list[str]:
         "model": base.folder,
         "host": "127.0.0.1",
         "dtype": "bfloat16" if base.bf16 else "float32",
-        "max-loras": serve.max_loaded_versions + 1,  # The base model's stand-in is one more.
+        "max-loras": serve.max_loaded_versions + 2,  # The base model's stand-in, and one while `current` moves.
         "max-lora-rank": next((size for size in RANKS if size >= highest), RANKS[-1]),
         "max-num-seqs": serve.max_batch_size,
         "scheduling-policy": "priority",
