@@ -804,6 +804,20 @@ def test_an_orphan_asks_itself_to_stop(workspace: MakeWorkspace, monkeypatch: py
     assert process.wait(DEADLINE) == -signal.SIGTERM
 
 
+def test_an_orphan_that_ends_by_itself_has_nobody_to_tell(workspace: MakeWorkspace) -> None:
+    ws = workspace()
+    process = subprocess.Popen(
+        children.COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    process.stdin.write(json.dumps({"step": "ingest", "workspace": str(ws.root), "files": []}).encode() + b"\n")
+    process.stdin.flush()
+    assert (process.wait(DEADLINE), process.stderr.read()) == (0, b"")
+    process.stdin.close()
+    process.stderr.close()
+
+
 @pytest.mark.parametrize(
     ("program", "kind", "told"),
     [
