@@ -647,7 +647,9 @@ def test_a_newer_state_and_a_damaged_log_are_clear_errors(workspace: MakeWorkspa
         events.history(ws)
 
 
-def test_a_full_disk_does_not_end_the_loop(rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_does_not_end_the_loop(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     auto = rig()
     auto.ws.ingest(toy_rows("pens", 20), task="pens")
 
@@ -658,6 +660,7 @@ def test_a_full_disk_does_not_end_the_loop(rig: Callable[..., Rig], monkeypatch:
         patch.setattr("treering.automate.state.write_file", full)
         patch.setattr("treering.automate.events.append_line", full)
         assert auto.look() == loop.LOOK_AGAIN
+    assert f"cannot write to {auto.ws.root}: no space is left. Free some space" in capsys.readouterr().err
     auto.clock.on(minutes=1)
     auto.until_idle()
     assert current(auto.ws) == "v1"
