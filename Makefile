@@ -21,7 +21,7 @@ test: setup
 	$(BIN)/pytest
 
 soak: setup
-	scripts/soak
+	$(BIN)/python scripts/soak.py
 
 vllm: setup
 	PYTHON=$(PYTHON) scripts/vllm

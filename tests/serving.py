@@ -24,7 +24,7 @@ LONG: list[Any] = [{"role": "user", "content": "tell me more"}]
 class Served:
     """A running `treering serve` (or `run`)."""
 
-    def __init__(self, ws: Workspace, log: Path, command: str = "serve", seconds: float = 120) -> None:
+    def __init__(self, ws: Workspace, log: Path, command: str = "serve", port: int = 0, seconds: float = 120) -> None:
         self.ws = ws
         self.log = log
         with log.open("w") as out:
@@ -37,7 +37,7 @@ class Served:
                     "-w",
                     str(ws.root),
                     "--port",
-                    "0",
+                    str(port),
                 ],
                 stdout=out,
                 stderr=out,

@@ -647,7 +647,9 @@ def test_a_newer_state_and_a_damaged_log_are_clear_errors(workspace: MakeWorkspa
         events.history(ws)
 
 
-def test_a_full_disk_does_not_end_the_loop(rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_does_not_end_the_loop(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     auto = rig()
     auto.ws.ingest(toy_rows("pens", 20), task="pens")
 
@@ -658,6 +660,7 @@ def test_a_full_disk_does_not_end_the_loop(rig: Callable[..., Rig], monkeypatch:
         patch.setattr("treering.automate.state.write_file", full)
         patch.setattr("treering.automate.events.append_line", full)
         assert auto.look() == loop.LOOK_AGAIN
+    assert f"cannot write to {auto.ws.root}: no space is left. Free some space" in capsys.readouterr().err
     auto.clock.on(minutes=1)
     auto.until_idle()
     assert current(auto.ws) == "v1"
@@ -802,6 +805,20 @@ def test_an_orphan_asks_itself_to_stop(workspace: MakeWorkspace, monkeypatch: py
     )
     process.stdin.close()
     assert process.wait(DEADLINE) == -signal.SIGTERM
+
+
+def test_an_orphan_that_ends_by_itself_has_nobody_to_tell(workspace: MakeWorkspace) -> None:
+    ws = workspace()
+    process = subprocess.Popen(
+        children.COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    process.stdin.write(json.dumps({"step": "ingest", "workspace": str(ws.root), "files": []}).encode() + b"\n")
+    process.stdin.flush()
+    assert (process.wait(DEADLINE), process.stderr.read()) == (0, b"")
+    process.stdin.close()
+    process.stderr.close()
 
 
 @pytest.mark.parametrize(

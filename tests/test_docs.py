@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 
@@ -19,13 +20,17 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
-@pytest.fixture
-def make_docs() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def make_docs() -> ModuleType:
+    return script("make_docs")
 
 
 def test_the_settings_page_is_up_to_date(make_docs: ModuleType) -> None:
@@ -50,6 +55,22 @@ def test_every_setting_has_a_row_with_its_meaning(make_docs: ModuleType) -> None
     inner = {f"{group}.{key}" for group in groups for key in type(getattr(Config(), group)).model_fields}
     assert set(rows) == set(Config.model_fields) - groups | inner
     assert all(meaning.endswith(".") for meaning in rows.values())
+
+
+def test_the_page_of_the_long_tests_lists_each_with_its_figures() -> None:
+    results = ElementTree.fromstring("""<testsuites><testsuite>
+        <testcase classname="tests.soak.test_month" name="test_a_month" time="840">
+            <properties><property name="requests" value="3000"/></properties></testcase>
+        <testcase classname="tests.test_crash" name="test_killed[first]" time="60"><failure>...</failure></testcase>
+        </testsuite></testsuites>""")
+    assert script("soak").page(results, "2026-11-22", "abc1234").splitlines()[2:] == [
+        "`make soak`, 2026-11-22, commit abc1234.",
+        "",
+        "| test | outcome | minutes | figures |",
+        "| --- | --- | --- | --- |",
+        "| `tests/soak/test_month.py::test_a_month` | passed | 14.0 | requests: 3000 |",
+        "| `tests/test_crash.py::test_killed[first]` | failed | 1.0 |  |",
+    ]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -200,6 +200,39 @@ def test_a_new_slice_of_an_old_task_is_new_data() -> None:
     assert verdict.promote
 
 
+def later(old: Sequence[float], before: Sequence[float], after: Sequence[float], loss_change: float) -> Verdict:
+    """Judged on new rows of a task whose old rows keep the scores `old`."""
+    known = results("pens", old)
+    was, now = (results("pens", found, slice_="new") for found in (before, after))
+    now = [Result(r.id, r.task, r.metric, r.score, r.loss + loss_change, "") for r in now]
+    return judge([*known, *was], [*known, *now], ["pens"], ids(was), GateConfig(), 0)
+
+
+def test_new_rows_that_contradict_their_task_hold() -> None:
+    """Shuffled labels: however long they are trained, they do not come right, though the loss on them falls."""
+    for was, now in (([1, 0, 0] * 6, [0, 0, 1] * 6), ([1, 0, 0] * 6, [1, 0, 0] * 6)):
+        verdict = later(scores(20, 1), was, now, loss_change=-2.0)
+        assert not verdict.promote
+        assert verdict.summary.startswith("held: new data of pens: 61.9 points below the old rows of the task")
+        assert "its labels may contradict the task" in verdict.summary
+        assert [j.name for j in verdict.judgements if not j.passed] == ["new data of pens"]
+
+
+def test_new_rows_that_are_hard_but_get_better_are_let_through() -> None:
+    assert later(scores(20, 0), scores(0, 18), scores(9, 9), loss_change=-0.5).promote
+    # Hard are the old rows of the task, too.
+    assert later(scores(10, 10), scores(8, 10), scores(8, 10), loss_change=-0.5).promote
+    # One wrong row shows nothing.
+    assert later(scores(12, 0), [0], [0], loss_change=-0.5).promote
+
+
+def test_new_rows_that_are_known_already_need_no_gain() -> None:
+    verdict = later(scores(38, 2), scores(9, 1), scores(9, 1), loss_change=0.001)
+    assert verdict.promote
+    assert "on new data the score went 90.0 to 90.0" in verdict.summary
+    assert not later(scores(38, 2), scores(10, 0), scores(7, 3), loss_change=0.001).promote
+
+
 def test_partial_scores_are_judged_too() -> None:
     rng = np.random.default_rng(1)
     f1 = rng.uniform(0.4, 0.9, ENOUGH)

@@ -4,6 +4,9 @@ An old task is judged by a paired bootstrap over its held-out rows: the mean dif
 current, and its one-sided bounds. Where the rows are enough to see the margin, the candidate must be shown to be no
 worse (lower bound above minus the margin). Where they are too few, the verdict says so and how many are missing; then
 the old tasks are pooled, and each task alone holds the candidate only if it is shown to be worse, or collapses.
+
+New rows of an old task are also compared with its old rows: labels that contradict the task (shuffled ones, say) cost
+the old rows little where they are replayed, and any training lowers the loss on them, but no training makes them right.
 """
 
 from __future__ import annotations
@@ -66,7 +69,15 @@ def judge(
     judgements = [_old_task(task, found, config, seed) for task, found in old_pairs.items() if found]
     if any(j.rows < j.rows_needed for j in judgements):
         judgements.append(_pool([p for found in old_pairs.values() for p in found], config, seed))
-    judgements.append(_gain([p for p in pairs if p[1].id in fresh], config, seed))
+    new_pairs = [p for p in pairs if p[1].id in fresh]
+    fits = []
+    for task, found in old_pairs.items():
+        new = [p for p in new_pairs if p[1].task == task]
+        if found and new:
+            fits.append(_fit(task, new, found, config, seed))
+    judgements += [fit.judgement for fit in fits]
+    known = all(fit.as_right for fit in fits) and {p[1].task for p in new_pairs} <= {fit.task for fit in fits}
+    judgements.append(_gain(new_pairs, known, config, seed))
     return Verdict(all(j.passed for j in judgements), _summary(judgements), tuple(judgements))
 
 
@@ -80,7 +91,7 @@ def _summary(judgements: Sequence[Judgement]) -> str:
     if gain.before is not None and gain.after is not None:
         learned = "the new data was learned"
         if gain.after <= gain.before:
-            learned = f"on new data the score went {100 * gain.before:.1f} to {100 * gain.after:.1f}, and the loss fell"
+            learned = f"on new data the score went {100 * gain.before:.1f} to {100 * gain.after:.1f}"
     few = [j for j in judgements if j.rows < j.rows_needed]
     if not few:
         return f"promoted: {learned}" + (", and no old task is worse" if len(judgements) > 1 else "")
@@ -125,7 +136,40 @@ def _pool(pairs: Sequence[tuple[Result, Result]], config: GateConfig, seed: int)
     return _judgement("old tasks together", found, passed, reason)
 
 
-def _gain(pairs: Sequence[tuple[Result, Result]], config: GateConfig, seed: int) -> Judgement:
+@dataclass(frozen=True)
+class _Fit:
+    """How the new rows of an old task go with its old ones; `as_right`: they are not shown to be less often right."""
+
+    task: str
+    judgement: Judgement
+    as_right: bool
+
+
+def _fit(
+    task: str,
+    new: Sequence[tuple[Result, Result]],
+    old: Sequence[tuple[Result, Result]],
+    config: GateConfig,
+    seed: int,
+) -> _Fit:
+    name = f"new data of {task}"
+    found = paired(name, new, config, seed)
+    right, known = (np.asarray([after.score for _, after in pairs]) for pairs in (new, old))
+    missing = float(known.mean() - right.mean())
+    # Rows with equal scores are interchangeable, so a permutation is a draw of counts without replacement.
+    values, counts = np.unique(np.concatenate([right, known]), return_counts=True)
+    rng = np.random.default_rng([seed, *name.encode()])
+    drawn = rng.multivariate_hypergeometric(counts, len(right), config.resamples, method="marginals") @ values
+    as_right = bool(np.mean(drawn <= right.sum() + 1e-9) >= 1 - config.confidence)
+    passed = as_right or missing <= config.floor or found["lower"] > 0
+    reason = f"{_points(missing)} below the old rows of the task, changed by {_points(found['change'])}"
+    if not passed:
+        reason += f" (bounds {_range(found)}): it was trained on and is still wrong; its labels may contradict the task"
+    return _Fit(task, _judgement(name, {**found, "rows_needed": 0}, passed, reason), as_right)
+
+
+def _gain(pairs: Sequence[tuple[Result, Result]], known: bool, config: GateConfig, seed: int) -> Judgement:
+    """`known`: the new rows are as right as the old ones of their tasks, so there may be nothing left to gain."""
     if not pairs:
         nothing = {"before": None, "after": None, "lower": 0.0, "upper": 0.0, "rows": 0, "rows_needed": 0}
         return _judgement("new data", nothing, True, "no held-out rows of the new data, so its gain is not measured")
@@ -136,7 +180,7 @@ def _gain(pairs: Sequence[tuple[Result, Result]], config: GateConfig, seed: int)
     gained = found["after"] == 1 or (found["change"] > 0 and found["change"] >= wanted)
     # A score that did not move says little (few rows, or right already); then the loss tells if anything was learned.
     kept = found["upper"] >= wanted and found["change"] >= -config.margin
-    passed = gained or (kept and loss < 0)
+    passed = gained or (kept and (loss < 0 or known))
     reason = f"changed by {_points(found['change'])} (bounds {_range(found)}), held-out loss by {loss:+.3f}"
     if not passed:
         reason += f"; a gain of at least {_points(wanted)} or a lower loss is needed"

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def main() -> None:
     except Exception as error:
         traceback.print_exc()
         answer = {"error": f"{type(error).__name__}: {error}", "kind": "bug"}
-    with answers:
+    with suppress(BrokenPipeError), answers:  # Nobody is left to be told.
         answers.write(json.dumps(answer, ensure_ascii=False) + "\n")
 
 

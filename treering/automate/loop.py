@@ -17,7 +17,7 @@ from treering.automate.events import Events
 from treering.automate.hooks import secret
 from treering.automate.inbox import Asked, Inbox, wakeups
 from treering.automate.state import State, Step
-from treering.errors import TreeringError
+from treering.errors import TreeringError, full_disk_is_clear
 from treering.progress import say
 
 if TYPE_CHECKING:
@@ -110,12 +110,13 @@ class Automation:
 
     def _guarded_look(self) -> tuple[float, bool]:
         try:
-            return self.look()
+            with full_disk_is_clear(self.ws.root):
+                return self.look()
         except (TreeringError, OSError, SQLAlchemyError) as error:
             try:
                 self._failed("look", str(error), self._config())
-            except OSError as worse:  # A full disk: nothing can be noted either.
-                say(str(worse))
+            except OSError:  # A full disk: nothing can be noted either.
+                say(str(error))
             return LOOK_AGAIN, False
 
     def look(self) -> tuple[float, bool]:
