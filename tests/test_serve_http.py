@@ -441,6 +441,23 @@ def test_who_reads_nothing_makes_room() -> None:
     assert asyncio.run(unread()) == (["room"], 499)
 
 
+@pytest.mark.parametrize(("events", "status"), [(1, 499), (3, 200)], ids=["midway", "at the end"])
+def test_who_leaves_a_stream_is_told_by_the_log(events: int, status: int) -> None:
+    async def pieces() -> Any:
+        yield 0, Piece(text="x")
+        yield 0, END
+
+    async def read() -> int:
+        seen = Seen("req-1", "POST", "/", status=200)
+        source = cast(Any, _stream(seen, shape(tools=False), pieces(), [[]], False, seconds=60))
+        for _ in range(events):
+            await anext(source)
+        await source.aclose()
+        return seen.status
+
+    assert asyncio.run(read()) == status
+
+
 def test_a_stuck_engine_is_let_go() -> None:
     ended: list[int] = []
 

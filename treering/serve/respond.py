@@ -126,6 +126,10 @@ async def _stream(
     except (EngineError, TimeoutError) as failure:
         seen.status = 504 if isinstance(failure, TimeoutError) else failure.status
         yield _event(_failure(failure, seconds))
+    except (asyncio.CancelledError, GeneratorExit):
+        if not whole:
+            seen.status = CLIENT_LEFT
+        raise
     finally:
         _note(seen, shape, answers, whole)
 
