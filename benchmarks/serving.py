@@ -212,6 +212,8 @@ def main() -> None:
     try:
         for server in start_all(folder, base):
             servers[server.name] = server
+            # The first answers are slow.
+            load(server, ANSWERS[server.name] or str(base), 2, 8, base / "tokenizer.json")
         for number in range(options.rounds):
             for clients in options.clients:
                 for name, models in ANSWERS.items():
