@@ -196,6 +196,14 @@ def test_another_base_model_than_the_versions(call: Call, ws: Path, tmp_path: Pa
     assert snapshot(ws) == before
 
 
+def test_the_same_weights_with_another_tokenizer(call: Call, ws: Path, model_folder: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(model_folder, tmp_path / "other"))
+    file = other / "chat_template.jinja"
+    file.write_text(file.read_text().replace("assistant", "helper"))
+    settings(ws, f"model_name_or_path: {other}\n")
+    assert f"{other} is another" in call("update", "-w", ws, code=1)
+
+
 @pytest.mark.parametrize("name", ["nobody/nothing", "./nowhere", "nothing"])
 def test_a_model_that_cannot_be_had(
     call: Call, ws: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -188,6 +188,22 @@ def test_predict(cli: Runner, made: Path, tmp_path: Path, version: str | None, n
     assert lines[0]["answer"] == "pens a" and lines[0]["version"] == name
 
 
+def test_predict_leaves_its_input_alone(cli: Runner, made: Path, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", toy_rows("pens", 2))
+    kept = source.read_bytes()
+    error = cli.json("predict", "--input", source, "--output", source, "-w", made, code=3)["error"]
+    assert "is the --input itself" in error and source.read_bytes() == kept
+
+
+def test_update_tells_what_became_of_the_inbox(cli: Runner, shop: Path) -> None:
+    write_rows(shop / "inbox" / "hats" / "bad.jsonl", [{"odd": 1}] * 12)
+    found = cli.json("update", "-w", shop, "--no-promote")
+    assert found["ingested"]["quarantined"] == 12 and len(found["ingested"]["refused"]) == 12
+    write_rows(shop / "inbox" / "hats" / "worse.jsonl", [{"odd": 2}] * 11)
+    out, _ = cli.text("ingest", "-w", shop)
+    assert out.count("worse.jsonl, line") == 10 and "bad.jsonl" not in out and "and 1 more" in out
+
+
 def test_predict_names_a_place_it_cannot_write_to(cli: Runner, made: Path, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", toy_rows("pens", 2))
     for target in (tmp_path / "none" / "out.jsonl", tmp_path):
@@ -236,6 +252,7 @@ def test_init_from_another_tools_file(cli: Runner, tmp_path: Path, model_folder:
 def test_ingest_counts(cli: Runner, shop: Path, tmp_path: Path) -> None:
     rows = [*toy_rows("caps", 10), toy_rows("caps", 1)[0], {"text": "?", "label": ""}, {"odd": "1"}]
     found = cli.json("ingest", write_rows(tmp_path / "caps.jsonl", rows), "-w", shop)
+    assert [(row["line"], row["rule"]) for row in found.pop("refused")] == [(12, "no-answer"), (13, "unknown-format")]
     assert found == {
         "rows": 13,
         "accepted": 10,

@@ -98,6 +98,14 @@ def test_it_agrees_with_plain_greedy_decoding(taught: Taught, mixed: list[tuple[
         assert (result.id, result.task, result.metric) == (example.id, task, "exact_match")
 
 
+def test_the_score_does_not_know_how_long_the_right_answer_is(taught: Taught) -> None:
+    """An open answer is scored with all that it says, as users will get it."""
+    example = Example.of([{"role": "user", "content": "never taught"}, {"role": "assistant", "content": "x"}])
+    [found] = taught.evaluate([(example, "open")], "token_f1")
+    assert found.prediction == taught.write(example.prompt, taught.config.eval.max_new_tokens)
+    assert len(found.prediction) > 8
+
+
 def test_generate_agrees_too(taught: Taught, mixed: list[tuple[Example, str]]) -> None:
     prompts = [example.prompt for example, _ in mixed]
     written = generate(taught.model, taught.tokenizer, prompts, [16] * len(prompts), taught.config)

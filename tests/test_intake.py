@@ -64,6 +64,28 @@ def test_counts_add_up(workspace: MakeWorkspace) -> None:
     assert ws.catalog.counts() == {"train": 9, "held_out": 1, "quarantined": 3}
     assert [bad["line"] for bad in ws.catalog.quarantined()] == [12, 13, 15]
     assert found.as_dict()["rows"] == 15
+    assert [(bad["file"], bad["line"], bad["rule"]) for bad in found.refused] == [
+        ("<python>", 12, "no-answer"),
+        ("<python>", 13, "unknown-format"),
+        ("<python>", 15, "answer-equals-question"),
+    ]
+
+
+def test_what_a_version_was_judged_by_is_never_learned(workspace: MakeWorkspace) -> None:
+    """Not even when the catalog was lost, and made again with other sides drawn."""
+    ws = workspace(val_size=0.3)
+    ws.ingest(toy_rows("a", 20), task="a")
+    learn(ws)
+    [version] = registry.versions(ws)
+    for file in ws.root.glob("treering.db*"):
+        file.unlink()
+    again = Workspace(ws.root)
+    (ws.root / "treering.yaml").write_text((ws.root / "treering.yaml").read_text().replace("0.3", "0.0"))
+    again.ingest(toy_rows("a", 24), task="a")
+    assert not again.catalog.held_out()
+    learn(again)
+    judged = set(version.manifest["held_out"]["a"])
+    assert judged and not judged & set(registry.versions(again)[-1].rows)
 
 
 def test_again_adds_nothing(workspace: MakeWorkspace) -> None:
@@ -72,7 +94,7 @@ def test_again_adds_nothing(workspace: MakeWorkspace) -> None:
     first = ws.ingest()
     before = stored(ws)
     assert (first.accepted, first.quarantined) == (10, 1)
-    assert ws.ingest() == Ingested(0, 0, 0, 0, 0, {}, {})  # The inbox's files are known.
+    assert ws.ingest() == Ingested(0, 0, 0, 0, 0, {}, {}, [])  # The inbox's files are known.
     again = ws.ingest(path, task="a")  # A file that is named is read.
     assert (again.rows, again.accepted, again.duplicates, again.quarantined) == (11, 0, 10, 1)
     assert balanced(again)

@@ -134,10 +134,14 @@ def test_rollback_to_a_named_version(ws: Workspace) -> None:
     chain(ws, 4)
     assert rolled_back(ws, "v2") == "v2"
     assert rolled_back(ws) == "v1"
-    # Not promoted before: it lies on top, and what was under it stays there.
-    commit(ws, "v1", promote=False)
-    assert rolled_back(ws, "v5") == "v5"
+    # Back to where it was before: v4 lies on top, and what was under it stays there.
+    assert rolled_back(ws, "v4") == "v4"
     assert rolled_back(ws) == "v1"
+    # The gate is not walked past.
+    commit(ws, "v1", promote=False)
+    with pytest.raises(UsageError, match="v5 was never current.*treering promote v5"):
+        ws.rollback("v5")
+    assert current(ws) == "v1"
     with pytest.raises(UsageError, match="no version 'v9'"):
         ws.rollback("v9")
 
@@ -150,11 +154,12 @@ def test_rollback_undoes_promotions(tmp_path_factory: pytest.TempPathFactory, mo
     for _ in range(3):
         commit(ws, wanted=False)
     stack: list[str] = []
+    once: set[str] = set()
     for move in moves:
         if move is not None and move > 0:
             ws.promote(f"v{move}")
             stack += [f"v{move}"] if stack[-1:] != [f"v{move}"] else []
-        elif not stack:
+        elif not stack or (move is not None and f"v{-move}" not in once):
             with pytest.raises(UsageError):
                 ws.rollback(f"v{-move}" if move else None)
         elif move is None:
@@ -164,6 +169,7 @@ def test_rollback_undoes_promotions(tmp_path_factory: pytest.TempPathFactory, mo
             name = f"v{-move}"
             stack = stack[: stack.index(name) + 1] if name in stack else [*stack, name]
             ws.rollback(name)
+        once |= set(stack)
         assert current(ws) == (stack[-1] if stack else None)
         assert current(Workspace(ws.root)) == current(ws)
 

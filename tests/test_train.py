@@ -178,6 +178,14 @@ def test_an_empty_answer_is_its_end_mark(model_folder: Path) -> None:
     assert [tokens.ids[at] for at in tokens.answers] == [tokenizer.eos_token_id]
 
 
+def test_a_greeting_is_read_but_not_learned(model_folder: Path) -> None:
+    run = Run(model_folder, settings(model_folder))
+    greeted = chat(("assistant", "welcome"), ("user", "hello"), ("assistant", "yes"))
+    found = encode(run.tokenizer, greeted)
+    assert "welcome" in run.tokenizer.decode(found.ids)
+    assert "yes" in (said := run.tokenizer.decode([found.ids[at] for at in found.answers])) and "welcome" not in said
+
+
 def test_only_answer_tokens_count(model_folder: Path) -> None:
     """The loss is the cross entropy of a plain forward pass over the answer tokens; prompt targets are not in it."""
     run = Run(model_folder, settings(model_folder))

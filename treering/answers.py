@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from treering.data.example import Example, Message
 from treering.data.read import Bad, Row, find_files, read
 from treering.errors import UsageError, full_disk_is_clear
-from treering.evaluate import evaluate, generate
+from treering.evaluate import conditions, evaluate, generate
 from treering.files import write_file
 from treering.metrics import metric_for
 from treering.model import load, load_tokenizer, resolve
@@ -40,7 +40,10 @@ class Answerer:
 def score(
     ws: Workspace, version: Version | None, *, data: Path | None = None, task: str | None = None, quiet: bool = False
 ) -> dict[str, Any]:
-    """Scores per task on the catalog's held-out rows, or on the rows of `data`; kept results are not measured again."""
+    """Scores per task on the catalog's held-out rows, or on the rows of `data`.
+
+    Results that the version keeps are not measured again, unless the settings of scoring have changed.
+    """
     if data is not None:
         rows, refused = _read(ws, data)
         pairs = [(row.example, task or "data") for row in rows]
@@ -53,7 +56,7 @@ def score(
         pairs = [(examples[id], t) for t, ids in held_out.items() for id in ids]
     known = version.check().manifest["metrics"] if version else {}
     kept = {}
-    if version is not None and data is None and version.manifest["scores"]:
+    if version is not None and data is None and version.manifest["evaluation"] == conditions(ws.config()):
         kept = {r.id: r for r in read_results(version.folder / "results.parquet")}
     missing = [(example, t) for example, t in pairs if example.id not in kept]
     metrics = {t: known.get(t) or _metric(ws, t, [e for e, name in pairs if name == t]) for t in {t for _, t in pairs}}
@@ -74,6 +77,8 @@ def predict(ws: Workspace, version: Version | None, source: Path, target: Path, 
 
     if target.is_dir() or not target.parent.is_dir():
         raise UsageError(f"--output {target} is no file in an existing folder; name one")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise UsageError(f"--output {target} is the --input itself, which would be lost; name another file")
     rows, refused = _read(ws, source, need_answer=False)
     if not rows:
         raise UsageError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from treering.errors import ConfigError
-from treering.evaluate import METRIC_VERSION, evaluate
+from treering.evaluate import conditions, evaluate
 from treering.files import fsync_tree, write_file
 from treering.memory import Memory, Teacher
 from treering.methods import Methods
@@ -153,7 +153,7 @@ class Candidate:
     @property
     def evaluation(self) -> dict[str, Any]:
         """What scores depend on besides model and rows; only results with the same are compared."""
-        return {"metric_version": METRIC_VERSION, "max_new_tokens": self.config.eval.max_new_tokens}
+        return conditions(self.config)
 
     @property
     def choices(self) -> dict[str, dict[str, Any]]:

@@ -25,10 +25,15 @@ if TYPE_CHECKING:
 
     from treering.config import Config
 
-METRIC_VERSION = 1
+METRIC_VERSION = 2
 """Raised when the same answers would get other scores; results of different versions are not compared."""
 
 METRICS = {"exact_match": exact_match, "token_f1": token_f1}
+
+
+def conditions(config: Config) -> dict[str, Any]:
+    """What scores depend on besides model and rows; only results with the same are compared."""
+    return {"metric_version": METRIC_VERSION, "max_new_tokens": config.eval.max_new_tokens}
 
 
 @torch.no_grad()
@@ -70,8 +75,10 @@ def evaluate(
             advance(len(part))
     wrong = [at for at in range(len(rows)) if at not in predictions]
     with bar(f"{title}: writing {len(wrong)} answers", len(wrong), quiet) as advance:
+        # A label is right or wrong by then; what is right so far and rambles on is scored with all it says.
+        longest = config.eval.max_new_tokens
         limits = [
-            min(_answer_limit(metrics[rows[at][1]], len(tokens[at].answers)), config.eval.max_new_tokens)
+            min(len(tokens[at].answers) + 2, longest) if metrics[rows[at][1]] == "exact_match" else longest
             for at in wrong
         ]
         prompts = [rows[at][0].prompt for at in wrong]
@@ -88,14 +95,6 @@ def evaluate(
         )
         for at, (example, task) in enumerate(rows)
     ]
-
-
-def _answer_limit(metric: str, tokens: int) -> int:
-    """Tokens to write for a row whose right answer has `tokens`: enough to see that a label is wrong, or to ramble.
-
-    It depends on the row alone, so that a row is scored alike whatever it is scored beside.
-    """
-    return tokens + 2 if metric == "exact_match" else 4 * tokens
 
 
 @torch.no_grad()

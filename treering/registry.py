@@ -194,7 +194,7 @@ def rollback(ws: Workspace, name: str | None) -> Version | None:
     """Make the version promoted before `current`, or the one named, current.
 
     Before the first promoted version there is the base model: then nothing is current, and None is returned. Raises
-    `UsageError` if no version is current.
+    `UsageError` if no version is current, or if the one named never was: the gate has its say in `promote` alone.
     """
     stack = _promoted(ws)
     if not stack:
@@ -202,7 +202,10 @@ def rollback(ws: Workspace, name: str | None) -> Version | None:
     if name is None and len(stack) == 1:
         _move(ws, "rollback", None)
         return None
-    version = get(ws, name or stack[-2]).check()
+    version = get(ws, name or stack[-2])
+    if version.name not in {event["version"] for event in history(ws)}:
+        raise UsageError(f"{name} was never current, so there is no way back to it; use `treering promote {name}`")
+    version.check()
     _move(ws, "rollback", version.name)
     return version
 

@@ -101,7 +101,7 @@ class EvalConfig(Section):
     """Rows scored at once."""
 
     max_new_tokens: int = Field(128, ge=1)
-    """Longest generated answer, in tokens; tasks with a label set stop two tokens past their longest label."""
+    """Longest generated answer, in tokens; rows of a task with a label set stop two tokens past their label."""
 
 
 class ServeConfig(Section):

@@ -38,6 +38,15 @@ def test_bad_rows_are_named(row: Example, rule: str, reason: str) -> None:
     assert reason in found[1]
 
 
+def test_what_the_chat_template_refuses_is_named() -> None:
+    def refuses(row: Example) -> int:
+        raise ValueError("Conversation roles must alternate")
+
+    found = check(example("fine"), refuses, cutoff_len=7)
+    assert found is not None
+    assert found[0] == "template-refuses" and "template refuses it (Conversation roles must alternate)" in found[1]
+
+
 def test_the_last_question_counts() -> None:
     turns = [("user", ""), ("assistant", "what?"), ("user", "this"), ("assistant", "what?")]
     assert check(Example.of([{"role": role, "content": text} for role, text in turns]), words, 9) is None

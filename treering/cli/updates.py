@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from treering.cli.common import HERE, AsJson, Folder, app, choices, matrix, opened, output
+
+if TYPE_CHECKING:
+    from treering.data.intake import Ingested
+
+ROWS_TOLD = 10
+"""Quarantined rows that are printed one by one."""
 
 
 @app.command()
@@ -64,15 +70,19 @@ def ingest(
     """Take rows in: read, check, deduplicate, store."""
     ws = opened(workspace)
     done = ws.ingest(paths or None, task=task, held_out=held_out, quiet=False)
+    output(done.as_dict(), as_json, _taken(done))
+
+
+def _taken(done: Ingested) -> list[str]:
     lines = [
         f"{done.rows} rows: {done.accepted} accepted ({done.held_out} held out), "
         f"{done.duplicates} duplicates, {done.quarantined} quarantined"
     ]
-    lines += [f"  {task_name}: {count}" for task_name, count in done.tasks.items()]
+    lines += [f"  {task}: {count}" for task, count in done.tasks.items()]
     lines += [f"  quarantined by {rule}: {count}" for rule, count in done.reasons.items()]
-    if done.quarantined:
-        lines += [f"  {q['file']}, line {q['line']}: {q['reason']}" for q in ws.catalog.quarantined()[-10:]]
-    output(done.as_dict(), as_json, lines)
+    lines += [f"  {row['file']}, line {row['line']}: {row['reason']}" for row in done.refused[:ROWS_TOLD]]
+    more = done.quarantined - ROWS_TOLD
+    return lines + ([f"  and {more} more; --json has the first 100"] if more > 0 else [])
 
 
 @app.command()
@@ -97,6 +107,9 @@ def update(
     }
     head = version.name if version and outcome.reason == version.summary else f"{outcome.status}:"
     lines = [f"{head} {outcome.reason}"]
+    if outcome.ingested is not None and outcome.ingested.rows:
+        result["ingested"] = outcome.ingested.as_dict()
+        lines = [*_taken(outcome.ingested), *lines]
     if outcome.plan:
         result["plan"] = outcome.plan
         lines += [f"  {task}: {count} new rows" for task, count in outcome.plan["rows"].items()]

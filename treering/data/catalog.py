@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from treering.data.dedup import Split
 from treering.data.example import Example
 from treering.data.read import Bad
-from treering.errors import LockError, TreeringError
+from treering.errors import LockError, TreeringError, full_disk_is_clear
 from treering.files import timestamp
 
 SCHEMA = 1
@@ -91,7 +91,7 @@ class Catalog:
         self.engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), connect_args={"timeout": 60})
         sa.event.listen(self.engine, "connect", _durable)
         try:
-            with self.engine.connect() as db:
+            with full_disk_is_clear(path.parent), self.engine.connect() as db:
                 if not sa.inspect(db).has_table(_meta.name):
                     _create(db)
                 schema = db.execute(sa.select(_meta.c.schema)).scalar_one()

@@ -19,6 +19,7 @@ def check(example: Example, count_tokens: Callable[[Example], int], cutoff_len: 
         "empty-question": empty_question,
         "answer-equals-question": answer_equals_question,
         "control-characters": control_characters,
+        "template-refuses": partial(template_refuses, count_tokens=count_tokens),
         "too-long": partial(too_long, count_tokens=count_tokens, cutoff_len=cutoff_len),
     }
     for name, rule in rules.items():
@@ -48,6 +49,15 @@ def control_characters(example: Example) -> str | None:
         found = _CONTROL.search(message.content)
         if found:
             return f"turn {number} holds U+{ord(found[0]):04X} at character {found.start() + 1}; delete it"
+    return None
+
+
+def template_refuses(example: Example, count_tokens: Callable[[Example], int]) -> str | None:
+    """The model's chat template does not take these turns; some want user and assistant to alternate, or no system."""
+    try:
+        count_tokens(example)
+    except Exception as error:  # Templates raise whatever they like.
+        return f"the model's chat template refuses it ({error}); change the turns, or take another model"
     return None
 
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from treering.config import Config
     from treering.workspace import Workspace
 
+TOLD = 100
+"""Quarantined rows that are told one by one; the catalog has all."""
+
 _PYTHON = "<python>"
 """Stands for the file of rows that came from Python."""
 
@@ -30,7 +33,10 @@ Source = str | Path | Sequence[str | Path] | Rows | None
 
 @dataclass(frozen=True)
 class Ingested:
-    """What became of the rows: `rows` = `accepted` + `duplicates` + `quarantined`. `tasks`: accepted rows by task."""
+    """What became of the rows: `rows` = `accepted` + `duplicates` + `quarantined`. `tasks`: accepted rows by task.
+
+    `reasons`: quarantined rows by rule. `refused`: the first 100 of them, each with `file`, `line`, `rule`, `reason`.
+    """
 
     rows: int
     accepted: int
@@ -39,6 +45,7 @@ class Ingested:
     held_out: int
     tasks: dict[str, int]
     reasons: dict[str, int]
+    refused: list[dict[str, Any]]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -78,11 +85,12 @@ def ingest(
     if source is None:
         batches = [b for b in batches if b.digest is None or ws.catalog.file_hash(b.name) != b.digest]
     if not batches:
-        return Ingested(0, 0, 0, 0, 0, {}, {})
+        return Ingested(0, 0, 0, 0, 0, {}, {}, [])
     count_tokens = _counter(config)
     total = {"rows": 0, "duplicates": 0, "quarantined": 0, "held_out": 0}
     tasks: dict[str, int] = {}
     reasons: dict[str, int] = {}
+    told: list[dict[str, Any]] = []
     with ws.catalog.writing() as writer, bar("ingesting files", len(batches), quiet) as advance:
         trained = {id for version in registry.versions(ws) for id in version.rows}
         incoming: dict[str, Stored] = {}
@@ -98,6 +106,10 @@ def ingest(
                     bad.append(refused)
                     reasons[refused.rule] = reasons.get(refused.rule, 0) + 1
             total["quarantined"] += len(bad)
+            told += [
+                {"file": row.file, "line": row.line, "rule": row.rule, "reason": row.reason}
+                for row in bad[: TOLD - len(told)]
+            ]
             writer.quarantine(batch.task, None if batch.name == _PYTHON else batch.name, bad)
             if batch.digest is not None:
                 writer.remember_file(batch.name, batch.digest)
@@ -107,7 +119,7 @@ def ingest(
             writer.add(rows)
             tasks[name] = tasks.get(name, 0) + len(rows)
             total["held_out"] += sum(row.split == "held_out" for row in rows)
-    return Ingested(**total, accepted=sum(tasks.values()), tasks=tasks, reasons=reasons)
+    return Ingested(**total, accepted=sum(tasks.values()), tasks=tasks, reasons=reasons, refused=told)
 
 
 def _take(
