@@ -30,8 +30,8 @@ SETTINGS: dict[str, Any] = {
     "seed": 1,
 }
 """The same for both (without replay the memory is not used). A few hundred rows need smaller batches and a higher rate
-than thousands do, and a memory that is a larger share of them: half, which a large stream would not keep, held on to with
-more weight than the default. 36 held-out rows a task cannot show differences below 10 points.
+than thousands do, and a memory that is a larger share of them: half, which a large stream would not keep, held on to
+with more weight than the default. 36 held-out rows a task cannot show differences below 10 points.
 """
 
 

@@ -139,7 +139,7 @@ def test_rollback_to_a_named_version(ws: Workspace) -> None:
     assert rolled_back(ws) == "v1"
     # The gate is not walked past.
     commit(ws, "v1", promote=False)
-    with pytest.raises(UsageError, match="v5 was never current.*treering promote v5"):
+    with pytest.raises(UsageError, match=r"v5 was never current.*treering promote v5"):
         ws.rollback("v5")
     assert current(ws) == "v1"
     with pytest.raises(UsageError, match="no version 'v9'"):
