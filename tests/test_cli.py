@@ -18,6 +18,7 @@ import typer
 
 from treering import Workspace, bench, figures, registry
 from treering.cli import app, run
+from treering.errors import ConfigError
 from treering.testing import toy_rows
 
 ROOT = Path(__file__).parents[1]
@@ -472,6 +473,16 @@ class InProcess:
 
     def join(self, timeout: float | None = None) -> None:
         pass
+
+
+def test_bench_settings_leave_methods_what_they_are(tmp_path: Path) -> None:
+    stream = bench.Stream(tmp_path, memory="7", overrides=("distill.weight=1", "protect=[replay, lwf]"))
+    ours, naive, replay = (stream.settings(name) for name in ("treering", "naive", "replay"))
+    assert ours["distill"] == naive["distill"] == {"weight": 1.0}
+    assert (ours["protect"], naive["protect"], replay["protect"]) == (["replay", "lwf"], [], ["replay"])
+    assert (ours["memory"], replay["memory"]) == ({"size": 7}, {"size": 7, "policy": "reservoir"})
+    with pytest.raises(ConfigError, match=r"distill\.weigth"):
+        bench.Stream(tmp_path, overrides=("distill.weigth=1",)).settings("naive")
 
 
 def test_bench_quality(cli: Runner, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,8 @@ class Stream:
     epochs: float = 3
     seed: int = 42
     model: str | None = None
+    overrides: tuple[str, ...] = ()
+    """`key=value` settings of all methods, but for what makes a method what it is."""
 
     def tasks(self) -> dict[str, tuple[list[Example], list[Example]]]:
         """Training and test examples of each task. Raises `UsageError` for a folder that is no stream."""
@@ -74,14 +76,15 @@ class Stream:
         from treering.train import LEARNING_RATES
 
         special = METHODS[method]
-        memory = {"size": int(self.memory) if self.memory.isdigit() else self.memory, **special.get("memory", {})}
         common = {
             "learning_rate": LEARNING_RATES["lora"],
             "num_train_epochs": self.epochs,
             "seed": self.seed,
+            "memory": {"size": int(self.memory) if self.memory.isdigit() else self.memory},
             **({"model_name_or_path": self.model} if self.model else {}),
         }
-        return {**common, **special, "memory": memory}
+        found = Config.build(common, self.overrides).model_dump(mode="json", exclude_unset=True)
+        return {**found, **special, "memory": {**found["memory"], **special.get("memory", {})}}
 
     def _limited(self, task: str, rows: list[Example]) -> list[Example]:
         if self.per_label is None:

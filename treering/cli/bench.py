@@ -15,6 +15,10 @@ app.add_typer(bench, name="bench")
 
 @bench.command()
 def quality(
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings for all methods.")
+    ] = None,
+    *,
     data: Annotated[Path, typer.Option(metavar="DIR", help="One folder a task, with train and test files.")],
     methods: Annotated[str, typer.Option(help="Names separated by commas.")] = "naive,replay,treering,joint",
     per_label: Annotated[int | None, typer.Option(min=1, help="Training rows a label.")] = None,
@@ -32,6 +36,6 @@ def quality(
 
     if per_label and rows:
         raise typer.BadParameter("give --per-label or --rows, not both")
-    stream = Stream(data, per_label, rows, eval_rows, memory, epochs, seed, model)
+    stream = Stream(data, per_label, rows, eval_rows, memory, epochs, seed, model, tuple(settings or ()))
     found = run_quality(stream, [name.strip() for name in methods.split(",") if name.strip()], work)
     output(found, as_json, table(found))
