@@ -282,6 +282,17 @@ for limit in json.loads(sys.argv[2]):
 """
 
 
+def test_a_damaged_catalog(call: Call, ws: Path) -> None:
+    for log in ws.glob("treering.db-*"):
+        log.unlink()
+    with (ws / "treering.db").open("r+b") as file:
+        file.seek(8192)
+        file.write(b"x" * 8192)
+    assert "treering.db is damaged" in call("verify", "-w", ws, code=1)
+    said = call("update", "-w", ws, code=1)
+    assert "treering.db is damaged" in said and "put a backup of it back" in said and "Traceback" not in said
+
+
 def test_a_full_disk(call: Call, ws: Path) -> None:
     before = snapshot(ws)
     # Too small for the plan, for a checkpoint, for the version's report.

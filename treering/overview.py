@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from treering import registry
-from treering.errors import TreeringError, VersionError
+from treering.errors import TreeringError
 from treering.registry import Version
 
 if TYPE_CHECKING:
@@ -111,10 +111,14 @@ def compare(ws: Workspace, first: Version, second: Version) -> dict[str, Any]:
 
 
 def verify(ws: Workspace) -> dict[str, Any]:
-    """Check every version's files against its manifest, and `current` against the versions."""
+    """Check every version's files against its manifest, `current` against the versions, and the catalog's file."""
     problems = [problem for version in registry.versions(ws) for problem in version.problems()]
     try:
         registry.current(ws)
-    except VersionError as error:
+    except TreeringError as error:
+        problems.append(str(error))
+    try:
+        ws.catalog.check()
+    except TreeringError as error:
         problems.append(str(error))
     return {"ok": not problems, "versions": len(registry.versions(ws)), "problems": problems}

@@ -20,6 +20,7 @@ from treering.errors import LockError, TreeringError, full_disk_is_clear
 from treering.files import timestamp
 
 SCHEMA = 1
+DAMAGED = "put a backup of it back; the versions do not need it to answer"
 HELD = "held-by-gate"
 """The rule under which rows of a held update are in quarantine."""
 
@@ -90,6 +91,7 @@ class Catalog:
     def __init__(self, path: Path) -> None:
         self.engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), connect_args={"timeout": 60})
         sa.event.listen(self.engine, "connect", _durable)
+        sa.event.listen(self.engine, "handle_error", _damage_is_clear)
         try:
             with full_disk_is_clear(path.parent), self.engine.connect() as db:
                 if not sa.inspect(db).has_table(_meta.name):
@@ -99,6 +101,13 @@ class Catalog:
             raise TreeringError(f"{path} is no usable catalog: {error.orig}") from None
         if schema > SCHEMA:
             raise TreeringError(f"{path} has catalog format {schema}, newer than {SCHEMA}: update treering")
+
+    def check(self) -> None:
+        """Raises `TreeringError` if the file is damaged, in words that say where."""
+        with self.engine.connect() as db:
+            found = db.execute(sa.text("PRAGMA quick_check(1)")).scalar_one()
+        if found != "ok":
+            raise TreeringError(f"treering.db is damaged ({found}); {DAMAGED}")
 
     @contextmanager
     def writing(self) -> Iterator[Writer]:
@@ -315,6 +324,12 @@ def choose_held_out(ids: Sequence[str], share: float, stored: int = 0, held_out:
         wanted = max(1, wanted)
     count = max(0, wanted - held_out)
     return set(sorted(ids, key=lambda id: hashlib.blake2b(f"held-out:{id}".encode(), digest_size=8).digest())[:count])
+
+
+def _damage_is_clear(context: Any) -> None:
+    text = str(context.original_exception)
+    if "malformed" in text or "not a database" in text:
+        raise TreeringError(f"treering.db is damaged ({text}); {DAMAGED}") from None
 
 
 def _durable(connection: Any, _: Any) -> None:
