@@ -164,6 +164,20 @@ def test_an_adapter_becomes_v1(
     ).read_bytes()
 
 
+def test_the_adapter_settles_its_rank(
+    tmp_path: Path, model_folder: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that says otherwise would make a workspace whose first update fails."""
+    source = written(tmp_path, {"model_name_or_path": str(model_folder), "lora_rank": 16, "learning_rate": 1e-4})
+    assert run(["init", str(tmp_path / "ws"), "--from", str(source), "--adapter", str(adapter), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["not_carried"] == {"lora_rank": "updates go on with the adapter, which has 4"}
+    assert Workspace(tmp_path / "ws").config().lora_rank == 4
+    with pytest.raises(ConfigError, match=r"lora_rank is 16, but .* has 4: leave it out"):
+        Workspace.create(tmp_path / "other", adapter=adapter, model_name_or_path=str(model_folder), lora_rank=16)
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_whole_previous_model_becomes_the_base(tmp_path: Path, model_folder: Path) -> None:
     imported = read_config(written(tmp_path, {"model_name": "some/base", "previous_model": str(model_folder)}))
     assert (imported.adapter, imported.settings) == (None, {"model_name_or_path": str(model_folder)})

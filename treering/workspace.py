@@ -16,7 +16,7 @@ import yaml
 
 from treering import registry
 from treering.config import Config
-from treering.errors import LockError, UsageError, full_disk_is_clear
+from treering.errors import ConfigError, LockError, UsageError, full_disk_is_clear
 from treering.files import timestamp, write_file
 from treering.registry import Version
 
@@ -63,7 +63,11 @@ class Workspace:
         found = None
         if adapter is not None:
             found = Path(adapter)
-            settings = {**_adapter_settings(found), **settings}
+            made = adapter_settings(found)
+            for key in made.keys() & settings.keys():
+                if settings[key] != made[key]:
+                    raise ConfigError(f"{key} is {settings[key]}, but {found} has {made[key]}: leave it out")
+            settings = {**made, **settings}
         config = Config.build(dict(settings))
         with full_disk_is_clear(ws.root):
             for folder in (ws.inbox, ws.versions):
@@ -177,7 +181,7 @@ def _holder(descriptor: int) -> str:
         return "another process"
 
 
-def _adapter_settings(folder: Path) -> dict[str, int]:
+def adapter_settings(folder: Path) -> dict[str, int]:
     """Rank and scale of a LoRA folder, which updates must go on with. Raises `UsageError` for any other folder."""
     from treering.adopt import ADAPTER_FILES
 

@@ -29,15 +29,20 @@ def init(
 ) -> None:
     """Make a workspace."""
     from treering.importers import Imported, read_config
-    from treering.workspace import Workspace
+    from treering.workspace import Workspace, adapter_settings
 
     imported = read_config(source) if source else Imported()
+    adapter = adapter or imported.adapter
     settings = imported.settings | ({"model_name_or_path": model} if model else {})
+    for key, value in adapter_settings(adapter).items() if adapter else ():
+        if settings.get(key, value) != value:
+            imported.left[key] = f"updates go on with the adapter, which has {value}"
+            del settings[key]
     base = settings.get("model_name_or_path")
     if base and Path(base).is_dir():
         # A path relative to here would mean nothing to a command that is run elsewhere.
         settings["model_name_or_path"] = str(Path(base).resolve())
-    ws = Workspace.create(directory or workspace, adapter=adapter or imported.adapter, **settings)
+    ws = Workspace.create(directory or workspace, adapter=adapter, **settings)
     from treering import registry
 
     current = registry.current(ws)
@@ -50,7 +55,7 @@ def init(
     lines = [f"made {ws.root}"]
     lines += [f"{key}: {value}" for key, value in settings.items()]
     lines += [f"not carried over: {key} ({why})" for key, why in imported.left.items()]
-    lines += [f"{adapter or imported.adapter} is {current.name}"] if current else []
+    lines += [f"{adapter} is {current.name}"] if current else []
     lines += [f"next: put files into {ws.inbox}/<task>/ and run `treering update`"]
     output(result, as_json, lines)
 
