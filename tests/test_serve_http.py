@@ -223,7 +223,7 @@ def asked(url: str) -> int:
 def test_the_port_answers_while_the_model_is_loaded(ws: Workspace, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Told()
     engine.begin = threading.Event()
-    monkeypatch.setattr(run, "BuiltinEngine", lambda _: engine)
+    monkeypatch.setattr(run, "_engine", lambda _: engine)
     listening: list[str] = []
     listen = run._listen
 
@@ -259,7 +259,7 @@ def test_the_port_answers_while_the_model_is_loaded(ws: Workspace, host: str, mo
 def test_a_model_that_cannot_be_loaded_ends_it(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Told()
     engine.bug = UsageError("no such folder")
-    monkeypatch.setattr(run, "BuiltinEngine", lambda _: engine)
+    monkeypatch.setattr(run, "_engine", lambda _: engine)
     with pytest.raises(UsageError, match="no such folder"):
         run.serve(ws, "127.0.0.1", 0)
 
