@@ -109,7 +109,7 @@ def create_app(model: str, key: str | None, *, updates: bool = True) -> FastAPI:
             counts = {"prompt_tokens": len(asked), "completion_tokens": len(words) + (finish == "stop")}
             yield event({"choices": [], "usage": counts})
             yield "data: [DONE]\n\n"
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
             seen["left"] += 1
             raise
         finally:

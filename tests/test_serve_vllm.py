@@ -213,11 +213,11 @@ def test_a_client_that_leaves_ends_the_answer_at_vllm(attached: Served, fake: Fa
     next(stream)
     assert len(fake.seen()["running"]) == 1
     stream.close()
-    attached.eventually(lambda: not fake.seen()["running"], 10)
+    attached.eventually(lambda: not fake.seen()["running"])
     impatient = attached.client.with_options(timeout=0.3)
     with pytest.raises(openai.APITimeoutError):
         impatient.chat.completions.create(model="v2", messages=LONG, max_tokens=1900)
-    attached.eventually(lambda: not fake.seen()["running"] and fake.seen()["left"] == left + 2, 10)
+    attached.eventually(lambda: not fake.seen()["running"] and fake.seen()["left"] >= left + 2)
 
 
 def test_a_dead_server_is_told_and_one_that_comes_back_gets_its_adapters(
