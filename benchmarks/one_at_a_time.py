@@ -1,4 +1,4 @@
-"""A stand-in for LLaMA-Factory's API: transformers' `generate` behind a semaphore of one, as its default is.
+"""A stand-in for LLaMA-Factory's API: transformers' `generate` behind a semaphore of one.
 
     python benchmarks/one_at_a_time.py MODEL_FOLDER PORT
 

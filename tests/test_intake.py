@@ -71,21 +71,32 @@ def test_counts_add_up(workspace: MakeWorkspace) -> None:
     ]
 
 
-def test_what_a_version_was_judged_by_is_never_learned(workspace: MakeWorkspace) -> None:
-    """Not even when the catalog was lost, and made again with other sides drawn."""
+@pytest.fixture
+def lost(workspace: MakeWorkspace) -> tuple[Workspace, set[str], set[str]]:
+    """A workspace whose catalog was lost after v1, and what v1 had learned and was judged by."""
     ws = workspace(val_size=0.3)
     ws.ingest(toy_rows("a", 20), task="a")
     learn(ws)
     [version] = registry.versions(ws)
     for file in ws.root.glob("treering.db*"):
         file.unlink()
-    again = Workspace(ws.root)
-    (ws.root / "treering.yaml").write_text((ws.root / "treering.yaml").read_text().replace("0.3", "0.0"))
-    again.ingest(toy_rows("a", 24), task="a")
-    assert not again.catalog.held_out()
-    learn(again)
-    judged = set(version.manifest["held_out"]["a"])
-    assert judged and not judged & set(registry.versions(again)[-1].rows)
+    return Workspace(ws.root), set(version.rows), set(version.manifest["held_out"]["a"])
+
+
+def test_a_new_catalog_keeps_the_sides_that_versions_know(lost: tuple[Workspace, set[str], set[str]]) -> None:
+    ws, learned, judged = lost
+    ws.ingest(toy_rows("a", 40), task="a")
+    held_out = set(ws.catalog.held_out()["a"])
+    assert judged < held_out and not held_out & learned
+    assert len(held_out) == 12  # The share of all forty.
+    assert not judged & {id for ids in ws.catalog.waiting(()).values() for id in ids}
+
+
+def test_a_new_catalog_holds_out_nothing_that_was_learned(lost: tuple[Workspace, set[str], set[str]]) -> None:
+    ws, learned, judged = lost
+    found = ws.ingest(toy_rows("a", 40)[20:], task="a", held_out=toy_rows("a", 20))
+    assert found.reasons == {"held-out-was-trained": len(learned)}
+    assert set(ws.catalog.held_out()["a"]) == judged
 
 
 def test_again_adds_nothing(workspace: MakeWorkspace) -> None:

@@ -77,7 +77,7 @@ class Candidate:
     def measure_parent(self) -> list[Result]:
         """The parent's results on every held-out row: those it was made with, and the fresh ones scored now."""
         known: list[Result] = []
-        if self.parent is not None and self.parent.manifest["evaluation"] == self.evaluation:
+        if self.parent is not None and self.parent.manifest["evaluation"] == conditions(self.config):
             known = read_results(self.parent.folder / RESULTS)
         done = {result.id for result in known}
         kept = self.staging / PARENT_RESULTS
@@ -149,11 +149,6 @@ class Candidate:
     def folder(self) -> Path:
         """Where the version takes shape."""
         return self.staging / "version"
-
-    @property
-    def evaluation(self) -> dict[str, Any]:
-        """What scores depend on besides model and rows; only results with the same are compared."""
-        return conditions(self.config)
 
     @property
     def choices(self) -> dict[str, dict[str, Any]]:

@@ -74,26 +74,23 @@ class Watched(Generic[T]):
     def __init__(self, path: Path, read: Callable[[], T]) -> None:
         self._path = path
         self._read = read
-        self._found: tuple[tuple[int, int, int] | None, T] | None = None
+        self._found: tuple[object, T] | None = None
 
     def now(self) -> T:
         """What is there now. Raises as `read` does, each time until the file is mended."""
-        try:
-            about = self._path.stat()
-            stamp = about.st_mtime_ns, about.st_size, about.st_ino
-        except FileNotFoundError:
-            stamp = None
-        if self._found is None or self._found[0] != stamp:
-            self._found = stamp, self._read()
+        here = stamp(self._path)
+        if self._found is None or self._found[0] != here:
+            self._found = here, self._read()
         return self._found[1]
 
 
-def stamp(path: Path) -> tuple[tuple[str, int], ...]:
+def stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
     """Something else once a file, a link or anything in a folder was changed, however that was done."""
     found = []
     for one in sorted([path, *path.rglob("*")]):
         with suppress(FileNotFoundError):
-            found.append((str(one), one.lstat().st_ctime_ns))
+            about = one.lstat()
+            found.append((str(one), about.st_ctime_ns, about.st_ino))
     return tuple(found)
 
 

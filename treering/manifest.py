@@ -27,6 +27,8 @@ def of_update(
     candidate: Candidate, before: Sequence[Result], after: Sequence[Result], verdict: Verdict, promote: bool
 ) -> dict[str, Any]:
     """The manifest of a finished update, all but what `registry.commit` adds. `promote`: whether that was wanted."""
+    from treering.evaluate import conditions
+
     plan, parent = candidate.plan, candidate.parent
     scores, parent_scores = task_scores(after), task_scores(before)
     matrix = Matrix(**parent.manifest["matrix"]) if parent else Matrix([], [], [])
@@ -50,7 +52,7 @@ def of_update(
         "rows": plan.rows,
         "held_out": candidate.held_out,
         "metrics": candidate.metrics,
-        "evaluation": candidate.evaluation,
+        "evaluation": conditions(candidate.config),
         "scores": scores,
         "parent_scores": parent_scores,
         "matrix": asdict(matrix),

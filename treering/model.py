@@ -14,7 +14,6 @@ import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -207,13 +206,7 @@ def load(base: Path, config: Config, version: Version | None = None) -> PreTrain
     if version is None:
         return load_base(base, config)
     version.check()
-    made_from = version.manifest["base"]
-    if made_from["sha256"] != fingerprint(base):
-        raise ModelError(
-            f"{version.name} was made from the base model {made_from['name']!r} "
-            f"(SHA-256 {made_from['sha256'][:12]}...), but {base} is another; "
-            "set model_name_or_path back, or start a new workspace"
-        )
+    version.check_base(base, fingerprint(base))
     if not (version.folder / "adapter_config.json").exists():
         return load_base(version.folder, config)
     if not (version.folder / "adapter_model.safetensors").exists():
@@ -305,12 +298,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], open_a
 
 def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[Example], int]:
     """Counts the tokens of a conversation as training sees it. Raises what the chat template does."""
-
-    @lru_cache(maxsize=1)  # Two checks of a row ask in turn.
-    def count(example: Example) -> int:
-        return len(_render(tokenizer, example.messages, open_answer=False))
-
-    return count
+    return lambda example: len(_render(tokenizer, example.messages, open_answer=False))
 
 
 def logits_at(model: PreTrainedModel, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:

@@ -64,10 +64,9 @@ def make_plan(ws: Workspace, parent: Version | None, config: Config, base: str, 
 
     from treering.model import use_bf16
 
+    rows = ws.catalog.waiting(registry.consumed(ws, parent), file)
     measured = parent.manifest["held_out"] if parent else {}
     seen = {id for ids in measured.values() for id in ids}
-    # A catalog that was lost and made again may have drawn other sides; what a version was judged by is never learned.
-    rows = ws.catalog.waiting(registry.consumed(ws, parent) | seen, file)
     fresh = {}
     for task, ids in ws.catalog.held_out(file).items():
         slice_ = [id for id in ids if id not in seen]

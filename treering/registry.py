@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treering.errors import UsageError, VersionError
+from treering.errors import ModelError, UsageError, VersionError
 from treering.files import append_line, fsync_folder, fsync_tree, sha256, timestamp, whole_lines, write_json
 
 if TYPE_CHECKING:
@@ -111,6 +111,16 @@ class Version:
             f"{self.name}: {name} does not belong to it" for name in sorted(found) if name not in {*promised, MANIFEST}
         ]
         return problems
+
+    def check_base(self, folder: Path | str, sha256: str) -> None:
+        """Raises `ModelError` unless the version was made from the base model in `folder`, whose hash is `sha256`."""
+        made_from = self.manifest["base"]
+        if made_from["sha256"] != sha256:
+            raise ModelError(
+                f"{self.name} was made from the base model {made_from['name']!r} "
+                f"(SHA-256 {made_from['sha256'][:12]}...), but {folder} is another; "
+                "set model_name_or_path back, or start a new workspace"
+            )
 
     def check(self) -> Version:
         """The version itself, if every file is as it was made. Raises `VersionError` that names each that is not."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import partial
 
 from treering.data.example import Example, normalise
 
@@ -19,14 +18,17 @@ def check(example: Example, count_tokens: Callable[[Example], int], cutoff_len: 
         "empty-question": empty_question,
         "answer-equals-question": answer_equals_question,
         "control-characters": control_characters,
-        "template-refuses": partial(template_refuses, count_tokens=count_tokens),
-        "too-long": partial(too_long, count_tokens=count_tokens, cutoff_len=cutoff_len),
     }
     for name, rule in rules.items():
         reason = rule(example)
         if reason:
             return name, reason
-    return None
+    try:
+        tokens = count_tokens(example)
+    except Exception as error:  # Templates raise whatever they like; some want turns to alternate, or no system.
+        return "template-refuses", f"the model's chat template refuses it ({error}); change the turns, or the model"
+    reason = too_long(tokens, cutoff_len)
+    return ("too-long", reason) if reason else None
 
 
 def empty_question(example: Example) -> str | None:
@@ -52,21 +54,11 @@ def control_characters(example: Example) -> str | None:
     return None
 
 
-def template_refuses(example: Example, count_tokens: Callable[[Example], int]) -> str | None:
-    """The model's chat template does not take these turns; some want user and assistant to alternate, or no system."""
-    try:
-        count_tokens(example)
-    except Exception as error:  # Templates raise whatever they like.
-        return f"the model's chat template refuses it ({error}); change the turns, or take another model"
-    return None
-
-
-def too_long(example: Example, count_tokens: Callable[[Example], int], cutoff_len: int) -> str | None:
+def too_long(tokens: int, cutoff_len: int) -> str | None:
     """More tokens than one training row may have; cutting would teach an answer without its end."""
-    count = count_tokens(example)
-    if count <= cutoff_len:
+    if tokens <= cutoff_len:
         return None
-    return f"{count} tokens are more than cutoff_len={cutoff_len}; shorten the row or raise cutoff_len"
+    return f"{tokens} tokens are more than cutoff_len={cutoff_len}; shorten the row or raise cutoff_len"
 
 
 def _question(example: Example) -> str:

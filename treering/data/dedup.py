@@ -18,7 +18,7 @@ def fate(id: str, split: Split, stored: Mapping[str, Split | Literal["aside"]], 
     (`aside`) after a hold stays so until the user names its file.
     """
     if id not in stored:
-        return "new"
+        return "already_trained" if split == "held_out" and id in trained else "new"
     if split == "train" and stored[id] == "aside":
         return "aside"
     if split == "train" or stored[id] == "held_out":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,9 @@ def ingest(
     reasons: dict[str, int] = {}
     told: list[dict[str, Any]] = []
     with ws.catalog.writing() as writer, bar("ingesting files", len(batches), quiet) as advance:
-        trained = {id for version in registry.versions(ws) for id in version.rows}
+        versions = registry.versions(ws)
+        trained = {id for version in versions for id in version.rows}
+        judged = {id for version in versions for ids in version.manifest["held_out"].values() for id in ids}
         incoming: dict[str, Stored] = {}
         # Held-out files first, so that a row in both is held out.
         for batch in sorted(batches, key=lambda b: b.split != "held_out"):
@@ -115,7 +117,8 @@ def ingest(
                 writer.remember_file(batch.name, batch.digest)
             advance()
         for name in dict.fromkeys(row.task for row in incoming.values()):
-            rows = _split(writer, name, [row for row in incoming.values() if row.task == name], config.val_size)
+            new = [row for row in incoming.values() if row.task == name]
+            rows = _split(writer, name, new, config.val_size, trained, judged)
             writer.add(rows)
             tasks[name] = tasks.get(name, 0) + len(rows)
             total["held_out"] += sum(row.split == "held_out" for row in rows)
@@ -159,15 +162,21 @@ def _take(
     return None
 
 
-def _split(writer: Writer, task: str, rows: list[Stored], share: float) -> list[Stored]:
-    """Hold out a share of the training rows of a task that has no held-out rows of the user's own."""
+def _split(
+    writer: Writer, task: str, rows: list[Stored], share: float, trained: set[str], judged: set[str]
+) -> list[Stored]:
+    """Hold out a share of the training rows of a task that has no held-out rows of the user's own.
+
+    What a version has learned, or was judged by, keeps its side: a catalog that was lost and made again cannot know it.
+    """
+    rows = [replace(row, split="held_out") if row.example.id in judged else row for row in rows]
     if any(row.given for row in rows) or writer.has_given_held_out(task):
         return rows
-    chosen = choose_held_out([row.example.id for row in rows], share, *writer.sizes(task))
-    return [
-        Stored(r.example, r.task, "held_out" if r.example.id in chosen else "train", False, r.file, r.line)
-        for r in rows
-    ]
+    free = [row.example.id for row in rows if row.split == "train" and row.example.id not in trained]
+    stored, held_out = writer.sizes(task)
+    held_out += sum(row.split == "held_out" for row in rows)
+    chosen = choose_held_out(free, share, stored + len(rows) - len(free), held_out)
+    return [replace(row, split="held_out") if row.example.id in chosen else row for row in rows]
 
 
 def _refuse(row: Row, count_tokens: Callable[[Example], int], cutoff_len: int) -> Bad | None:

@@ -123,18 +123,13 @@ class Adapters:
     def _checked(self, name: str) -> Version:
         try:
             version = Version(name, self._root / "versions" / name).check()
+            version.check_base(self._base.folder, self._base.sha256)
         except TreeringError as error:
             raise _unavailable(str(error)) from None
         if not (version.folder / CONFIG).exists():
             raise _unavailable(
                 f"{name} holds all weights, and vLLM loads adapters only; train with finetuning_type: lora, "
                 "or serve it with serve.engine: builtin"
-            )
-        made_from = version.manifest["base"]
-        if made_from["sha256"] != self._base.sha256:
-            raise _unavailable(
-                f"{name} was made from the base model {made_from['name']!r} (SHA-256 {made_from['sha256'][:12]}...), "
-                f"but {self._base.folder} is another; set model_name_or_path back, or start a new workspace"
             )
         return version
 
