@@ -128,6 +128,8 @@ class Worker:
                     self._loaded.want(message["version"])
             case "cancel":
                 self._cancel(message["id"])
+            case "ping":
+                self._send({"event": "pong"})
 
     def _prepare(self, job: Job) -> Answer:
         """Tokenise and check. Raises `EngineError`."""
