@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from treering import model as model_module
+from treering import shares
+from treering import train as train_module
+from treering.batches import Batch, make_batch
 from treering.config import Config
 from treering.data.example import Example
 from treering.errors import TreeringError, UpdateInterruptedError
@@ -22,7 +25,7 @@ from treering.methods import Methods
 from treering.model import Tokens, encode, encode_prompt, load_base, load_tokenizer, logits_at
 from treering.stop import Stop, stop_on_signals
 from treering.testing import toy_rows
-from treering.train import Step, make_batch, passes, plan_steps, rate_schedule, teach, train
+from treering.train import Step, passes, plan_steps, rate_schedule, teach, train
 
 RECORDED = [6.26756, 4.77819, 3.45686, 2.24950, 1.56761]
 """First five losses of `test_recorded_losses`, float32 on CPU."""
@@ -86,17 +89,81 @@ class StopAfter(Stop):
         self.left -= 1
 
 
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the threads that torch uses, until the test is over."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_shares_of_a_batch_teach_what_the_whole_does(
+    model_folder: Path, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every loss of a step, whatever computes its rows, and the same bits each time."""
+    config = settings(model_folder, per_device_train_batch_size=8, gradient_accumulation_steps=2, num_train_epochs=2.0)
+    taught = Run(model_folder, config, mixed_lengths())
+    rows = list(taught.rows.values())
+    teachers = teach(taught.model, rows[:5], config, top_k=4, pad_id=taught.pad_id, quiet=True)
+    parents = teach(taught.model, rows[5:], config, top_k=4, pad_id=taught.pad_id, quiet=True)
+    sizes: set[int] = set()
+
+    def noted(rows: Sequence[Tokens], *others: Any, **settings: Any) -> Batch:
+        sizes.add(len(rows))
+        return make_batch(rows, *others, **settings)
+
+    monkeypatch.setattr(train_module, "make_batch", noted)
+
+    def run(count: int) -> tuple[dict[str, Tensor], list[dict[str, float]], set[int]]:
+        threads(count)
+        sizes.clear()
+        made = Run(model_folder, config.model_copy(update={"protect": ("distill", "lwf")}), mixed_lengths())
+        log = made.train(teachers=teachers, parents=parents)
+        return made.weights(), log, set(sizes)
+
+    (whole, log, whole_sizes), (shared, shared_log, shared_sizes) = run(1), run(2)
+    assert (whole_sizes, shared_sizes) == ({8}, {4})
+    for name in ("loss", "distill", "lwf"):
+        assert [e[name] for e in shared_log] == pytest.approx([e[name] for e in log], rel=1e-4, abs=1e-6)
+        assert log[-1][name] > 0
+    for name, weight in whole.items():
+        torch.testing.assert_close(shared[name], weight, rtol=1e-3, atol=1e-4)
+    assert same_bits(shared, run(2)[0])
+
+
+def test_a_share_has_rows_enough(model_folder: Path, threads: Callable[[int], None]) -> None:
+    threads(4)
+    cpu = torch.device("cpu")
+    sizes = {1: 1, 7: 1, 8: 2, 15: 3, 16: 4, 64: 4}
+    for size, wanted in sizes.items():
+        assert shares.count(settings(model_folder, per_device_train_batch_size=size), cpu) == wanted
+    for values in ({"lora_dropout": 0.1}, {"finetuning_type": "full"}):
+        assert shares.count(settings(model_folder, per_device_train_batch_size=64, **values), cpu) == 1
+    assert shares.count(settings(model_folder, per_device_train_batch_size=64), torch.device("cuda")) == 1
+
+
 @pytest.mark.parametrize(
-    "values",
+    ("count", "values"),
     [
-        {"per_device_train_batch_size": 4},
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "lora_dropout": 0.3},
-        {"per_device_train_batch_size": 4, "finetuning_type": "freeze", "freeze_trainable_layers": 1},
+        (1, {"per_device_train_batch_size": 4}),
+        (2, {"per_device_train_batch_size": 4}),
+        (1, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "lora_dropout": 0.3}),
+        (1, {"per_device_train_batch_size": 4, "finetuning_type": "freeze", "freeze_trainable_layers": 1}),
     ],
-    ids=["plain", "accumulation and dropout", "freeze"],
+    ids=["plain", "shares", "accumulation and dropout", "freeze"],
 )
-def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path, model_folder: Path, values: dict[str, Any]) -> None:
+def test_an_interrupted_run_ends_in_the_same_bits(
+    tmp_path: Path,
+    model_folder: Path,
+    threads: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    values: dict[str, Any],
+) -> None:
+    threads(count)
+    monkeypatch.setattr(shares, "LEAST_ROWS", 2)
     config = settings(model_folder, num_train_epochs=1.0, **values)
+    assert shares.count(config, torch.device("cpu")) == count
     whole = Run(model_folder, config)
     log = whole.train(checkpoints=tmp_path / "whole")
     assert len(log) == 6
@@ -335,10 +402,10 @@ def test_teachers_stand_at_their_own_tokens() -> None:
     batch = make_batch(rows, 0, teachers={"b": teacher(1, 10), "c": teacher(3, 20)})
     assert batch.targets.tolist() == [3, 4, 6, 7, 8, 9]
     assert batch.teacher is not None
-    at, ids, logits = batch.teacher
-    assert at.tolist() == [2, 3, 4, 5]
-    assert ids.tolist() == [[10, 11], [20, 21], [22, 23], [24, 25]]
-    assert logits.tolist() == ids.tolist()
+    assert (batch.of, batch.teacher.of) == (6, 4)
+    assert batch.teacher.at.tolist() == [2, 3, 4, 5]
+    assert batch.teacher.ids.tolist() == [[10, 11], [20, 21], [22, 23], [24, 25]]
+    assert batch.teacher.logits.tolist() == batch.teacher.ids.tolist()
     assert make_batch(rows, 0).teacher is None
     # Logits stored for another tokenisation of the row are no teacher.
     assert make_batch(rows, 0, teachers={"a": teacher(5, 0)}).teacher is None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from treering.batches import make_batch
 from treering.errors import ConfigError
 from treering.evaluate import conditions, evaluate
 from treering.files import fsync_tree, write_file
@@ -21,7 +22,7 @@ from treering.metrics import metric_for
 from treering.model import Tokens, encode, load, load_tokenizer, save_weights, use_bf16
 from treering.registry import Version
 from treering.results import Result, read_results, write_results
-from treering.train import make_batch, passes, peak_rate, plan_steps, teach, train
+from treering.train import passes, peak_rate, plan_steps, teach, train
 
 if TYPE_CHECKING:
     from treering.config import Config

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.nn.functional import cross_entropy
 
+from treering.batches import make_batch
 from treering.data.example import Example, Message
 from treering.metrics import exact_match, token_f1
 from treering.model import compute, encode, encode_prompt, logits_at, pad, use_bf16
 from treering.progress import bar
 from treering.results import Result
 from treering.stop import Stop
-from treering.train import make_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

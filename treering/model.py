@@ -13,8 +13,10 @@ import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -301,6 +303,10 @@ def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[Example], int
     return lambda example: len(_render(tokenizer, example.messages, open_answer=False))
 
 
+_PLACES: ContextVar[Tensor | None] = ContextVar("_PLACES", default=None)
+_HOOKING = Lock()
+
+
 def logits_at(model: PreTrainedModel, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:
     """Float32 logits `[len(at), vocabulary]` at the flat positions `at` of `ids` and `mask`, both `[batch, length]`.
 
@@ -308,11 +314,7 @@ def logits_at(model: PreTrainedModel, ids: Tensor, mask: Tensor, at: Tensor) -> 
     layer: most positions are prompt, and the vocabulary is by far the widest product of a small model. And the tokens
     that all rows begin with (a system prompt) are read once; gradients flow through them as through the rest.
     """
-
-    def pick(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = arguments[0]
-        return (hidden.reshape(-1, hidden.shape[-1])[at], *arguments[1:])
-
+    _pick_at(cast(torch.nn.Module, model.get_output_embeddings()))
     shared = _shared_prefix(ids, mask, at)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if shared:
@@ -321,12 +323,23 @@ def logits_at(model: PreTrainedModel, ids: Tensor, mask: Tensor, at: Tensor) -> 
         inputs |= {"input_ids": ids[:, shared:], "past_key_values": cache, "use_cache": True}
         row, position = at // ids.shape[1], at % ids.shape[1]
         at = row * (ids.shape[1] - shared) + position - shared
-    head = cast(torch.nn.Module, model.get_output_embeddings())
-    hook = head.register_forward_pre_hook(pick)
+    token = _PLACES.set(at)
     try:
         return cast(Tensor, model(**inputs).logits).float()
     finally:
-        hook.remove()
+        _PLACES.reset(token)
+
+
+def _pick(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    places, hidden = _PLACES.get(), arguments[0]
+    return None if places is None else (hidden.reshape(-1, hidden.shape[-1])[places], *arguments[1:])
+
+
+def _pick_at(head: torch.nn.Module) -> None:
+    """Have `head` work on the hidden states at `_PLACES` alone. It stays so: passes run in several threads."""
+    with _HOOKING:
+        if _pick not in head._forward_pre_hooks.values():
+            head.register_forward_pre_hook(_pick)
 
 
 def _shared_prefix(ids: Tensor, mask: Tensor, at: Tensor) -> int:

@@ -11,9 +11,10 @@ import math
 import random
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -23,11 +24,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from treering import shares
+from treering.batches import Batch, as_step, make_batch
 from treering.errors import TreeringError
 from treering.files import fsync_folder, fsync_tree, write_file, write_json
-from treering.memory import Memory, Teacher, stack
+from treering.memory import Memory, Teacher
 from treering.methods import Methods
-from treering.model import Tokens, compute, logits_at, pad, use_bf16
+from treering.model import Tokens, compute, logits_at, use_bf16
 from treering.progress import bar
 from treering.stop import Stop
 
@@ -44,64 +47,6 @@ PASSES, MOST_PASSES, ENOUGH_STEPS = 3, 20, 50
 
 BATCHES_SORTED_TOGETHER = 8
 """Rows of so many batches are sorted by length together: little padding, and still a random mix of rows."""
-
-
-Taught = tuple[Tensor, Tensor, Tensor]
-"""Places in `Batch.targets` `[m]`, and the top-k `ids` and `logits` that a teacher has for them, `[m, k]`."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One forward pass.
-
-    `inputs`: `ids` and `mask`, `[rows, length]`. `at`: `[answer tokens]` flat positions whose logits
-    predict `targets` `[answer tokens]`. `teacher`: what the memory has stored of replayed rows. `parent`: what the
-    version before makes of new rows.
-    """
-
-    inputs: dict[str, Tensor]
-    at: Tensor
-    targets: Tensor
-    teacher: Taught | None = None
-    parent: Taught | None = None
-
-
-def make_batch(
-    rows: Sequence[Tokens],
-    pad_id: int,
-    device: torch.device | str = "cpu",
-    *,
-    teachers: Mapping[str, Teacher] | None = None,
-    parents: Mapping[str, Teacher] | None = None,
-) -> Batch:
-    """Collate `rows`; their last token is only predicted, never read."""
-    inputs = pad([row.ids[:-1] for row in rows], pad_id)
-    length = inputs["input_ids"].shape[1]
-    at = [n * length + position - 1 for n, row in enumerate(rows) for position in row.answers]
-    targets = [row.ids[position] for row in rows for position in row.answers]
-    return Batch(
-        {"ids": inputs["input_ids"].to(device), "mask": inputs["attention_mask"].to(device)},
-        torch.tensor(at).to(device),
-        torch.tensor(targets).to(device),
-        _taught(rows, teachers or {}, device),
-        _taught(rows, parents or {}, device),
-    )
-
-
-def _taught(rows: Sequence[Tokens], teachers: Mapping[str, Teacher], device: torch.device | str) -> Taught | None:
-    places: list[int] = []
-    found = []
-    start = 0
-    for row in rows:
-        teacher = teachers.get(row.id)
-        if teacher is not None and len(teacher.ids) == len(row.answers):
-            places += range(start, start + len(row.answers))
-            found.append(teacher)
-        start += len(row.answers)
-    if not found:
-        return None
-    ids, logits = stack(found)
-    return torch.tensor(places).to(device), ids.long().to(device), logits.to(device)
 
 
 def peak_rate(config: Config) -> float:
@@ -205,15 +150,26 @@ def train(
     done = 0
     if checkpoints is not None:
         done, log = _resume(checkpoints, parameters, optimizer)
-    with bar("training", len(steps), quiet) as advance:
+    parts = shares.count(config, accelerator.device)
+    with bar("training", len(steps), quiet) as advance, shares.side_by_side(parts) as compute_all:
         advance(done)
         for number in range(done, len(steps)):
             started = time.perf_counter()
-            batches = [
-                make_batch([rows[id] for id in ids], pad_id, accelerator.device, teachers=teachers, parents=parents)
-                for ids in steps[number]
-            ]
-            entry = {"step": float(number + 1), **_gradients(model, batches, methods, accelerator, bf16)}
+            batches = as_step(
+                [
+                    make_batch([rows[id] for id in ids], pad_id, accelerator.device, teachers=teachers, parents=parents)
+                    for batch in steps[number]
+                    for ids in _dealt(batch, parts)
+                ]
+            )
+            learn = partial(_gradients, model, list(parameters.values()), methods, bf16)
+            losses: Counter[str] = Counter()
+            for found, gradients in compute_all(learn, batches):
+                losses.update(found)
+                for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+                    if gradient is not None:
+                        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            entry = {"step": float(number + 1), **losses}
             if not all(math.isfinite(value) for value in entry.values()):
                 raise TreeringError(
                     f"the loss is not finite at step {number + 1} ({entry}); set a lower learning_rate than "
@@ -238,22 +194,21 @@ def train(
     return log
 
 
+def _dealt(batch: list[str], parts: int) -> list[list[str]]:
+    """The rows of a batch in shares of like length; fewer shares than asked where rows are few."""
+    return [batch[start::parts] for start in range(min(parts, len(batch)))]
+
+
 def _gradients(
-    model: PreTrainedModel, batches: Sequence[Batch], methods: Methods, accelerator: Accelerator, bf16: bool
-) -> dict[str, float]:
-    """Accumulate the gradients of one optimiser step; returns its loss and the methods' terms."""
-    tokens = sum(len(batch.targets) for batch in batches)
-    losses = {"loss": 0.0}
-    for batch in batches:
-        with compute(bf16, accelerator.device):
-            logits = logits_at(model, **batch.inputs, at=batch.at)
-        loss = cross_entropy(logits, batch.targets, reduction="sum") / tokens
-        losses["loss"] += float(loss.detach())
-        for name, extra in methods.losses(model, batch, logits).items():
-            loss = loss + extra / len(batches)
-            losses[name] = losses.get(name, 0.0) + float(extra.detach()) / len(batches)
-        accelerator.backward(loss)
-    return losses
+    model: PreTrainedModel, parameters: Sequence[Tensor], methods: Methods, bf16: bool, batch: Batch
+) -> tuple[dict[str, float], tuple[Tensor | None, ...]]:
+    """What `batch` adds to the losses of its optimiser step, and to the gradients of `parameters`."""
+    with compute(bf16, batch.targets.device):
+        logits = logits_at(model, **batch.inputs, at=batch.at)
+    losses = {"loss": cross_entropy(logits, batch.targets, reduction="sum") / batch.of}
+    losses |= methods.losses(model, batch, logits)
+    gradients = torch.autograd.grad(torch.stack(list(losses.values())).sum(), parameters, allow_unused=True)
+    return {name: float(loss.detach()) for name, loss in losses.items()}, gradients
 
 
 def rate_schedule(config: Config, steps: int) -> Callable[[int], float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from treering import methods as registry
+from treering.batches import Batch, Taught
 from treering.config import Config
 from treering.data.example import Example
 from treering.errors import ConfigError, ModelError
@@ -24,7 +26,7 @@ from treering.methods.lwf import LwF
 from treering.methods.replay import Replay
 from treering.model import encode, load_base, load_tokenizer
 from treering.testing import tiny_model, toy_rows
-from treering.train import Batch, plan_steps, train
+from treering.train import plan_steps, train
 
 LORA_TARGETS = 7
 """Linear layers of a Llama layer."""
@@ -123,17 +125,17 @@ def test_freeze_needs_a_list_of_layers(deep: Path) -> None:
         Freeze(settings(deep)).prepare(model, {})
 
 
-def distill(logits: Tensor, teacher: tuple[Tensor, Tensor, Tensor] | None, **values: Any) -> Tensor | None:
+def distill(logits: Tensor, teacher: Taught | None, **values: Any) -> Tensor | None:
     method = Distill(Config.build({"distill": values}))
     empty = torch.empty(0, dtype=torch.long)
     model: Any = None
-    return method.loss(model, Batch({}, empty, empty, teacher), logits)
+    return method.loss(model, Batch({}, empty, empty, 0, teacher), logits)
 
 
-def own(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+def own(logits: Tensor, top_k: int) -> Taught:
     """What `teach` would store of these logits."""
     top = logits.topk(top_k)
-    return torch.arange(len(logits)), top.indices, top.values.half()
+    return Taught(torch.arange(len(logits)), top.indices, top.values.half(), len(logits))
 
 
 def value(loss: Tensor | None) -> float:
@@ -167,16 +169,16 @@ def test_distillation_by_hand() -> None:
     teacher = torch.softmax(stored / 2, -1)[0]
     expected = 4 * sum(p * (p.log() - torch.tensor(1 / 3).log()) for p in teacher)
     for weight in (1.0, 0.5):
-        given = (torch.tensor([0]), torch.tensor([[0, 1, 2]]), stored.half())
+        given = Taught(torch.tensor([0]), torch.tensor([[0, 1, 2]]), stored.half(), 1)
         found = distill(torch.zeros(1, 3), given, temperature=2.0, weight=weight)
         assert value(found) == pytest.approx(weight * float(expected), rel=1e-4)
 
 
 def lwf(logits: Tensor, answers: list[int], ids: list[list[int]], parent: list[list[float]], **values: Any) -> Tensor:
     method = LwF(Config.build({"lwf": values}))
-    taught = (torch.arange(len(ids)), torch.tensor(ids), torch.tensor(parent).half())
+    taught = Taught(torch.arange(len(ids)), torch.tensor(ids), torch.tensor(parent).half(), len(ids))
     model: Any = None
-    found = method.loss(model, Batch({}, torch.empty(0), torch.tensor(answers), parent=taught), logits)
+    found = method.loss(model, Batch({}, torch.empty(0), torch.tensor(answers), len(answers), parent=taught), logits)
     assert found is not None
     return found
 
@@ -204,25 +206,29 @@ def test_lwf_leaves_the_answer_free() -> None:
 
 def test_lwf_wants_a_parent() -> None:
     model: Any = None
-    batch = Batch({}, torch.empty(0), torch.tensor([1]))
+    batch = Batch({}, torch.empty(0), torch.tensor([1]), 1)
     assert LwF(Config()).loss(model, batch, torch.zeros(1, 4)) is None
 
 
 def test_distillation_concerns_replayed_tokens_alone() -> None:
     logits = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
-    at, ids, stored = own(logits[2:4], 6)
+    own_two = own(logits[2:4], 6)
     changed = logits.clone()
     changed[[0, 1, 4]] = 100.0
-    teacher = (at + 2, ids, stored)
+    teacher = replace(own_two, at=own_two.at + 2)
     assert value(distill(changed, teacher)) == value(distill(logits, teacher)) == pytest.approx(0.0, abs=1e-5)
     assert distill(logits, None) is None
 
 
 def test_logits_without_weight_are_ignored() -> None:
     logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
-    at, ids, stored = own(logits, 3)
-    filled = (at, torch.cat([ids, ids[:, :1]], 1), torch.cat([stored, torch.full((4, 1), float("-inf")).half()], 1))
-    assert value(distill(logits, filled)) == pytest.approx(value(distill(logits, (at, ids, stored))), rel=1e-6)
+    taught = own(logits, 3)
+    filled = replace(
+        taught,
+        ids=torch.cat([taught.ids, taught.ids[:, :1]], 1),
+        logits=torch.cat([taught.logits, torch.full((4, 1), float("-inf")).half()], 1),
+    )
+    assert value(distill(logits, filled)) == pytest.approx(value(distill(logits, taught)), rel=1e-6)
 
 
 def remember(count: int) -> Memory:
@@ -332,7 +338,7 @@ def test_state_comes_back_in_the_next_update(model_folder: Path) -> None:
     methods.by_name["mine"] = Stateful()
     model: Any = object()
     empty = torch.empty(0, dtype=torch.long)
-    state = methods.after_update(model, [Batch({}, empty, empty, None)] * 3)
+    state = methods.after_update(model, [Batch({}, empty, empty, 0)] * 3)
     assert {name: tensor.tolist() for name, tensor in state.items()} == {"mine.count": [3.0]}
     later = Methods(settings(model_folder, protect=[]))
     later.by_name = {"mine": Stateful()}
@@ -348,6 +354,6 @@ def test_without_hooks_nothing_happens() -> None:
     model: Any = object()
     assert methods.prepare(model, {}) is model
     assert methods.replay(["a"], Memory(), 0) == []
-    assert methods.losses(model, Batch({}, empty, empty, None), torch.empty(0)) == {}
+    assert methods.losses(model, Batch({}, empty, empty, 0), torch.empty(0)) == {}
     assert methods.after_update(model, []) == {}
     methods.after_step(model)

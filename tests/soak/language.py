@@ -64,9 +64,9 @@ def pretrained_model(folder: Path) -> Path:
     from torch.nn.functional import cross_entropy
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+    from treering.batches import make_batch
     from treering.data.shapes import convert
     from treering.model import encode, logits_at
-    from treering.train import make_batch
 
     tiny_model(folder, hidden_size=128)
     config = LlamaConfig.from_pretrained(folder)

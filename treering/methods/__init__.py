@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from treering.batches import Batch
     from treering.config import Config
     from treering.memory import Memory
-    from treering.train import Batch
 
 FINETUNING_TYPES: dict[str, str] = {
     "lora": "treering.methods.lora:LoRA",
@@ -45,7 +45,10 @@ class Method(Protocol):
         """Ids of remembered rows to mix into this epoch beside the ids in `new`."""
 
     def loss(self, model: PreTrainedModel, batch: Batch, logits: Tensor) -> Tensor | None:
-        """An extra scalar loss, or None. `logits` is `[answer tokens of the batch, vocabulary]`, float32."""
+        """An extra scalar loss, or None: what the batch adds to a mean over its optimiser step (`Batch.of`).
+
+        `logits` is `[answer tokens of the batch, vocabulary]`, float32. Batches of a step come from several threads.
+        """
 
     def after_step(self, model: PreTrainedModel) -> None:
         """Called after each optimiser step: projection, averaging."""

@@ -16,11 +16,11 @@ from treering.config import Config
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from treering.train import Batch
+    from treering.batches import Batch
 
 
 class Distill:
-    """Adds `weight * T^2 * KL(teacher || student)` over the stored top-k, averaged over replayed answer tokens."""
+    """Adds `weight * T^2 * KL(teacher || student)` over the stored top-k, averaged over a step's replayed tokens."""
 
     def __init__(self, config: Config) -> None:
         self.weight = config.distill.weight
@@ -30,8 +30,8 @@ class Distill:
         """The distillation term of `batch`, or None when no row of it has stored logits."""
         if batch.teacher is None:
             return None
-        at, ids, stored = batch.teacher
-        teacher = torch.softmax(stored.float() / self.temperature, dim=-1)
-        student = torch.log_softmax(logits[at] / self.temperature, dim=-1).gather(-1, ids)
-        divergence = (teacher * (teacher.clamp_min(1e-9).log() - student)).sum(-1).mean()
-        return self.weight * self.temperature**2 * divergence
+        taught = batch.teacher
+        teacher = torch.softmax(taught.logits.float() / self.temperature, dim=-1)
+        student = torch.log_softmax(logits[taught.at] / self.temperature, dim=-1).gather(-1, taught.ids)
+        divergence = (teacher * (teacher.clamp_min(1e-9).log() - student)).sum()
+        return self.weight * self.temperature**2 * divergence / taught.of

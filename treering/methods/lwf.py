@@ -17,14 +17,17 @@ from treering.config import Config
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from treering.train import Batch
+    from treering.batches import Batch
 
 TOP_K = 64
 """Logits of the parent that are taken for each answer token."""
 
 
 class LwF:
-    """Adds `weight * T^2 * KL(parent || student)` over the parent's top-k but the answer, averaged over new tokens."""
+    """Adds `weight * T^2 * KL(parent || student)` over the parent's top-k but the answer.
+
+    It is averaged over a step's new answer tokens.
+    """
 
     def __init__(self, config: Config) -> None:
         self.weight = config.lwf.weight
@@ -34,11 +37,11 @@ class LwF:
         """The term of `batch`, or None when no row of it has logits of the parent."""
         if batch.parent is None:
             return None
-        at, ids, stored = batch.parent
-        taken = (ids != batch.targets[at].unsqueeze(-1)) & stored.isfinite()
+        taught, right = batch.parent, batch.targets[batch.parent.at]
+        taken = (taught.ids != right.unsqueeze(-1)) & taught.logits.isfinite()
         parent, student = (
             torch.log_softmax(scores.masked_fill(~taken, -1e4) / self.temperature, dim=-1)
-            for scores in (stored.float(), logits[at].gather(-1, ids))
+            for scores in (taught.logits.float(), logits[taught.at].gather(-1, taught.ids))
         )
         divergence = parent.exp() * (parent - student)
-        return self.weight * self.temperature**2 * divergence.masked_fill(~taken, 0.0).sum(-1).mean()
+        return self.weight * self.temperature**2 * divergence.masked_fill(~taken, 0.0).sum() / taught.of

@@ -1,0 +1,99 @@
+"""Rows as tensors: what one forward pass reads, and what it is to predict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from treering.memory import Teacher, stack
+from treering.model import Tokens, pad
+
+
+@dataclass(frozen=True)
+class Taught:
+    """Answer tokens for which a teacher's logits are known.
+
+    `at` `[m]` are their places in `Batch.targets`; `ids` and `logits`, `[m, k]`, the teacher's highest logits there;
+    `of` is how many such tokens the whole optimiser step has.
+    """
+
+    at: Tensor
+    ids: Tensor
+    logits: Tensor
+    of: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass.
+
+    `inputs`: `ids` and `mask`, `[rows, length]`. `at`: `[answer tokens]` flat positions whose logits predict `targets`
+    `[answer tokens]`; `of` is how many the whole optimiser step has, so that a sum over a batch, divided by it, is the
+    batch's part of a mean over the step. `teacher`: what the memory has stored of replayed rows. `parent`: what the
+    version before makes of new rows.
+    """
+
+    inputs: dict[str, Tensor]
+    at: Tensor
+    targets: Tensor
+    of: int
+    teacher: Taught | None = None
+    parent: Taught | None = None
+
+
+def make_batch(
+    rows: Sequence[Tokens],
+    pad_id: int,
+    device: torch.device | str = "cpu",
+    *,
+    teachers: Mapping[str, Teacher] | None = None,
+    parents: Mapping[str, Teacher] | None = None,
+) -> Batch:
+    """Collate `rows`, as a step of their own; their last token is only predicted, never read."""
+    inputs = pad([row.ids[:-1] for row in rows], pad_id)
+    length = inputs["input_ids"].shape[1]
+    at = [n * length + position - 1 for n, row in enumerate(rows) for position in row.answers]
+    targets = [row.ids[position] for row in rows for position in row.answers]
+    return Batch(
+        {"ids": inputs["input_ids"].to(device), "mask": inputs["attention_mask"].to(device)},
+        torch.tensor(at).to(device),
+        torch.tensor(targets).to(device),
+        len(targets),
+        _taught(rows, teachers or {}, device),
+        _taught(rows, parents or {}, device),
+    )
+
+
+def as_step(batches: Sequence[Batch]) -> list[Batch]:
+    """The same batches, as parts of one optimiser step."""
+    of = sum(batch.of for batch in batches)
+    teacher = sum(batch.teacher.of for batch in batches if batch.teacher)
+    parent = sum(batch.parent.of for batch in batches if batch.parent)
+    return [
+        replace(
+            batch,
+            of=of,
+            teacher=batch.teacher and replace(batch.teacher, of=teacher),
+            parent=batch.parent and replace(batch.parent, of=parent),
+        )
+        for batch in batches
+    ]
+
+
+def _taught(rows: Sequence[Tokens], teachers: Mapping[str, Teacher], device: torch.device | str) -> Taught | None:
+    places: list[int] = []
+    found = []
+    start = 0
+    for row in rows:
+        teacher = teachers.get(row.id)
+        if teacher is not None and len(teacher.ids) == len(row.answers):
+            places += range(start, start + len(row.answers))
+            found.append(teacher)
+        start += len(row.answers)
+    if not found:
+        return None
+    ids, logits = stack(found)
+    return Taught(torch.tensor(places).to(device), ids.long().to(device), logits.to(device), len(places))

@@ -1,0 +1,50 @@
+"""The batches of a step computed side by side, a thread each.
+
+On a processor the threads of one small product wait for each other more than they work; products of one thread each,
+on rows of their own, do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from treering.config import Config
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+LEAST_ROWS = 4
+"""Rows that a share has at least, where a batch is full."""
+
+
+def count(config: Config, device: torch.device) -> int:
+    """Into how many shares the rows of a batch are dealt: as many as there are threads, if each has rows enough.
+
+    One where it would cost more than it gains: on an accelerator, and where all weights learn, for each share has
+    gradients of its own. One for dropout as well: threads that draw from the same numbers draw in any order.
+    """
+    if device.type != "cpu" or config.finetuning_type != "lora" or config.lora_dropout:
+        return 1
+    return max(1, min(torch.get_num_threads(), config.per_device_train_batch_size // LEAST_ROWS))
+
+
+@contextmanager
+def side_by_side(count: int) -> Iterator[Callable[[Callable[[T], R], Sequence[T]], Iterator[R]]]:
+    """A `map` that computes `count` at once and keeps the order."""
+    if count == 1:
+        yield map
+        return
+    threads = torch.get_num_threads() // count
+
+    def begin() -> None:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(True)
+
+    with ThreadPoolExecutor(count, initializer=begin) as pool:
+        yield pool.map
