@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from treering.files import json_line
-from treering.serve.engine import EngineError, Job
+from treering.serve.engine import Job
+from treering.serve.errors import ApiError
 
 MOST_CHOICES = 16
 
@@ -221,11 +222,11 @@ class CompletionRequest(_Generate):
     logprobs: int | None = Field(None, ge=0, le=5)
 
     def jobs(self, id: str, version: str) -> list[Job]:
-        """One job a prompt and choice, prompt by prompt. Raises `EngineError` for too many."""
+        """One job a prompt and choice, prompt by prompt. Raises `ApiError` for too many."""
         prompts = _texts(self.prompt)
         count = self.n or 1
         if len(prompts) * count > MOST_CHOICES:
-            raise EngineError(
+            raise ApiError(
                 f"{len(prompts)} prompts with n={count} are more than {MOST_CHOICES} answers; send several requests",
                 status=400,
                 code="too_many_answers",
@@ -263,5 +264,5 @@ def _texts(given: str | list[str] | list[int] | list[list[int]]) -> list[str | l
     if given and isinstance(given[0], int):
         return [list(given)]
     if not given or len(given) > 2048:
-        raise EngineError(f"{len(given)} texts were given; give 1 to 2048", status=400, code="invalid_input")
+        raise ApiError(f"{len(given)} texts were given; give 1 to 2048", status=400, code="invalid_input")
     return list(given)  # type: ignore[arg-type]

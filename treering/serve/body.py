@@ -8,7 +8,7 @@ from json import JSONDecodeError
 from fastapi import Request
 
 from treering.files import json_line
-from treering.serve.engine import EngineError
+from treering.serve.errors import ApiError
 
 
 async def plain(request: Request) -> None:
@@ -20,4 +20,4 @@ async def plain(request: Request) -> None:
         try:
             json_line(given)
         except ValueError as error:
-            raise EngineError(f"the body cannot be used: {error}", status=400, code="invalid_body") from None
+            raise ApiError(f"the body cannot be used: {error}", status=400, code="invalid_body") from None

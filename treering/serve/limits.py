@@ -7,25 +7,17 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from treering.serve.engine import EngineError
+from treering.serve.errors import ApiError
 
 RETRY_SECONDS = 1
 WINDOW_SECONDS = 60.0
 
 
-class LaterError(EngineError):
-    """Not now; `retry_after` says in how many seconds to come back."""
-
-    def __init__(self, message: str, retry_after: int, *, status: int, code: str) -> None:
-        super().__init__(message, status=status, code=code)
-        self.retry_after = retry_after
-
-
-class TooManyError(LaterError):
+class TooManyError(ApiError):
     """A limit was met."""
 
     def __init__(self, message: str, retry_after: int) -> None:
-        super().__init__(message, retry_after, status=429, code="rate_limit_exceeded")
+        super().__init__(message, status=429, code="rate_limit_exceeded", retry_after=retry_after)
 
 
 class Limits:

@@ -14,7 +14,8 @@ from treering.feedback import Feedback
 from treering.serve.answers import Shape
 from treering.serve.api import ChatRequest, CompletionRequest, EmbeddingRequest
 from treering.serve.body import plain
-from treering.serve.engine import BASE, EngineError
+from treering.serve.engine import BASE
+from treering.serve.errors import ApiError
 from treering.serve.respond import Made, answer, unless_gone
 from treering.serve.state import ERRORS, Here, Record, Server, may, opened
 
@@ -39,7 +40,7 @@ async def model(name: str, server: Here) -> dict[str, Any]:
 async def give_feedback(body: Feedback, server: Here, seen: Record) -> dict[str, str]:
     """Take a user's word on an answer; whether and when it is trained on is the workspace's rule."""
     if server.settings.feedback == "off":
-        raise EngineError("this server takes no feedback (serve.feedback is off)", status=403, code="feedback_off")
+        raise ApiError("this server takes no feedback (serve.feedback is off)", status=403, code="feedback_off")
     with server.limits.entered(1):
         entry = await asyncio.to_thread(feedback.keep, server.ws, body, seen.key)
     return {"id": entry.id, "state": entry.state}

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastapi import Depends, Request
 
-from treering.serve.answers import ErrorBody
-from treering.serve.engine import EngineError
+from treering.serve.errors import ApiError, ErrorBody
 from treering.serve.following import Following
 from treering.serve.keys import Keys
-from treering.serve.limits import LaterError, Limits
+from treering.serve.limits import Limits
 from treering.serve.telemetry import Seen, Telemetry
 from treering.serve.tracing import Tracing
 from treering.serve.trial import Trial
@@ -100,7 +99,7 @@ Record = Annotated[Seen, Depends(_seen)]
 async def opened(server: Here) -> None:
     """Refuse what comes before the model is loaded."""
     if not server.opened.is_set():
-        raise LaterError("the model is being loaded; try again", LOADING_SECONDS, status=503, code="loading")
+        raise ApiError("the model is being loaded; try again", status=503, code="loading", retry_after=LOADING_SECONDS)
 
 
 def may(scope: str) -> Callable[..., Awaitable[None]]:
@@ -115,14 +114,14 @@ def may(scope: str) -> Callable[..., Awaitable[None]]:
         kind, _, secret = request.headers.get("authorization", "").partition(" ")
         key = server.keys.find(secret.strip()) if kind.lower() == "bearer" else None
         if key is None:
-            raise EngineError(
+            raise ApiError(
                 "this server wants a key made by `treering keys create`, as `Authorization: Bearer tr-...`",
                 status=401,
                 code="invalid_api_key",
             )
         seen.key = key.id
         if scope == "admin" and key.scope != "admin":
-            raise EngineError("this key has no admin scope", status=403, code="insufficient_scope")
+            raise ApiError("this key has no admin scope", status=403, code="insufficient_scope")
         limit = key.requests_per_minute or server.settings.requests_per_minute
         if limit is not None:
             server.limits.ask(key.id, limit)
