@@ -158,7 +158,7 @@ def test_embeddings(served: Served) -> None:
         ({"extra_body": {"best_of": 3}}, 400, "best_of"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "takes no tools"),
         ({"top_logprobs": 2}, 400, "needs logprobs"),
-        ({"n": 9}, 429, "under way"),
+        ({"n": 9}, 400, "more than the 8 that there is room for"),
     ],
 )
 def test_a_wrong_request_is_told_so(served: Served, settings: dict[str, Any], status: int, words: str) -> None:
@@ -170,9 +170,13 @@ def test_a_wrong_request_is_told_so(served: Served, settings: dict[str, Any], st
 
 
 def test_a_full_queue_says_when_to_come_back(served: Served) -> None:
-    with pytest.raises(openai.RateLimitError) as found:
-        served.ask(n=9)
+    stream = served.ask("base", messages=LONG, n=8, max_tokens=1500, stream=True, logit_bias={257: -100})
+    next(stream)
+    with pytest.raises(openai.RateLimitError, match="8 answers are under way or wait, and 8 is the most") as found:
+        served.ask()
     assert found.value.response.headers["retry-after"] == "1"
+    stream.close()
+    served.eventually(lambda: "treering_answers_under_way 0.0" in served.get("/metrics"))
 
 
 def test_a_promotion_is_followed_while_answers_run(served: Served) -> None:
@@ -391,6 +395,9 @@ def test_keys_scopes_and_limits(served: Served) -> None:
         with pytest.raises(openai.AuthenticationError):
             revoked.models.list()
         keys.revoke(served.ws, keeper.id)
+        with pytest.raises(openai.AuthenticationError, match="the last key was revoked"):
+            served.ask()
+        (served.ws.root / keys.FILE).unlink()
     assert served.ask().system_fingerprint == "v2"
 
 

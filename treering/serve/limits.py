@@ -1,4 +1,4 @@
-"""How much is let in: requests at once, and requests a minute of each key."""
+"""How much is let in: answers at once, and requests a minute of each key."""
 
 from __future__ import annotations
 
@@ -27,11 +27,18 @@ class Limits:
         self.inside = 0
         self._room = room
         self._clock = clock
-        self._asked: dict[str, deque[float]] = {}
+        self._asked: dict[str | None, deque[float]] = {}
 
     @contextmanager
     def entered(self, answers: int) -> Iterator[None]:
-        """Hold room for `answers`. Raises `TooManyError` if there is not enough."""
+        """Hold room for `answers`. Raises `TooManyError` if there is not enough now, `ApiError` if there never is."""
+        if answers > self._room:
+            raise ApiError(
+                f"{answers} answers are more than the {self._room} that there is room for (serve.max_batch_size and "
+                "serve.max_queue); ask for fewer at once",
+                status=400,
+                code="too_many_answers",
+            )
         if self.inside + answers > self._room:
             raise TooManyError(
                 f"{self.inside} answers are under way or wait, and {self._room} is the most; try again later",
@@ -43,13 +50,14 @@ class Limits:
         finally:
             self.inside -= answers
 
-    def ask(self, key: str, per_minute: int) -> None:
-        """Count a request of `key`. Raises `TooManyError` beyond `per_minute` in any minute."""
+    def ask(self, key: str | None, per_minute: int) -> None:
+        """Count a request of `key`, or of all who have none. Raises `TooManyError` beyond `per_minute` in a minute."""
         now = self._clock()
         asked = self._asked.setdefault(key, deque())
         while asked and now - asked[0] >= WINDOW_SECONDS:
             asked.popleft()
         if len(asked) >= per_minute:
             wait = int(WINDOW_SECONDS - (now - asked[0])) + 1
-            raise TooManyError(f"this key may ask {per_minute} times a minute; try again in {wait} s", wait)
+            who = "this key" if key else "all without a key together"
+            raise TooManyError(f"{who} may ask {per_minute} times a minute; try again in {wait} s", wait)
         asked.append(now)

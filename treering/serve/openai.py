@@ -7,7 +7,7 @@ import base64
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 
 from treering import feedback, registry
 from treering.feedback import Feedback
@@ -16,10 +16,11 @@ from treering.serve.api import ChatRequest, CompletionRequest, EmbeddingRequest
 from treering.serve.body import plain
 from treering.serve.engine import BASE
 from treering.serve.errors import ApiError
+from treering.serve.guard import guarded, may, opened
 from treering.serve.respond import Made, answer, unless_gone
-from treering.serve.state import ERRORS, Here, Record, Server, may, opened
+from treering.serve.state import ERRORS, Here, Record, Server
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(may("api")), Depends(opened), Depends(plain)], responses=ERRORS)
+router = APIRouter(prefix="/v1", route_class=guarded(may("api", counted=True), opened, plain), responses=ERRORS)
 
 
 @router.get("/models")
@@ -83,7 +84,8 @@ async def embeddings(body: EmbeddingRequest, request: Request, server: Here, see
     version = seen.version = server.following.version(body.model)
     seen.model = body.model
     texts = body.texts()
-    with server.limits.entered(1):
+    # A text counts as an answer does, but a long list only as a full batch: else it would wait for an empty server.
+    with server.limits.entered(min(len(texts), server.settings.max_batch_size)):
         found = await unless_gone(request, server.settings.request_timeout, server.engine.embed(version, texts))
     seen.prompt_tokens = found.tokens
     data = [
@@ -100,5 +102,6 @@ async def embeddings(body: EmbeddingRequest, request: Request, server: Here, see
         "object": "list",
         "data": data,
         "model": body.model,
+        "system_fingerprint": version,
         "usage": {"prompt_tokens": found.tokens, "total_tokens": found.tokens},
     }
