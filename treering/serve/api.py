@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 from treering.files import json_line
 from treering.serve.engine import Job
@@ -16,13 +16,20 @@ from treering.serve.errors import ApiError
 
 MOST_CHOICES = 16
 
+Texts = str | list[str] | list[StrictInt] | list[list[StrictInt]]
+"""One text or many, as text or as tokens. Strict, for `true` is no token."""
+
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     model: str = Field(examples=["current"], description="`current`, `base` or a version such as `v3`.")
     user: str | None = None
+    # These change no answer, here or anywhere.
     metadata: dict[str, str] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
 
 
 class Function(BaseModel):
@@ -218,7 +225,7 @@ class ChatRequest(_Generate):
 class CompletionRequest(_Generate):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Texts
     logprobs: int | None = Field(None, ge=0, le=5)
 
     def jobs(self, id: str, version: str) -> list[Job]:
@@ -249,7 +256,7 @@ class CompletionRequest(_Generate):
 class EmbeddingRequest(_Request):
     """`POST /v1/embeddings`."""
 
-    input: str | list[str] | list[int] | list[list[int]]
+    input: Texts
     encoding_format: Literal["float", "base64"] | None = None
 
     def texts(self) -> list[str | list[int]]:
@@ -257,7 +264,7 @@ class EmbeddingRequest(_Request):
         return _texts(self.input)
 
 
-def _texts(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+def _texts(given: Texts) -> list[str | list[int]]:
     """One entry a text, whether one or many were given, as text or as tokens."""
     if isinstance(given, str):
         return [given]

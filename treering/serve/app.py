@@ -53,7 +53,14 @@ def create_app(ws: Workspace, engine: Engine, *, public: bool = False) -> FastAP
             await asyncio.gather(working, return_exceptions=True)
             await server.stop()
 
-    app = FastAPI(title="treering", version=__version__, lifespan=running)
+    app = FastAPI(
+        title="treering",
+        version=__version__,
+        lifespan=running,
+        # These pages would fetch scripts from elsewhere, and be empty where there is no elsewhere.
+        docs_url=None,
+        redoc_url=None,
+    )
     app.state.server = server
     for router in (openai.router, keepers.admin, keepers.health):
         app.include_router(router)
