@@ -534,7 +534,8 @@ def test_real_users_keep_their_version(served: Served) -> None:
         assert "".join(event.choices[0].delta.content or "" for event in events) == (
             served.ask(wanted[user]).choices[0].message.content
         )
-    said = {"messages": ASK, "answer": "x", "rating": "down", "version": "v1"}
+    answer = served.ask(user=first)
+    said = {"messages": ASK, "answer": "x", "rating": "down", "response_id": answer.id}
     served.client.post("/feedback", body=said, cast_to=dict[str, str])
     canary.stop(served.ws)
     served.eventually(lambda: "control" in arms(served.ws))

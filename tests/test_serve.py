@@ -315,10 +315,11 @@ def test_metrics_and_log(served: Served) -> None:
 
 def test_feedback_waits_for_its_review(served: Served) -> None:
     said = {"messages": ASK, "answer": "a b", "rating": "down", "correction": "a d", "task": "a"}
+    said["response_id"] = served.ask(max_tokens=1).id
     answer = served.client.post("/feedback", body=said, cast_to=dict[str, str])
     assert answer["state"] == "waiting"
     [entry] = feedback.waiting(feedback.read(served.ws))
-    assert entry.id == answer["id"] and entry.feedback.correction == "a d"
+    assert entry.id == answer["id"] and entry.feedback.correction == "a d" and entry.feedback.version == "v2"
     assert not list(served.ws.inbox.rglob("feedback*"))
     with pytest.raises(openai.BadRequestError, match="rating"):
         served.client.post("/feedback", body={"messages": ASK}, cast_to=dict[str, str])

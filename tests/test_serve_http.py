@@ -321,6 +321,49 @@ def test_no_page_fetches_scripts_from_elsewhere(ws: Workspace) -> None:
         assert client.get("/openapi.json").json()["info"]["title"] == "treering"
 
 
+def test_a_thumb_is_for_one_answer_and_counts_once(ws: Workspace) -> None:
+    with client_of(ws) as client:
+
+        def rate(**more: Any) -> Any:
+            said = {"messages": ASK["messages"], "answer": "the end.", "rating": "down", **more}
+            return client.post("/v1/feedback", json=said)
+
+        whole, streamed = chat(client).json()["id"], events(client)[0]["id"]
+        text = client.post("/v1/completions", json={"model": "current", "prompt": "a"}).json()["id"]
+        refused = [
+            rate(),
+            rate(version="base"),
+            rate(response_id="chatcmpl-1"),
+            rate(response_id=whole, version="v7"),
+            rate(response_id=whole, task="x" * 300),
+        ]
+        assert [answer.status_code for answer in refused] == [400, 400, 404, 400, 400]
+        assert "as `response_id`; a correction alone needs none" in refused[0].json()["error"]["message"]
+        taken = [rate(response_id=id) for id in (whole, streamed, text)]
+        assert [answer.status_code for answer in taken] == [202] * 3
+        again = rate(response_id=whole, rating="up")
+        assert again.status_code == 409 and "the first one stands" in again.json()["error"]["message"]
+    assert {entry.feedback.version for entry in feedback.read(ws)} == {"base"}
+    assert [entry.feedback.response_id for entry in feedback.read(ws)] == [whole, streamed, text]
+
+
+def test_a_thumb_that_could_not_be_kept_may_come_again(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    with client_of(ws) as client:
+        said = {"messages": ASK["messages"], "rating": "down", "response_id": chat(client).json()["id"]}
+        with monkeypatch.context() as full:
+            full.setattr(feedback, "append_line", lambda *_: (_ for _ in ()).throw(OSError(28, "no space")))
+            assert client.post("/v1/feedback", json=said).status_code == 500
+        assert client.post("/v1/feedback", json=said).status_code == 202
+
+
+def test_a_correction_names_no_answer_and_known_versions_only(ws: Workspace) -> None:
+    with client_of(ws) as client:
+        given = [client.post("/v1/feedback", json={**SAID, **more}) for more in ({}, {"version": "base"})]
+        wrong = client.post("/v1/feedback", json={**SAID, "version": "v7"})
+    assert [answer.status_code for answer in (*given, wrong)] == [202, 202, 404]
+    assert "there is no model 'v7'" in wrong.json()["error"]["message"] and len(feedback.read(ws)) == 2
+
+
 def test_an_answer_may_be_sent_back_as_it_came(ws: Workspace) -> None:
     message = ChatCompletionMessage(role="assistant", content="b").model_dump()
     assert {"annotations", "audio", "function_call", "refusal", "tool_calls"} <= message.keys()

@@ -17,8 +17,10 @@ from treering.model import load_base, load_tokenizer, pad
 from treering.serve import batch as batch_module
 from treering.serve import keys
 from treering.serve.adapters import Adapter, Slots, read_adapter
+from treering.serve.answered import Answered
 from treering.serve.batch import Batch, Row
 from treering.serve.engine import EngineError, Job
+from treering.serve.errors import ApiError
 from treering.serve.limits import Limits, TooManyError
 from treering.serve.sampling import Sampler
 from treering.serve.text import Writer
@@ -264,6 +266,22 @@ def test_limits_count_answers_and_minutes() -> None:
     limits.ask("b", 2)
     now = 60.0
     limits.ask("a", 2)
+
+
+def test_answers_are_remembered_for_an_hour_and_not_without_end() -> None:
+    now = 0.0
+    answered = Answered(most=2, clock=lambda: now)
+    for id, version in (("a", "v1"), ("b", "v1"), ("c", "v2")):
+        answered.note(id, version)
+    with pytest.raises(ApiError, match="no answer 'a' is known"), answered.rating("a"):
+        pass
+    with answered.rating("c") as version:
+        assert version == "v2"
+    now = 3601.0
+    with pytest.raises(ApiError, match="more than an hour ago"), answered.rating("b"):
+        pass
+    answered.note("d", "v2")
+    assert list(answered._known) == ["d"]
 
 
 @pytest.fixture

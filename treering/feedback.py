@@ -30,7 +30,8 @@ State = Literal["waiting", "accepted", "rejected"]
 class Feedback(BaseModel):
     """One user's word on one answer.
 
-    `correction` is the answer it should have been. Without one, only an answer rated `up` can become a row.
+    `correction` is the answer it should have been. Without one, only an answer rated `up` can become a row. A server
+    takes a `rating` only with `response_id`, the id of its own response, and then knows the `version` by itself.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,6 +39,7 @@ class Feedback(BaseModel):
     answer: str | None = None
     rating: Literal["up", "down"] | None = None
     correction: str | None = Field(None, min_length=1)
+    response_id: str | None = Field(None, max_length=100)
     task: str | None = Field(None, pattern=r"^[\w-][\w.-]{0,99}$")
     version: str | None = None
     comment: str | None = None

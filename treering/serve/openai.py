@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from treering.serve.errors import ApiError
 from treering.serve.guard import guarded, may, opened
 from treering.serve.respond import Made, answer, unless_gone
 from treering.serve.state import ERRORS, Here, Record, Server
+from treering.serve.telemetry import Seen
 
 router = APIRouter(prefix="/v1", route_class=guarded(may("api", counted=True), opened, plain), responses=ERRORS)
 
@@ -42,9 +45,26 @@ async def give_feedback(body: Feedback, server: Here, seen: Record) -> dict[str,
     """Take a user's word on an answer; whether and when it is trained on is the workspace's rule."""
     if server.settings.feedback == "off":
         raise ApiError("this server takes no feedback (serve.feedback is off)", status=403, code="feedback_off")
-    with server.limits.entered(1):
-        entry = await asyncio.to_thread(feedback.keep, server.ws, body, seen.key)
+    with server.limits.entered(1), _about(server, body) as version:
+        said = body.model_copy(update={"version": version})
+        entry = await asyncio.to_thread(feedback.keep, server.ws, said, seen.key)
     return {"id": entry.id, "state": entry.state}
+
+
+@contextmanager
+def _about(server: Server, said: Feedback) -> Iterator[str | None]:
+    """The version that a feedback is about. Thumbs are counted, so theirs is not taken on trust."""
+    if said.rating is None:
+        yield server.following.version(said.version) if said.version else None
+        return
+    with server.answered.rating(said.response_id) as version:
+        if said.version not in (None, version):
+            raise ApiError(
+                f"{said.response_id!r} was answered by {version}, not by {said.version!r}; leave the version out",
+                status=400,
+                code="wrong_version",
+            )
+        yield version
 
 
 def _model(server: Server, name: str, version: str) -> dict[str, Any]:
@@ -63,7 +83,7 @@ async def chat_completions(body: ChatRequest, request: Request, server: Here, se
         shape = Shape(name, "chat.completion", body.model, version, n=body.n or 1, **tools)
         return shape, body.jobs(name + attempt, version)
 
-    return await answer(request, server, seen, body, make)
+    return await _noted(name, server, seen, answer(request, server, seen, body, make))
 
 
 @router.post("/completions", response_model=None)
@@ -75,7 +95,14 @@ async def completions(body: CompletionRequest, request: Request, server: Here, s
         shape = Shape(name, "text_completion", body.model, version, n=body.n or 1)
         return shape, body.jobs(name + attempt, version)
 
-    return await answer(request, server, seen, body, make)
+    return await _noted(name, server, seen, answer(request, server, seen, body, make))
+
+
+async def _noted(name: str, server: Server, seen: Seen, made: Awaitable[Any]) -> Any:
+    """The answer, noted before it is sent: its thumb may come at once."""
+    response = await made
+    server.answered.note(name, seen.version or "")
+    return response
 
 
 @router.post("/embeddings", response_model=None)

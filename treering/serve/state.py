@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastapi import Depends, Request
 
+from treering.serve.answered import Answered
 from treering.serve.errors import ErrorBody
 from treering.serve.following import Following
 from treering.serve.keys import Keys
@@ -33,6 +34,7 @@ class Server:
         self.following = Following(ws, engine)
         self.keys = Keys(ws.root)
         self.limits = Limits(settings.max_batch_size + settings.max_queue)
+        self.answered = Answered()
         self.telemetry = Telemetry()
         self.tracing = Tracing() if settings.telemetry == "otlp" else None
         self.trial = Trial(ws, engine, self.limits, settings, self.telemetry.tried)
@@ -78,8 +80,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         400: "A wrong request",
         401: "No key, or an unknown one",
         403: "The key may not do this",
-        404: "No such model or path",
-        409: "Another process holds the workspace",
+        404: "No such model, answer or path",
+        409: "Another process holds the workspace, or the answer has its thumb already",
         408: "The body did not come in time",
         413: "Too large",
         429: "Too many",
