@@ -73,9 +73,12 @@ def create_app(ws: Workspace, engine: Engine, *, public: bool = False) -> FastAP
 
 async def _accept_feedback(server: Server) -> None:
     """Now and then, make rows of the feedback that needs no review: many at once, for few files in the inbox."""
-    while server.settings.feedback in ("corrections", "all"):
+    if server.settings.feedback not in ("corrections", "all"):
+        return
+    rule = feedback.Rule(server.ws, server.settings.feedback)
+    while True:
         await asyncio.sleep(FEEDBACK_SECONDS)
         try:
-            await asyncio.to_thread(feedback.accept_by_rule, server.ws, server.settings.feedback)
+            await asyncio.to_thread(rule.accept)
         except TreeringError as problem:
             log.error("feedback waits: %s", problem)
