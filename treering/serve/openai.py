@@ -25,6 +25,9 @@ from treering.serve.telemetry import Seen
 
 router = APIRouter(prefix="/v1", route_class=guarded(may("api", counted=True), opened, plain), responses=ERRORS)
 
+STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""What else a right request may get, for the page that describes the API."""
+
 
 @router.get("/models")
 async def models(server: Here) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def _model(server: Server, name: str, version: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "treering", "version": version}
 
 
-@router.post("/chat/completions", response_model=None)
+@router.post("/chat/completions", response_model=None, responses=STREAMS)
 async def chat_completions(body: ChatRequest, request: Request, server: Here, seen: Record) -> Any:
     """Answer a conversation."""
     name = f"chatcmpl-{seen.id.removeprefix('req-')}"
@@ -86,7 +89,7 @@ async def chat_completions(body: ChatRequest, request: Request, server: Here, se
     return await _noted(name, server, seen, answer(request, server, seen, body, make))
 
 
-@router.post("/completions", response_model=None)
+@router.post("/completions", response_model=None, responses=STREAMS)
 async def completions(body: CompletionRequest, request: Request, server: Here, seen: Record) -> Any:
     """Go on with a text."""
     name = f"cmpl-{seen.id.removeprefix('req-')}"
