@@ -364,6 +364,13 @@ def test_a_correction_names_no_answer_and_known_versions_only(ws: Workspace) -> 
     assert "there is no model 'v7'" in wrong.json()["error"]["message"] and len(feedback.read(ws)) == 2
 
 
+def test_the_smallest_top_p_leaves_the_likeliest_token(ws: Workspace) -> None:
+    engine = Told()
+    with client_of(ws, engine) as client:
+        assert chat(client, top_p=5e-324).status_code == chat(client, top_p=0.5).status_code == 200
+    assert [job.top_p for job in engine.jobs] == [1e-30, 0.5]
+
+
 def test_an_answer_may_be_sent_back_as_it_came(ws: Workspace) -> None:
     message = ChatCompletionMessage(role="assistant", content="b").model_dump()
     assert {"annotations", "audio", "function_call", "refusal", "tool_calls"} <= message.keys()

@@ -16,6 +16,9 @@ from treering.serve.errors import ApiError
 
 MOST_CHOICES = 16
 
+LEAST_TOP_P = 1e-30
+"""Smaller ones are 0 to engines that count in float32, and would leave no token at all."""
+
 Texts = str | list[str] | list[StrictInt] | list[list[StrictInt]]
 """One text or many, as text or as tokens. Strict, for `true` is no token."""
 
@@ -162,7 +165,7 @@ class _Generate(_Request):
     def _common(self) -> dict[str, Any]:
         return {
             "temperature": self.temperature,
-            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "top_p": 1.0 if self.top_p is None else max(self.top_p, LEAST_TOP_P),
             "stop": [self.stop] if isinstance(self.stop, str) else self.stop or [],
             "frequency_penalty": self.frequency_penalty or 0.0,
             "presence_penalty": self.presence_penalty or 0.0,
