@@ -12,6 +12,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -482,3 +483,61 @@ def test_a_written_call_comes_back_as_a_tool_call() -> None:
     assert event is not None
     delta = event["choices"][0]["delta"]
     assert delta["tool_calls"][0]["index"] == 0 and delta["role"] == "assistant"
+
+
+def test_what_does_not_finish_before_the_end_hears_why(trained: Workspace, tmp_path: Path) -> None:
+    config = trained.root / "treering.yaml"
+    before = config.read_text()
+    config.write_text(before.replace("serve:\n", "serve:\n  shutdown_timeout: 0.5\n"))
+    try:
+        running = Served(trained, tmp_path / "serve.log")
+    finally:
+        config.write_text(before)
+    endless: dict[str, Any] = {"messages": LONG, "logit_bias": {"257": -100}, "max_tokens": 100_000}  # No end mark.
+    stream = running.ask("base", stream=True, **endless)
+    next(stream)
+    with ThreadPoolExecutor(1) as threads:
+        whole = threads.submit(running.ask, "base", **endless)
+        running.eventually(lambda: "treering_answers_under_way 2.0" in running.get("/metrics"))
+        running.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="the server is shutting down"):
+            list(stream)
+        with pytest.raises(openai.InternalServerError, match="the server is shutting down") as found:
+            whole.result()
+    assert found.value.status_code == 503
+    assert running.process.wait(60) == 0
+    assert "Traceback" not in running.log.read_text()
+    ends = [json.loads(line) for line in running.log.read_text().splitlines() if '"path"' in line and "chat" in line]
+    assert [end["status"] for end in ends] == [503, 503]
+
+
+def test_a_wrong_stream_has_the_status_of_a_wrong_request(served: Served) -> None:
+    with pytest.raises(openai.BadRequestError, match="has more than"):
+        served.ask("base", messages=[{"role": "user", "content": "x" * 19_000}], stream=True)
+
+
+def test_the_log_counts_what_a_client_that_left_had(served: Served) -> None:
+    stream = served.ask("base", messages=LONG, max_tokens=1500, stream=True, logit_bias={"257": -100})
+    next(stream)
+    next(stream)
+    stream.close()
+
+    def left() -> list[dict[str, Any]]:
+        lines = served.log.read_text().splitlines()
+        return [json.loads(line) for line in lines if '"status": 499' in line and '"completion_tokens": 0' not in line]
+
+    served.eventually(lambda: bool(left()))
+    [end] = left()[-1:]
+    assert end["prompt_tokens"] > 20 and 1 <= end["completion_tokens"] < 1500 and end["first_token_seconds"] > 0
+
+
+def test_the_first_token_is_timed_where_it_is_sent(served: Served) -> None:
+    def count() -> float:
+        [line] = [line for line in served.get("/metrics").splitlines() if "first_token_seconds_count" in line]
+        return float(line.split()[-1])
+
+    before = count()
+    served.ask("base", max_tokens=2)
+    assert count() == before
+    list(served.ask("base", max_tokens=2, stream=True))
+    served.eventually(lambda: count() == before + 1)

@@ -21,7 +21,7 @@ from treering.serve.engine import EngineError, Job, Piece
 
 # It keeps a letter for each start, and all it was sent. What it does is told by prompts and by versions' names.
 WORKER = """
-import json, os, pathlib, sys
+import json, os, pathlib, sys, time
 root = pathlib.Path(sys.argv[1])
 def say(**event):
     print(json.dumps(event), flush=True)
@@ -41,6 +41,8 @@ for line in sys.stdin:
         if (root / "versions" / message["version"] / "deadly").exists():
             os._exit(9)
         say(event="loaded", version=message["version"], error=None)
+    elif message["op"] == "ping":
+        say(event="pong")
     elif message["op"] == "embed":
         say(event="vector", id=message["id"], at=1, vector=[1.0], tokens=2)
         if starts == 1:
@@ -56,6 +58,8 @@ for line in sys.stdin:
             continue
         if prompt == "kill" or (prompt == "kill once" and starts == 1):
             os._exit(9)
+        if prompt == "hang" and starts == 1:
+            time.sleep(60)
         if prompt == "too long" and starts == 1:
             print("x" * 5000, flush=True)
         if prompt == "nonsense" and starts == 1:
@@ -106,6 +110,20 @@ async def until(check: Callable[[], bool]) -> None:
 def sent(root: Path) -> list[dict[str, Any]]:
     lines = (root / "sent").read_text().splitlines() if (root / "sent").exists() else []
     return [json.loads(line) for line in lines]
+
+
+def test_a_worker_that_hangs_is_replaced(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(builtin, "PING_SECONDS", 0.2)
+    monkeypatch.setattr(builtin, "PINGS", 3)
+
+    async def test(engine: BuiltinEngine) -> None:
+        await asyncio.sleep(1.5)  # One that has nothing to do is not silent.
+        assert await text(engine, "hang", whole=True) == "one2 two"
+
+    run(test)
+    assert "has been silent for 0.6 s" in caplog.text and caplog.text.count("starting another") == 1
 
 
 def test_an_answer_nobody_has_seen_is_started_over(run: Run, tmp_path: Path) -> None:

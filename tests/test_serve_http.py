@@ -20,6 +20,7 @@ from openai.types.chat import ChatCompletionMessage
 
 from treering import Workspace, feedback
 from treering.errors import UsageError
+from treering.sections import ServeConfig
 from treering.serve import keys, run
 from treering.serve.answers import Shape
 from treering.serve.api import ChatMessage
@@ -507,7 +508,7 @@ def test_who_reads_nothing_makes_room() -> None:
         inside = ExitStack()
         inside.callback(ended.append, "room")
         source = _stream(seen, shape(tools=False), pieces(), [[]], False, seconds=60)
-        response = _StreamResponse(source, inside, seen, seconds=0.2)
+        response = _StreamResponse(source, inside, seen, ServeConfig(request_timeout=0.2))
 
         async def send(message: Any) -> None:
             if message["type"] == "http.response.body":

@@ -1,10 +1,10 @@
-"""The parts of the server on their own: adapters, batches, text, sampling, keys, limits."""
+"""The parts of the server on their own: text, sampling, keys, limits."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -12,27 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treering import Workspace
-from treering.errors import ModelError, TreeringError, UsageError
-from treering.model import load_base, load_tokenizer, pad
-from treering.serve import batch as batch_module
+from treering.errors import TreeringError, UsageError
+from treering.model import load_tokenizer
 from treering.serve import keys
-from treering.serve.adapters import Adapter, Slots, read_adapter
 from treering.serve.answered import Answered
-from treering.serve.batch import Batch, Row
 from treering.serve.engine import EngineError, Job
 from treering.serve.errors import ApiError
 from treering.serve.limits import Limits, TooManyError
 from treering.serve.sampling import Sampler
 from treering.serve.text import Writer
-
-PROMPTS = [list(b"a long prompt, of many bytes"), list(b"short"), list(b"of middle length"), list(b"x")]
-
-
-@pytest.fixture
-def model(model_folder: Path) -> Any:
-    from treering.config import Config
-
-    return load_base(model_folder, Config(bf16=False)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -40,123 +28,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from treering.testing import tiny_model
 
     return load_tokenizer(tiny_model(tmp_path_factory.mktemp("tokenizer")))
-
-
-def peft_adapter(model_folder: Path, folder: Path, **settings: Any) -> Path:
-    """A PEFT folder with random weights."""
-    from peft import LoraConfig, get_peft_model
-
-    from treering.config import Config
-
-    torch.manual_seed(sum(folder.name.encode()))
-    settings = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
-    adapted = get_peft_model(load_base(model_folder, Config(bf16=False)), LoraConfig(**settings))
-    for name, weight in adapted.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(weight, std=0.1)
-    adapted.save_pretrained(str(folder))
-    return folder
-
-
-def logits_of(model: Any, prompt: list[int]) -> torch.Tensor:
-    with torch.inference_mode():
-        return cast(torch.Tensor, model(input_ids=torch.tensor([prompt])).logits[0, -1])
-
-
-def test_mixed_adapters_equal_peft_one_by_one(model: Any, model_folder: Path, tmp_path: Path) -> None:
-    from peft import PeftModel
-
-    from treering.config import Config
-
-    folders = [
-        peft_adapter(model_folder, tmp_path / "one"),
-        peft_adapter(model_folder, tmp_path / "two", r=8, lora_alpha=16, use_rslora=True),
-        peft_adapter(model_folder, tmp_path / "three", target_modules=["q_proj", "v_proj"]),
-    ]
-    slots = Slots(model, 3)
-    for slot, folder in enumerate(folders, start=1):
-        adapter = read_adapter(folder, torch.float32)
-        assert adapter is not None
-        slots.put(slot, adapter)
-    batch: Batch[None] = Batch(model, slots, 0)
-    logits = batch.join([Row(None, prompt, slot) for slot, prompt in enumerate(PROMPTS)])
-    bare = load_base(model_folder, Config(bf16=False))
-    assert torch.allclose(logits[0], logits_of(bare, PROMPTS[0]), atol=1e-4)
-    for slot, folder in enumerate(folders, start=1):
-        alone = PeftModel.from_pretrained(load_base(model_folder, Config(bf16=False)), str(folder)).eval()
-        assert torch.allclose(logits[slot], logits_of(alone, PROMPTS[slot]), atol=1e-4)
-        assert not torch.allclose(logits[slot], logits_of(bare, PROMPTS[slot]), atol=1e-2)
-    slots.put(1, Adapter({}))  # An emptied slot is the base model again.
-    assert torch.allclose(batch_of(model, slots, PROMPTS[1], 1), logits_of(bare, PROMPTS[1]), atol=1e-4)
-
-
-def batch_of(model: Any, slots: Slots, prompt: list[int], slot: int) -> torch.Tensor:
-    batch: Batch[None] = Batch(model, slots, 0)
-    return batch.join([Row(None, prompt, slot)])[0]
-
-
-@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}])
-def test_more_than_plain_lora_is_left_to_peft(model_folder: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
-    assert read_adapter(peft_adapter(model_folder, tmp_path / "a", **settings), torch.float32) is None
-
-
-def test_an_adapter_of_another_model_is_refused(model: Any) -> None:
-    slots = Slots(model, 1)
-    wrong = torch.zeros(2, 3), torch.zeros(3, 2)
-    with pytest.raises(ValueError, match="no linear layer"):
-        slots.put(1, Adapter({"model.nowhere": wrong}))
-    with pytest.raises(ValueError, match="do not fit"):
-        slots.put(1, Adapter({"model.layers.0.self_attn.q_proj": wrong}))
-
-
-def test_rows_that_join_and_leave_read_what_they_would_alone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever else is in the batch, and whenever they come and go, each row's logits are its own."""
-
-    def alone(prompt: list[int], steps: int) -> list[int]:
-        ids = list(prompt)
-        for _ in range(steps):
-            ids.append(int(logits_of(model, ids).argmax()))
-        return ids[len(prompt) :]
-
-    monkeypatch.setattr(batch_module, "SPARE", 3)
-    batch: Batch[list[int]] = Batch(model, None, 0)
-    written: list[list[int]] = [[] for _ in PROMPTS]
-
-    def take(rows: list[Row[list[int]]], logits: torch.Tensor) -> None:
-        for row, scores in zip(rows, logits, strict=True):
-            row.last = int(scores.argmax())
-            row.owner.append(row.last)
-
-    rows = [Row(owner, prompt) for owner, prompt in zip(written, PROMPTS, strict=True)]
-    take(rows[1:2], batch.join(rows[1:2]))
-    take(batch.rows, batch.step())
-    take([rows[0], rows[3]], batch.join([rows[0], rows[3]]))  # A longer prompt, and a shorter one.
-    for _ in range(3):
-        take(batch.rows, batch.step())
-    batch.leave({batch.rows.index(rows[0])})  # The longest goes; its columns go with it.
-    assert batch._mask.shape[1] < len(PROMPTS[0])
-    take([rows[2]], batch.join([rows[2]]))
-    for _ in range(3):
-        take(batch.rows, batch.step())
-    batch.leave({0, 1, 2})
-    take([rows[0]], batch.join([Row(written[0], [*PROMPTS[0], *written[0]])]))
-    assert [len(tokens) for tokens in written] == [5, 8, 4, 7]
-    assert written == [alone(prompt, len(tokens)) for prompt, tokens in zip(PROMPTS, written, strict=True)]
-
-
-def test_another_kind_of_cache_is_refused(model: Any) -> None:
-    model.config.sliding_window = 4
-    model.config.layer_types = ["sliding_attention"] * 2
-    with pytest.raises(ModelError, match=r"keeps DynamicSlidingWindowLayer .* set model_name_or_path"):
-        Batch(model, None, 0)
-
-
-def test_embeddings_do_not_depend_on_their_neighbours(model: Any) -> None:
-    batch: Batch[None] = Batch(model, None, 0)
-    together = batch.embed(PROMPTS, 0)
-    assert torch.allclose(together.norm(dim=1), torch.ones(4))
-    for vector, prompt in zip(together, PROMPTS, strict=True):
-        assert torch.allclose(vector, batch.embed([prompt], 0)[0], atol=1e-5)
 
 
 @given(st.text(max_size=12), st.lists(st.text(min_size=1, max_size=3), max_size=3))
@@ -323,12 +194,3 @@ def test_keys_on_the_command_line(ws: Workspace, capsys: pytest.CaptureFixture[s
     assert run(["keys", "revoke", made["id"], "-w", str(ws.root), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"revoked": made["id"]}
     assert run(["keys", "revoke", made["id"], "-w", str(ws.root)]) == 3
-
-
-def test_padding_on_the_left_keeps_positions(model: Any) -> None:
-    """The mask, not the column, tells a token's position."""
-    inputs = pad(PROMPTS[:2], 0, left=True)
-    assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (2, len(PROMPTS[0]))
-    batch: Batch[None] = Batch(model, None, 0)
-    logits = batch.join([Row(None, prompt) for prompt in PROMPTS[:2]])
-    assert torch.allclose(logits[1], logits_of(model, PROMPTS[1]), atol=1e-4)

@@ -427,7 +427,7 @@ def test_a_job_becomes_a_request() -> None:
         "model": "v1-abc",
         "messages": [{"role": "system", "content": "Be brief."}, *HELLO],
         "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         "max_tokens": 40,
         "temperature": 0.5,
         "top_p": 0.9,
@@ -475,6 +475,15 @@ def test_streams_that_end_badly_are_errors() -> None:
     with pytest.raises(EngineError, match="vLLM failed: out of memory") as found:
         read({"error": {"message": "out of memory", "code": 500}})
     assert found.value.status == 500
+
+
+def test_every_piece_says_how_far_it_is() -> None:
+    def event(text: str, finish: str | None, written: int) -> dict[str, Any]:
+        usage = {"prompt_tokens": 3, "completion_tokens": written}
+        return {"choices": [{"index": 0, "text": text, "finish_reason": finish}], "usage": usage}
+
+    found = read(event("a", None, 1), event("b", "stop", 2), {**event("", None, 2), "choices": []})
+    assert [(piece.text, piece.prompt_tokens, piece.completion_tokens) for piece in found] == [("a", 3, 1), ("b", 3, 2)]
 
 
 def test_a_stop_string_keeps_the_last_token() -> None:

@@ -13,12 +13,12 @@ import torch
 from tests.serving import ASK, LONG, greedy
 from treering import Workspace
 from treering.errors import ModelError
-from treering.serve import worker as worker_module
 from treering.serve.adapters import Adapter
 from treering.serve.batch import Batch
 from treering.serve.engine import BASE, Job
+from treering.serve.texts import Texts
 from treering.serve.versions import Loaded
-from treering.serve.worker import Texts, Worker
+from treering.serve.worker import Worker
 
 Message = dict[str, Any]
 
@@ -112,24 +112,105 @@ def test_a_request_breaks_only_itself(inside: Inside) -> None:
     assert not inside.worker._loaded.batches()[0].rows
 
 
-def test_prompts_without_memory_break_only_themselves(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
-    join = Batch.join
+NO_MEMORY = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
-    def full(batch: Batch[Any], rows: Any) -> torch.Tensor:
-        if any(row.owner.job.id == "large" for row in rows):
-            raise torch.OutOfMemoryError("no memory")
-        return join(batch, rows)
 
-    monkeypatch.setattr(Batch, "join", full)
+def test_prompts_that_cannot_be_read_break_only_themselves(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = {"large": NO_MEMORY, "odd": IndexError("odd")}
+    read = Batch.read
+
+    def full(batch: Batch[Any], tokens: int) -> Any:
+        for row in batch.reading:
+            if row.owner.job.id in errors:
+                raise errors[row.owner.job.id]
+        return read(batch, tokens)
+
+    monkeypatch.setattr(Batch, "read", full)
 
     def then(event: Message) -> None:
         if event.get("id") == "first" and len(inside.events) == 2:
-            inside.generate("large")
+            inside.generate("large", messages=LONG)
+            inside.generate("odd", prompt="x" * 200)
 
     inside.then = then
     inside.generate("first")
+    inside.run(3)
+    assert inside.failure("large") == (503, inside.failure("large")[1]) and "no memory" in inside.failure("large")[1]
+    assert inside.failure("odd")[0] == 500 and len(inside.text("first")) > 5
+
+
+def test_where_a_step_finds_no_memory_the_last_to_come_makes_room(
+    inside: Inside, trained: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Batch.step
+
+    def full(batch: Batch[Any]) -> Any:
+        if len(batch.running) > 1:
+            raise NO_MEMORY
+        return step(batch)
+
+    monkeypatch.setattr(Batch, "step", full)
+    inside.generate("first", max_tokens=10)
+    inside.generate("second", max_tokens=10)
     inside.run(2)
-    assert inside.failure("large") == (503, inside.failure("large")[1]) and inside.text("first")
+    assert inside.failure("second")[0] == 503 and inside.text("first") == greedy(trained, "base", ASK, 10)
+
+
+def test_what_is_wrong_with_all_ends_the_process(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise torch.AcceleratorError("device-side assert")
+
+    for place in ("read", "step"):
+        monkeypatch.setattr(Batch, place, broken)
+        inside.generate(place)
+        with pytest.raises(torch.AcceleratorError):
+            inside.run(1)
+        monkeypatch.undo()
+
+
+def test_a_long_prompt_is_read_while_others_write(inside: Inside, trained: Workspace) -> None:
+    order: list[str] = []
+    inside.worker._slice = 16
+
+    def then(event: Message) -> None:
+        if event["event"] == "piece":
+            order.append(event["id"])
+            if order == ["writes"]:
+                inside.generate("long", prompt="x" * 200, max_tokens=1)
+                inside.generate("short", prompt="y", max_tokens=1)
+
+    inside.then = then
+    inside.generate("writes", max_tokens=30)
+    inside.run(3)
+    assert order.index("short") < 6 < order.index("long")  # Some of the twelve steps write no text.
+    assert inside.text("writes") == greedy(trained, "base", ASK, 30)
+
+
+def test_a_prompt_far_too_long_is_not_tokenised(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    tokenizer = inside.worker._prompts._tokenizer
+
+    def noted(text: str, **settings: Any) -> Any:
+        sizes.append(len(text))
+        return tokenizer(text, **settings)
+
+    noted.apply_chat_template = tokenizer.apply_chat_template  # type: ignore[attr-defined]
+    monkeypatch.setattr(inside.worker._prompts, "_tokenizer", noted)
+    for choice in range(3):
+        inside.generate(f"far-{choice}", messages=[{"role": "user", "content": "x" * 1_000_000}])
+    inside.generate("blank", prompt="x" * 3000)
+    inside.run(4)
+    head = 8 * inside.worker._context
+    assert sizes == [head, 3000]  # What a request asks for is read once, for all its answers.
+    assert inside.failure("far-2")[0] == 400 and "the prompt has more than 163" in inside.failure("far-2")[1]
+    assert "has 3000 tokens" in inside.failure("blank")[1]
+
+
+def test_every_piece_says_how_far_it_is(inside: Inside) -> None:
+    inside.generate("x", prompt="abc", max_tokens=4)
+    inside.run(1)
+    pieces = [event for event in inside.events if event["event"] == "piece"]
+    assert [(piece["prompt_tokens"], piece["completion_tokens"]) for piece in pieces] == [(3, n) for n in (1, 2, 3, 4)]
 
 
 def test_what_nobody_waits_for_goes_last(workspace: Callable[..., Workspace]) -> None:
@@ -140,20 +221,20 @@ def test_what_nobody_waits_for_goes_last(workspace: Callable[..., Workspace]) ->
     assert [event["id"] for event in inside.events if inside.ended(event)] == ["one", "two", "shadow"]
 
 
-def test_padding_counts_where_prompts_join(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
+def test_prompts_that_make_one_slice_are_read_together(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[list[int]] = []
     join = Batch.join
 
-    def noted(batch: Batch[Any], rows: Any) -> torch.Tensor:
-        sizes.append(len(rows) * max(len(row.prompt) for row in rows))
-        return join(batch, rows)
+    def noted(batch: Batch[Any], rows: Any) -> None:
+        sizes.append([len(row.prompt) for row in rows])
+        join(batch, rows)
 
     monkeypatch.setattr(Batch, "join", noted)
-    inside.generate("long", prompt="x" * 1500, max_tokens=1)
-    for number in range(3):
-        inside.generate(f"short-{number}", prompt="x", max_tokens=1)
-    inside.run(4)
-    assert max(sizes) <= worker_module.PREFILL_TOKENS and len(sizes) == 2
+    for name, size in (("a", 100), ("b", 1), ("c", 60), ("d", 1), ("e", 300)):
+        inside.generate(name, prompt="x" * size, max_tokens=1)
+    inside.run(5)
+    assert inside.worker._slice == 128
+    assert sizes == [[100], [1, 60], [1], [300]] or sizes == [[100], [1, 60, 1], [300]]
 
 
 def test_a_model_with_another_cache_is_refused_at_the_start(
@@ -188,11 +269,12 @@ def test_answers_go_on_while_texts_are_embedded(inside: Inside, trained: Workspa
     inside.run(2)
     kinds = [event["event"] for event in inside.events[1:]]
     assert kinds.count("vector") == 20 and kinds[-1] == "embedded"
-    assert kinds.index("piece") < 3 and "vector" in kinds[kinds.index("piece") : kinds.index("piece") + 3]
+    assert kinds.index("piece") < 3 and "vector" in kinds[kinds.index("piece") : kinds.index("piece") + 5]
     assert inside.text("answer") == greedy(trained, "base", ASK, 10)
     vectors = {event["at"]: event["vector"] for event in inside.events if event["event"] == "vector"}
-    alone = inside.worker._loaded.batches()[0].embed([inside.worker._text_ids(texts[0])], 0)[0].tolist()
-    assert vectors[0] == pytest.approx(alone, abs=1e-5) and len(vectors) == 20
+    *_, alone = inside.worker._loaded.batches()[0].embed([inside.worker._prompts.text(texts[0])], 0, 1000)
+    assert alone is not None
+    assert vectors[0] == pytest.approx(alone[0].tolist(), abs=1e-5) and len(vectors) == 20
 
 
 def test_embedding_ends_when_its_client_leaves(inside: Inside) -> None:

@@ -144,6 +144,9 @@ class ServeConfig(Section):
     request_timeout: float = Field(300.0, gt=0)
     """Seconds after which a request fails."""
 
+    shutdown_timeout: float = Field(30.0, ge=0)
+    """Seconds that requests under way have to finish once the server is told to end; what is left then fails."""
+
     requests_per_minute: int | None = Field(None, ge=1)
     """Limit of each key, and of all together who need none; none by default."""
 

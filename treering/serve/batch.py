@@ -1,10 +1,9 @@
-"""Sequences that are decoded together: they join and leave between any two tokens.
-
-The key-value cache is padded on the left, so that the next token of every row stands in the same column.
-"""
+"""Sequences that are decoded together: they join and leave between any two tokens."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
@@ -17,14 +16,12 @@ from transformers.cache_utils import DynamicLayer
 from treering.errors import ModelError
 from treering.model import pad
 from treering.serve.adapters import Slots
+from treering.serve.cache import joined, made
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
-
-SPARE = 64
-"""Columns of keys and values that are reserved at once, so that not every token copies all those before."""
 
 
 @dataclass
@@ -37,11 +34,39 @@ class Row(Generic[T]):
     last: int = field(default=0, init=False)
 
 
+@dataclass
+class _Part(Generic[T]):
+    """Sequences side by side, padded on the left: their next tokens stand in one column.
+
+    `mask` is `[rows, columns]` and says where there is a token; `cache` has the keys and values of the columns read;
+    `left`, `[rows, columns]`, are the tokens that are still to be read.
+    """
+
+    rows: list[Row[T]]
+    mask: Tensor
+    cache: DynamicCache
+    left: Tensor
+
+    def drop(self, gone: Callable[[Row[T]], bool]) -> None:
+        """Rows that are `gone` end; columns that only they needed go too."""
+        kept = [at for at, row in enumerate(self.rows) if not gone(row)]
+        if len(kept) == len(self.rows):
+            return
+        index = torch.tensor(kept, dtype=torch.long, device=self.mask.device)
+        self.rows = [self.rows[at] for at in kept]
+        self.mask = self.mask[index]
+        start = self.mask.shape[1] - int(self.mask.sum(1).max()) if kept else 0
+        self.mask = self.mask[:, start:]
+        self.left = self.left[index, max(self.left.shape[1] - self.mask.shape[1], 0) :]
+        self.cache = made(self.cache, lambda tensor: tensor[index, :, start:])
+
+
 class Batch(Generic[T]):
     """The running rows of one model.
 
-    `join` reads new prompts, `step` goes on by one token; both return logits `[rows, vocabulary]`, float32, for the
-    next token of the rows concerned. The caller writes the token it chose into `row.last`.
+    Those that `join` have their prompts read by calls of `read`, and run from then on; `step` goes on by one token.
+    Both return rows and logits `[rows, vocabulary]`, float32, for their next tokens. The caller writes the token it
+    chose into `row.last`. Where one of them raises, the rows stay as they were before.
 
     Raises `ModelError` for a model whose cache is not made of keys and values of all tokens.
     """
@@ -56,107 +81,153 @@ class Batch(Generic[T]):
             )
         self.model = model
         self.slots = slots
-        self.rows: list[Row[T]] = []
         self._pad_id = pad_id
-        self._cache = DynamicCache()
-        self._mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)
+        self._running: _Part[T] | None = None
+        self._reading: deque[_Part[T]] = deque()
 
-    @torch.inference_mode()
-    def join(self, rows: list[Row[T]]) -> Tensor:
-        """Read the prompts of `rows`, which run with the others from now on."""
+    @property
+    def running(self) -> list[Row[T]]:
+        """Rows that `step` goes on with."""
+        return self._running.rows if self._running else []
+
+    @property
+    def reading(self) -> list[Row[T]]:
+        """Those whose prompts `read` goes on with."""
+        return self._reading[0].rows if self._reading else []
+
+    @property
+    def rows(self) -> list[Row[T]]:
+        """All, with those whose prompts are still to be read."""
+        return [*self.running, *(row for part in self._reading for row in part.rows)]
+
+    def join(self, rows: list[Row[T]]) -> None:
+        """Take in `rows`. What a prompt has in common with that of a running row of its slot is not read again."""
         inputs = pad([row.prompt for row in rows], self._pad_id, left=True)
-        mask = inputs["attention_mask"].to(self.model.device)
+        ids, mask = (inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
+        known = [self._known(row) for row in rows]
+        unread = max(len(row.prompt) - count for row, (_, count) in zip(rows, known, strict=True))
         cache = DynamicCache(config=self.model.config)
-        logits = self._forward(rows, inputs["input_ids"].to(self.model.device), mask, cache)
-        new = _tensors(cache)
-        if self.rows:
-            length = max(self._mask.shape[1], mask.shape[1])
-            new = [
-                (_merged(old_keys, keys, length), _merged(old_values, values, length))
-                for (old_keys, old_values), (keys, values) in zip(_tensors(self._cache), new, strict=True)
-            ]
-            mask = torch.cat([pad_tensor(part, (length - part.shape[1], 0)) for part in (self._mask, mask)])
-        self._cache, self._mask = _cache_of(new), mask
-        self.rows += rows
-        return logits
+        if self._running and unread < mask.shape[1]:
+            starts = (self._running.mask.shape[1] - self._running.mask.sum(1)).tolist()
+
+            def copied(tensor: Tensor) -> Tensor:
+                copy = tensor.new_zeros(len(rows), tensor.shape[1], mask.shape[1] - unread, tensor.shape[3])
+                for to, (row, (at, _)) in enumerate(zip(rows, known, strict=True)):
+                    count = len(row.prompt) - unread
+                    if count > 0:
+                        copy[to, :, -count:] = tensor[at, :, starts[at] : starts[at] + count]
+                return copy
+
+            cache = made(self._running.cache, copied)
+        self._reading.append(_Part(rows, mask, cache, ids[:, -unread:]))
+
+    def _known(self, row: Row[T]) -> tuple[int, int]:
+        """The running row with which `row` has most tokens in common at the start, and how many; one is always left."""
+        shared = [
+            (_common(row.prompt[:-1], other.prompt), at)
+            for at, other in enumerate(self.running)
+            if other.slot == row.slot
+        ]
+        count, at = max(shared, default=(0, 0))
+        return at, count
 
     @torch.inference_mode()
-    def step(self) -> Tensor:
+    def read(self, tokens: int) -> tuple[list[Row[T]], Tensor | None]:
+        """Read on in the prompts of those that joined together, `tokens` of them in all; then it is others' turn.
+
+        The logits come when they are read, and None before.
+        """
+        part = self._reading[0]
+        count = max(tokens // len(part.rows), 1)
+        ids, left = part.left[:, :count], part.left[:, count:]
+        logits = self._forward(part, ids, part.mask[:, : part.mask.shape[1] - left.shape[1]])
+        part.left = left
+        self._reading.popleft()
+        if left.shape[1]:
+            self._reading.append(part)
+            return part.rows, None
+        self._running = _below(self._running, part)
+        return part.rows, logits
+
+    @torch.inference_mode()
+    def step(self) -> tuple[list[Row[T]], Tensor]:
         """One token more for every running row."""
-        ids = torch.tensor([[row.last] for row in self.rows], device=self.model.device)
-        self._mask = pad_tensor(self._mask, (0, 1), value=1)
-        return self._forward(self.rows, ids, self._mask, self._cache)
-
-    def leave(self, gone: set[int]) -> None:
-        """Rows at the places `gone` end; columns that only they needed go too."""
-        kept = [at for at in range(len(self.rows)) if at not in gone]
-        self.rows = [self.rows[at] for at in kept]
-        index = torch.tensor(kept, dtype=torch.long, device=self.model.device)
-        mask = self._mask[index]
-        start = mask.shape[1] - int(mask.sum(1).max()) if kept else 0
-        self._mask = mask[:, start:]
-        self._cache = _cache_of(
-            [(keys[index, :, start:], values[index, :, start:]) for keys, values in _tensors(self._cache)]
-        )
+        part = self._running
+        assert part is not None, "there are no running rows"
+        mask = pad_tensor(part.mask, (0, 1), value=1)
+        logits = self._forward(part, torch.tensor([[row.last] for row in part.rows], device=mask.device), mask)
+        part.mask = mask
+        return part.rows, logits
 
     @torch.inference_mode()
-    def embed(self, texts: list[list[int]], slot: int) -> Tensor:
-        """Mean of the last hidden states of each text, `[texts, hidden]`, each of length one."""
-        if self.slots is not None:
-            self.slots.use([slot] * len(texts))
-        inputs = {name: t.to(self.model.device) for name, t in pad(texts, self._pad_id).items()}
-        hidden = cast(Any, self.model.get_decoder())(**inputs, use_cache=False).last_hidden_state.float()
-        weight = inputs["attention_mask"].unsqueeze(-1)
-        return torch.nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
+    def leave(self, gone: Callable[[Row[T]], bool]) -> None:
+        """Rows that are `gone` end."""
+        parts = [*self._reading, *([self._running] if self._running else [])]
+        for part in parts:
+            part.drop(gone)
+        self._reading = deque(part for part in self._reading if part.rows)
+        self._running = self._running if self.running else None
 
-    def _forward(self, rows: list[Row[T]], ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+    def embed(self, texts: list[list[int]], slot: int, tokens: int) -> Iterator[Tensor | None]:
+        """Mean of the last hidden states of each text, `[texts, hidden]`, each of length one.
+
+        They are read in slices of `tokens` in all; after each but the last comes None.
+        """
+        inputs = {name: t.to(self.model.device) for name, t in pad(texts, self._pad_id).items()}
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        cache = DynamicCache(config=self.model.config)
+        decoder = cast(Any, self.model.get_decoder())
+        total = torch.zeros(())
+        count = max(tokens // len(texts), 1)
+        for start in range(0, ids.shape[1], count):
+            if start:
+                yield None
+            end = min(start + count, ids.shape[1])
+            with torch.inference_mode():
+                if self.slots is not None:
+                    self.slots.use([slot] * len(texts))
+                read = decoder(input_ids=ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
+                hidden = read.last_hidden_state.float() * mask[:, start:end, None]
+                total = total.to(hidden.device) + hidden.sum(1)
+        yield torch.nn.functional.normalize(total, dim=-1)  # As long as the mean.
+
+    def _forward(self, part: _Part[T], ids: Tensor, mask: Tensor) -> Tensor:
+        """Logits after `ids`, which stand in the last columns of `mask`."""
         if self.slots is not None:
-            self.slots.use([row.slot for row in rows])
+            self.slots.use([row.slot for row in part.rows])
+        known = mask.shape[1] - ids.shape[1]
         # Padding has no position of its own; its keys are masked.
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        out = cast(Any, self.model)(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, known:]
+        try:
+            out = cast(Any, self.model)(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=part.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        except Exception:
+            part.cache = made(part.cache, lambda tensor: tensor[:, :, :known])  # Some layers have had the new columns.
+            raise
         return cast(Tensor, out.logits[:, -1].float())
 
 
-class _Spacious(DynamicLayer):
-    """Keys and values of a layer, in tensors with columns to spare."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        cast(Any, super()).__init__()
-        self.lazy_initialization(keys, values)
-        self._all_keys, self._all_values, self._length = keys, values, keys.shape[2]
-        self.keys, self.values = keys, values
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append columns; returns all."""
-        start, end = self._length, self._length + key_states.shape[2]
-        missing = end - self._all_keys.shape[2]
-        if missing > 0:
-            more = 0, 0, 0, missing + SPARE
-            self._all_keys, self._all_values = pad_tensor(self._all_keys, more), pad_tensor(self._all_values, more)
-        self._all_keys[:, :, start:end] = key_states
-        self._all_values[:, :, start:end] = value_states
-        self.keys, self.values, self._length = self._all_keys[:, :, :end], self._all_values[:, :, :end], end
-        return self.keys, self.values
+def _common(one: list[int], other: list[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _cache_of(tensors: list[tuple[Tensor, Tensor]]) -> DynamicCache:
-    cache = DynamicCache()
-    cache.layers = [_Spacious(keys, values) for keys, values in tensors]
-    return cache
+def _below(old: _Part[T] | None, new: _Part[T]) -> _Part[T]:
+    """The rows of both, `new` below `old`."""
+    if old is None:
+        return _Part(new.rows, new.mask, made(new.cache, lambda tensor: tensor), new.left)
+    width = max(old.mask.shape[1], new.mask.shape[1])
+    mask = torch.cat([pad_tensor(part.mask, (width - part.mask.shape[1], 0)) for part in (old, new)])
 
+    def one_below_the_other(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([pad_tensor(tensor, (0, 0, width - tensor.shape[2], 0)) for tensor in tensors])
 
-def _tensors(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    return [(layer.keys, layer.values) for layer in cast("list[Any]", cache.layers)]
-
-
-def _merged(old: Tensor, new: Tensor, length: int) -> Tensor:
-    """Both `[rows, heads, columns, size]`, padded on the left to `length` columns, one below the other."""
-    return torch.cat([pad_tensor(part, (0, 0, length - part.shape[2], 0)) for part in (old, new)])
+    cache = joined([old.cache, new.cache], one_below_the_other)
+    return _Part(old.rows + new.rows, mask, cache, torch.cat([old.left, new.left]))

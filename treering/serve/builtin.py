@@ -28,6 +28,10 @@ RESTART_SECONDS = 1.0
 MOST_RESTART_SECONDS = 60.0
 """A worker that does not get ready is started again after a pause, each twice as long as the one before, up to this."""
 
+PING_SECONDS = 10.0
+PINGS = 12
+"""A worker that answers none of so many, one sent every so many seconds, hangs, and is ended."""
+
 LINE_BYTES = 64 * 2**20
 WORKER = (sys.executable, "-m", "treering.serve.worker")
 
@@ -64,6 +68,7 @@ class BuiltinEngine:
         self._down = "the generating process was not started"
         self._watcher: asyncio.Task[None] | None = None
         self._numbers = itertools.count()
+        self._unanswered = 0
 
     @property
     def alive(self) -> bool:
@@ -210,6 +215,7 @@ class BuiltinEngine:
         except OSError as error:
             return False, f"the generating process cannot be started ({error})"
         assert process.stdout is not None
+        pinging = asyncio.create_task(self._ping(process))
         try:
             async for line in process.stdout:
                 if line.endswith(b"\n"):  # A death may cut the last one short.
@@ -220,13 +226,26 @@ class BuiltinEngine:
             while await process.stdout.read(LINE_BYTES):
                 pass
         finally:
+            pinging.cancel()
             ready = self._ready.is_set()
             self._ready.clear()
         code = await process.wait()
         when = "" if ready else " before it was ready; its log says why"
         return ready, self._fatal or f"the generating process ended with code {code}{when}"
 
+    async def _ping(self, process: asyncio.subprocess.Process) -> None:
+        """End a worker that is silent, though it was asked for a sign of life."""
+        self._unanswered = 0
+        while self._unanswered < PINGS:
+            await asyncio.sleep(PING_SECONDS)
+            if self._ready.is_set():
+                self._unanswered += 1
+                self._write(_line({"op": "ping"}))
+        log.error("the generating process has been silent for %g s, and is ended", PINGS * PING_SECONDS)
+        process.kill()
+
     def _receive(self, event: dict[str, Any]) -> None:
+        self._unanswered = 0
         match event["event"]:
             case "ready":
                 self._down, self._was_ready = "", True
@@ -237,6 +256,8 @@ class BuiltinEngine:
                     self._write(_load(*asked))
                 for pending in self._pending.values():
                     self._write(pending.line)
+            case "pong":
+                pass
             case "fatal":
                 self._fatal = event["error"]
             case "reading":

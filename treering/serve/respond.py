@@ -16,8 +16,8 @@ from treering.serve.answers import Shape
 from treering.serve.engine import Engine, EngineError, Job, Piece
 from treering.serve.errors import error, kind_of
 
-DRAIN_SECONDS = 30
-"""What a server that was told to end gives its requests to finish."""
+ENDING_SECONDS = 5
+"""How long requests that were ended, for the server ends, have to tell their clients."""
 
 CLIENT_LEFT = 499
 """What the log says of a request that nobody waits for any more; no such status is ever sent."""
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastapi import Request
     from starlette.types import Receive, Scope, Send
 
+    from treering.sections import ServeConfig
     from treering.serve.api import ChatRequest, CompletionRequest
     from treering.serve.state import Server
     from treering.serve.telemetry import Seen
@@ -54,8 +55,7 @@ async def answer(
     if part is not None and part.arm == "canary" and not part.failed:
         seen.version = part.version
         try:
-            # A stream is held back until its first token is there: so long, another version may still answer.
-            return await _respond(request, server, seen, make(part.version, "-canary"), body, sure=True)
+            return await _respond(request, server, seen, make(part.version, "-canary"), body)
         except EngineError as failure:
             if failure.status < 500:
                 raise
@@ -74,27 +74,27 @@ async def _respond(
     seen: Seen,
     made: Made,
     body: ChatRequest | CompletionRequest,
-    *,
-    sure: bool = False,
 ) -> Any:
-    """Generate side by side, and answer with all of it, or with a stream: a `sure` one begins with its first token."""
+    """Generate side by side, and answer with all of it, or with a stream."""
     shape, jobs = made
     seconds = server.settings.request_timeout
     pieces = together(server.engine, jobs)
     if body.stream:
         with ExitStack() as inside:
             inside.enter_context(server.limits.entered(len(jobs)))
-            if sure:
-                pieces = _from(await unless_gone(request, seconds, anext(pieces)), pieces)
+            # Until the first token is there, a failure has a status of its own, and another version may still answer.
+            started = time.perf_counter()
+            first = await unless_gone(request, seconds, anext(pieces))
+            seen.first_token = time.perf_counter() - seen.started
+            pieces, seconds = _from(first, pieces), seconds - (time.perf_counter() - started)
             with_usage = bool(body.stream_options and body.stream_options.include_usage)
             events = _stream(seen, shape, pieces, [[] for _ in jobs], with_usage, seconds)
-            return _StreamResponse(events, inside.pop_all(), seen, seconds)
+            return _StreamResponse(events, inside.pop_all(), seen, server.settings)
     with server.limits.entered(len(jobs)):
         answers: list[list[Piece]] = [[] for _ in jobs]
 
         async def collect() -> None:
             async for index, piece in pieces:
-                _note_first(seen)
                 answers[index].append(piece)
 
         await unless_gone(request, seconds, collect())
@@ -115,7 +115,6 @@ async def _stream(
     try:
         async with aclosing(_within(seconds, pieces)) as timed:
             async for index, piece in timed:
-                _note_first(seen)
                 answers[index].append(piece)
                 chunk = shape.chunk(index, answers[index])
                 if chunk is not None:
@@ -138,9 +137,10 @@ async def _stream(
 class _StreamResponse(EventSourceResponse):
     """Gives back at its end what it holds in `inside`, whether or not its first event was ever sent."""
 
-    def __init__(self, events: AsyncIterator[str], inside: ExitStack, seen: Seen, seconds: float) -> None:
+    def __init__(self, events: AsyncIterator[str], inside: ExitStack, seen: Seen, settings: ServeConfig) -> None:
         # Told to end, the server still finishes its streams. Who reads nothing for so long has left.
-        super().__init__(events, sep="\n", shutdown_grace_period=DRAIN_SECONDS, send_timeout=seconds)
+        grace = settings.shutdown_timeout + ENDING_SECONDS
+        super().__init__(events, sep="\n", shutdown_grace_period=grace, send_timeout=settings.request_timeout)
         self._inside = inside
         self._seen = seen
 
@@ -230,11 +230,6 @@ async def _gone(request: Request) -> None:
 
 def _too_long(seconds: float) -> str:
     return f"the answer took longer than {seconds:g} s (serve.request_timeout)"
-
-
-def _note_first(seen: Seen) -> None:
-    if seen.first_token is None:
-        seen.first_token = time.perf_counter() - seen.started
 
 
 def _note(seen: Seen, shape: Shape, answers: list[list[Piece]], whole: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import socket
 import sys
@@ -19,7 +20,7 @@ from treering.errors import UsageError
 from treering.serve.app import create_app
 from treering.serve.keys import read
 from treering.serve.loopback import is_loopback
-from treering.serve.respond import DRAIN_SECONDS
+from treering.serve.respond import ENDING_SECONDS
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -73,13 +74,14 @@ def _engine(ws: Workspace) -> Engine:
 
 
 async def _run(app: FastAPI, engine: Engine, listener: socket.socket, ready: Callable[[str], None]) -> None:
+    seconds = app.state.server.settings.shutdown_timeout
     settings = uvicorn.Config(
         app,
         access_log=False,
         log_config=None,
         log_level="warning",
         server_header=False,
-        timeout_graceful_shutdown=DRAIN_SECONDS + 1,
+        timeout_graceful_shutdown=math.ceil(seconds + ENDING_SECONDS + 1),
     )
     server = uvicorn.Server(settings)
 
@@ -91,15 +93,23 @@ async def _run(app: FastAPI, engine: Engine, listener: socket.socket, ready: Cal
             server.should_exit = True
             raise
 
+    async def end() -> None:
+        """Requests that do not finish in time are failed, so that their clients hear why; uvicorn would hang up."""
+        while not server.should_exit:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(seconds)
+        await engine.stop()
+
     # Uvicorn ends at these, and then raises them once more: by that time all is done.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     # It answers while the model is being loaded, if only to say so.
-    loading = asyncio.create_task(load())
+    loading, ending = asyncio.create_task(load()), asyncio.create_task(end())
     try:
         await server.serve(sockets=[listener])
     finally:
         loading.cancel()
+        ending.cancel()
         await engine.stop()
     with suppress(asyncio.CancelledError):
         await loading

@@ -21,6 +21,10 @@ COLDEST = 1e-5
 """Below this temperature the likeliest token has all the probability that numbers can tell."""
 
 
+SPACE = "[ ]?"
+"""What may stand between the parts of JSON: some models would fill their limit with blanks."""
+
+
 class Sampler:
     """Chooses the tokens of one job. Raises `EngineError` for a job whose settings cannot be followed."""
 
@@ -118,7 +122,10 @@ class Sampler:
 
 def _matcher(grammar: llguidance.LLTokenizer, schema: dict[str, Any] | None) -> llguidance.LLMatcher:
     try:
-        matcher = llguidance.LLMatcher(grammar, llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+        text = llguidance.LLMatcher.grammar_from_json_schema(
+            json.dumps(schema), overrides={"whitespace_pattern": SPACE}
+        )
+        matcher = llguidance.LLMatcher(grammar, text)
         reason = matcher.get_error() if matcher.is_error() else ""
     except Exception as error:  # Schemas are the client's, and may be anything.
         reason = str(error) or type(error).__name__

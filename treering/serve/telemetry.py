@@ -56,7 +56,7 @@ class Telemetry:
             "treering_request_seconds", "Time to the whole answer.", ["path"], buckets=SECONDS, registry=self._all
         )
         self._first = Histogram(
-            "treering_first_token_seconds", "Time to the first token.", buckets=SECONDS, registry=self._all
+            "treering_first_token_seconds", "Time to the first token of a stream.", buckets=SECONDS, registry=self._all
         )
         self._tokens = Counter("treering_tokens", "Tokens read and written.", ["kind", "version"], registry=self._all)
         self._tried = Counter(

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, cast
@@ -28,15 +28,21 @@ from treering.config import Config
 from treering.errors import TreeringError
 from treering.serve.batch import Batch, Row
 from treering.serve.engine import EngineError, Job, Piece, Token
+from treering.serve.prompts import Prompts
 from treering.serve.sampling import Sampler
 from treering.serve.text import Writer
+from treering.serve.texts import Texts
 from treering.serve.versions import Loaded
 
-PREFILL_TOKENS = 2048
-"""Prompts of so many tokens in all, padding counted, join at once: nobody waits long for the others' prompts."""
+SLICE_TOKENS = {"cpu": 128}
+"""So many tokens of prompts, padding counted, are read between two tokens of the answers under way, and so many of
+texts are embedded: nobody waits long for the others' prompts. By device."""
 
-EMBEDDED_TOKENS = 512
-"""Texts of so many tokens in all are embedded between two tokens of the answers under way."""
+FAST_SLICE_TOKENS = 2048
+"""The same on any other device."""
+
+ALONE = 4
+"""So many times as many are read at once while no answer is under way: large slices take less time in all."""
 
 IDLE_SECONDS = 0.005
 """How often a worker with nothing to generate looks whether a version has been read."""
@@ -56,25 +62,6 @@ class Answer:
     written: int = 0
 
 
-@dataclass
-class Texts:
-    """Texts to embed: their tokens, and which are left, the longest last."""
-
-    id: str
-    version: str
-    ids: list[list[int]]
-    left: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.left = sorted(range(len(self.ids)), key=lambda at: len(self.ids[at]))
-
-    def next(self, tokens: int) -> list[int]:
-        """Takes the longest of those left, and as many more as fit into `tokens` beside it."""
-        count = max(1, tokens // len(self.ids[self.left[-1]]))
-        taken, self.left = self.left[-count:], self.left[:-count]
-        return taken
-
-
 class Worker:
     """Runs the jobs of `inbox` together, and hands every event to `send`."""
 
@@ -90,6 +77,8 @@ class Worker:
         model = self._loaded.batches()[0].model
         self._context = int(model.config.max_position_embeddings)
         self._vocabulary = int(model.config.vocab_size)
+        self._prompts = Prompts(self._tokenizer, self._context, self._vocabulary, config.default_system)
+        self._slice = SLICE_TOKENS.get(model.device.type, FAST_SLICE_TOKENS)
         self._grammar: Any = None
         self._waiting: deque[tuple[str, Answer]] = deque()
         self._texts: deque[Texts] = deque()
@@ -102,8 +91,8 @@ class Worker:
             self._settle()
             self._embed()
             for batch in self._loaded.batches():
-                if batch.rows:
-                    self._go_on(batch, batch.rows, batch.step())
+                self._step(batch)
+                self._read(batch)
             self._admit()
 
     def _receive(self) -> bool:
@@ -134,29 +123,24 @@ class Worker:
                     self._loaded.want(job.version)
             case "embed":
                 with self._failing(message["id"]):
-                    ids = [self._text_ids(text) for text in message["texts"]]
+                    ids = [self._prompts.text(text) for text in message["texts"]]
                     self._texts.append(Texts(message["id"], message["version"], ids))
                     self._loaded.want(message["version"])
             case "cancel":
                 self._cancel(message["id"])
+            case "ping":
+                self._send({"event": "pong"})
 
     def _prepare(self, job: Job) -> Answer:
         """Tokenise and check. Raises `EngineError`."""
-        prompt = self._prompt(job)
-        room = self._context - len(prompt)
-        if room < 1:
-            raise EngineError(
-                f"the prompt has {len(prompt)} tokens; this model reads {self._context} and needs room for an answer",
-                status=400,
-                code="context_length_exceeded",
-            )
+        prompt = self._prompts.of(job)
         settings = self._config.serve
         if job.json_schema is not None and self._grammar is None:
             self._grammar = llguidance.hf.from_tokenizer(cast(Any, self._tokenizer), n_vocab=self._vocabulary)
         return Answer(
             job,
             prompt,
-            min(room, settings.max_new_tokens if job.max_tokens is None else job.max_tokens),
+            min(self._context - len(prompt), settings.max_new_tokens if job.max_tokens is None else job.max_tokens),
             Sampler(
                 job,
                 settings.temperature if job.temperature is None else job.temperature,
@@ -166,57 +150,10 @@ class Worker:
             Writer(cast(Any, self._tokenizer).backend_tokenizer, job.stop),
         )
 
-    def _prompt(self, job: Job) -> list[int]:
-        tokenizer = cast(Any, self._tokenizer)
-        if job.messages is None:
-            ids = job.prompt if isinstance(job.prompt, list) else self._ids(cast(str, job.prompt))
-            if not ids or not all(0 <= id < self._vocabulary for id in ids):
-                raise EngineError(
-                    f"the prompt needs at least one token, each from 0 to {self._vocabulary - 1}",
-                    status=400,
-                    code="invalid_prompt",
-                )
-            return list(ids)
-        if job.tools and "tools" not in cast(str, tokenizer.chat_template):
-            raise EngineError("the chat template of this model takes no tools", status=400, code="tools_not_supported")
-        messages = job.messages
-        system = self._config.default_system
-        if system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *messages]
-        try:
-            text = tokenizer.apply_chat_template(messages, tools=job.tools, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # Templates raise whatever they like for turns they do not take.
-            raise EngineError(
-                f"the chat template refuses these messages: {error}", status=400, code="invalid_messages"
-            ) from None
-        return self._ids(text, add_special_tokens=False)
-
-    def _text_ids(self, text: str | list[int]) -> list[int]:
-        """The tokens of a text to embed."""
-        ids = text if isinstance(text, list) else self._ids(text)
-        if not 1 <= len(ids) <= self._context or not all(0 <= id < self._vocabulary for id in ids):
-            raise EngineError(
-                f"one of the texts has {len(ids)} tokens; each text needs 1 to {self._context}, "
-                f"each from 0 to {self._vocabulary - 1}",
-                status=400,
-                code="invalid_input",
-            )
-        return ids
-
-    def _ids(self, text: str, **settings: Any) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise EngineError(
-                f"the text has half a character, U+{ord(text[error.start]):04X}; send both halves of it or neither",
-                status=400,
-                code="invalid_text",
-            ) from None
-        return list(cast(Any, self._tokenizer)(text, **settings)["input_ids"])
-
     def _settle(self) -> None:
         """Versions that were read are put in place; what waited for one that cannot be loaded fails."""
         running = {row.owner.job.version for batch in self._loaded.batches() for row in batch.rows}
+        running |= {texts.version for texts in self._texts if texts.begun}
         for version, error in self._loaded.settle(running, self._awaited()).items():
             self._send({"event": "loaded", "version": version, "error": error})
             if error is None:
@@ -243,49 +180,75 @@ class Worker:
                 self._texts.append(texts)
                 continue
             with self._failing(texts.id):
-                taken = texts.next(EMBEDDED_TOKENS)
-                vectors = home.batch.embed([texts.ids[at] for at in taken], home.slot).tolist()
-                for at, vector in zip(taken, vectors, strict=True):
-                    event = {
-                        "event": "vector",
-                        "id": texts.id,
-                        "at": at,
-                        "vector": vector,
-                        "tokens": len(texts.ids[at]),
-                    }
+                for event in texts.go_on(home, self._share()):
                     self._send(event)
-                if texts.left:
-                    self._texts.append(texts)
-                else:
+                if texts.done:
                     self._send({"event": "embedded", "id": texts.id})
+                else:
+                    self._texts.append(texts)
             return
 
+    def _share(self) -> int:
+        """How many tokens may be read now, by which the answers under way wait."""
+        return self._slice if any(batch.running for batch in self._loaded.batches()) else ALONE * self._slice
+
     def _admit(self) -> None:
-        """Let waiting answers join, as many as the batch and one reading of prompts hold."""
-        joining: dict[int, tuple[Batch[Answer], list[Row[Answer]]]] = {}
+        """Let waiting answers join, as many as the batch holds: those together whose prompts make one slice."""
         room = self._config.serve.max_batch_size - sum(len(batch.rows) for batch in self._loaded.batches())
-        count = longest = 0
+        groups: list[tuple[Batch[Answer], list[Row[Answer]]]] = []
         for version, answer in sorted(self._waiting, key=lambda pair: pair[1].job.background):
             home = self._loaded.home(version)
             if home is None:
                 self._loaded.want(version)  # It may have gone since the job came in.
                 continue
-            longest = max(longest, len(answer.prompt))
-            if room <= count or (joining and (count + 1) * longest > PREFILL_TOKENS):
+            if room < 1:
                 break
-            count += 1
+            room -= 1
             self._waiting.remove((version, answer))
-            _, rows = joining.setdefault(id(home.batch), (home.batch, []))
-            rows.append(Row(answer, answer.prompt, home.slot))
-        for batch, rows in joining.values():
-            try:
-                logits = batch.join(rows)
-            except torch.OutOfMemoryError as error:
-                log.exception("prompts that found no memory")
-                for row in rows:
-                    self._fail(row.owner.job.id, _no_memory(error))
+            row = Row(answer, answer.prompt, home.slot)
+            for batch, rows in groups:
+                longest = max(len(other.prompt) for other in [row, *rows])
+                if batch is home.batch and (len(rows) + 1) * longest <= self._slice:
+                    rows.append(row)
+                    break
             else:
+                groups.append((home.batch, [row]))
+        for batch, rows in groups:
+            batch.join(rows)
+
+    def _read(self, batch: Batch[Answer]) -> None:
+        """A slice of the prompts that are being read."""
+        if not batch.reading:
+            return
+        try:
+            rows, logits = batch.read(self._share())
+        except Exception as error:
+            if _fatal(error):
+                raise
+            log.exception("prompts that could not be read")
+            gone = {id(row) for row in batch.reading}
+            for row in batch.reading:
+                self._fail(row.owner.job.id, _failure(error))
+            batch.leave(lambda row: id(row) in gone)
+        else:
+            if logits is not None:
                 self._go_on(batch, rows, logits)
+
+    def _step(self, batch: Batch[Answer]) -> None:
+        """One token more for all that run. Where there is no memory for that, the one who came last makes room."""
+        if not batch.running:
+            return
+        try:
+            rows, logits = batch.step()
+        except Exception as error:
+            if not _no_memory(error):
+                raise
+            log.exception("a step that found no memory")
+            last = batch.running[-1]
+            self._fail(last.owner.job.id, _failure(error))
+            batch.leave(lambda row: row is last)
+        else:
+            self._go_on(batch, rows, logits)
 
     def _go_on(self, batch: Batch[Answer], rows: list[Row[Answer]], logits: torch.Tensor) -> None:
         """Choose the next token of `rows`, tell what it adds, let go of those that ended."""
@@ -299,7 +262,7 @@ class Worker:
                 if not piece.finish:
                     ended.remove(id(row))
         if ended:
-            batch.leave({at for at, row in enumerate(batch.rows) if id(row) in ended})
+            batch.leave(lambda row: id(row) in ended)
 
     def _piece(self, answer: Answer, id: int, token: Token | None) -> Piece:
         answer.written += 1
@@ -315,16 +278,19 @@ class Worker:
             elif answer.written >= answer.limit:
                 text, finish = text + answer.writer.rest(), "length"
         tokens = [token] if token else []
-        counts = {"prompt_tokens": len(answer.prompt), "completion_tokens": answer.written} if finish else {}
-        return Piece(text=text, tokens=tokens, finish=finish, **counts)
+        return Piece(
+            text=text,
+            tokens=tokens,
+            finish=finish,
+            prompt_tokens=len(answer.prompt),
+            completion_tokens=answer.written,
+        )
 
     def _cancel(self, id: str) -> None:
         self._waiting = deque(pair for pair in self._waiting if pair[1].job.id != id)
         self._texts = deque(texts for texts in self._texts if texts.id != id)
         for batch in self._loaded.batches():
-            gone = {at for at, row in enumerate(batch.rows) if row.owner.job.id == id}
-            if gone:
-                batch.leave(gone)
+            batch.leave(lambda row: row.owner.job.id == id)
 
     @contextmanager
     def _failing(self, id: str) -> Iterator[None]:
@@ -333,13 +299,11 @@ class Worker:
             yield
         except EngineError as error:
             self._fail(id, error)
-        except BrokenPipeError:
-            raise
-        except torch.OutOfMemoryError as error:
-            self._fail(id, _no_memory(error))
         except Exception as error:
+            if _fatal(error):
+                raise
             log.exception("request %s failed", id)
-            self._fail(id, EngineError(f"this request cannot be answered ({type(error).__name__}: {error})"))
+            self._fail(id, _failure(error))
 
     def _tell(self, version: str) -> None:
         self._send({"event": "reading", "version": version})
@@ -357,7 +321,20 @@ class Worker:
         }
 
 
-def _no_memory(error: torch.OutOfMemoryError) -> EngineError:
+def _fatal(error: Exception) -> bool:
+    """Whether the process is of no more use: nobody reads what it says, or the device has failed."""
+    return isinstance(error, BrokenPipeError | torch.AcceleratorError)
+
+
+def _no_memory(error: Exception) -> bool:
+    # On CPU it is known by its text alone.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+
+
+def _failure(error: Exception) -> EngineError:
+    """What the client is told of an error that nobody foresaw."""
+    if not _no_memory(error):
+        return EngineError(f"this request cannot be answered ({type(error).__name__}: {error})")
     return EngineError(
         f"there is no memory for this request beside the others ({error}); try again, or lower serve.max_batch_size",
         status=503,

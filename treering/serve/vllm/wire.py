@@ -23,7 +23,7 @@ def request(job: Job, name: str, config: Config, context: int) -> tuple[str, dic
         **NEUTRAL,
         "model": name,
         "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         # What the prompt leaves no room for vLLM takes off by itself; more than the context it refuses.
         "max_tokens": min(context, serve.max_new_tokens if job.max_tokens is None else job.max_tokens),
         "temperature": serve.temperature if job.temperature is None else job.temperature,
@@ -60,15 +60,16 @@ async def pieces(lines: AsyncIterator[str], top: int | None) -> AsyncGenerator[P
         event = json.loads(line.removeprefix("data: "))
         if "error" in event:
             raise refusal(event["error"])
+        usage = event.get("usage")
+        counts = {key: usage[key] for key in ("prompt_tokens", "completion_tokens")} if usage else {}
         for choice in event["choices"]:
-            piece = _piece(choice, top)
+            piece = _piece(choice, top).model_copy(update=counts)
             if piece.finish:
                 last = piece  # Its counts come after it.
             elif piece.text or piece.tokens:
                 yield piece
-        usage = event.get("usage")
-        if last and usage:
-            yield last.model_copy(update={key: usage[key] for key in ("prompt_tokens", "completion_tokens")})
+        if last and usage and not event["choices"]:
+            yield last.model_copy(update=counts)
             return
     raise DownError("vLLM ended while it wrote this answer")
 
