@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from treering import Workspace, feedback
 from treering.cli import run
 from treering.errors import TreeringError, UsageError
-from treering.feedback import Feedback
+from treering.feedback import Feedback, Rule
 from treering.files import append_line, json_line
 
 ASKED = [{"role": "user", "content": "my grinder hums"}]
@@ -78,11 +78,51 @@ def test_nothing_is_trained_on_before_it_is_accepted(ws: Workspace) -> None:
 def test_the_rule_lets_through_what_it_says(ws: Workspace) -> None:
     feedback.keep(ws, said(correction="fault"), None)
     feedback.keep(ws, said(rating="up"), None)
-    assert feedback.accept_by_rule(ws, "review") == []
-    assert len(feedback.accept_by_rule(ws, "corrections")) == 1
-    assert feedback.accept_by_rule(ws, "corrections") == []
-    [path] = feedback.accept_by_rule(ws, "all")
+    rule = Rule(ws, "corrections")
+    assert [len(rule.accept()) for _ in range(2)] == [1, 0]
+    [path] = Rule(ws, "all").accept()
     assert "refund" in path.read_text()
+    assert [entry.state for entry in feedback.read(ws)] == ["accepted", "accepted"]
+
+
+def test_the_rule_reads_each_line_once(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(3):
+        feedback.keep(ws, said(rating="down"), None)
+    rule, read = Rule(ws, "corrections"), list[object]()
+    take = Rule._take
+
+    def noted(self: Rule, found: dict[str, object]) -> None:
+        read.append(found.get("id", "a decision"))
+        take(self, found)
+
+    monkeypatch.setattr(Rule, "_take", noted)
+    assert rule.accept() == [] and len(read) == 3
+    fix = feedback.keep(ws, said(correction="fault"), None)
+    with (ws.root / feedback.FILE).open("ab") as log:
+        log.write(b'{"id": "half')  # A crash left it, or it is being written.
+    assert len(rule.accept()) == 1 and rule.accept() == []
+    assert read[3:] == [fix.id, "a decision"]
+
+
+def test_the_rule_leaves_what_somebody_decided(ws: Workspace) -> None:
+    rule = Rule(ws, "corrections")
+    first = feedback.keep(ws, said(correction="fault", task="coffee"), None)
+    feedback.reject(ws, [first.id])
+    assert rule.accept() == []
+    feedback.keep(ws, said(correction="fault", task="tea"), None)
+    assert [path.parent.name for path in rule.accept()] == ["tea"]
+
+
+def test_the_rule_goes_on_when_the_log_is_mended(ws: Workspace) -> None:
+    rule, log = Rule(ws, "corrections"), ws.root / feedback.FILE
+    feedback.keep(ws, said(correction="fault"), None)
+    kept = log.read_bytes()
+    log.write_bytes(b"{}\n" + kept)
+    for _ in range(2):
+        with pytest.raises(TreeringError, match="line 1 is damaged"):
+            rule.accept()
+    log.write_bytes(kept)
+    assert len(rule.accept()) == 1
 
 
 def test_a_crash_between_file_and_decision_repeats_the_same_file(
@@ -104,12 +144,13 @@ def test_what_cannot_be_written_keeps_no_other_back(ws: Workspace) -> None:
     with (ws.root / feedback.FILE).open("ab") as log:  # As it came from a server that did not look.
         log.write(json_line(bad.model_dump(exclude_none=True, exclude={"state"}) | {"key": None}))
     last = feedback.keep(ws, said(correction="fault", task="tea"), None)
+    rule = Rule(ws, "corrections")
     with pytest.raises(TreeringError, match="File name too long"):
-        feedback.accept_by_rule(ws, "corrections")
+        rule.accept()
     assert sorted(path.parent.name for path in ws.inbox.rglob("*.jsonl")) == ["coffee", "tea"]
     assert [entry.id for entry in feedback.waiting(feedback.read(ws))] == ["bad"]
     feedback.reject(ws, ["bad"])
-    assert last.id and feedback.accept_by_rule(ws, "corrections") == []
+    assert last.id and rule.accept() == []
 
 
 def test_a_task_that_no_folder_can_be_named_for_is_refused(ws: Workspace) -> None:

@@ -13,6 +13,7 @@ import pytest
 from treering import Workspace, registry
 from treering.serve import following as module
 from treering.serve.engine import EngineError, Job, Piece
+from treering.serve.errors import ApiError
 from treering.serve.following import Following
 
 
@@ -164,7 +165,7 @@ def test_nothing_answers_to_a_current_that_is_damaged_at_the_start(ws: Workspace
 
     async def test(following: Following) -> None:
         assert following.serving == "" and following.problem == "v1 is broken"
-        with pytest.raises(EngineError, match="nothing answers to `current`: v1 is broken") as found:
+        with pytest.raises(ApiError, match="nothing answers to `current`: v1 is broken") as found:
             following.version("current")
         assert found.value.status == 503
         assert following.version("v2") == "v2" and following.version("base") == "base"

@@ -15,7 +15,9 @@ from treering import Workspace
 from treering.errors import TreeringError, UsageError
 from treering.model import load_tokenizer
 from treering.serve import keys
+from treering.serve.answered import Answered
 from treering.serve.engine import EngineError, Job
+from treering.serve.errors import ApiError
 from treering.serve.limits import Limits, TooManyError
 from treering.serve.sampling import Sampler
 from treering.serve.text import Writer
@@ -113,7 +115,7 @@ def test_drawn_tokens_follow_the_distribution(tokenizer: Any) -> None:
 
     assert shares() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
     assert shares(top_p=0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
-    assert shares(top_p=0.5) == [1, 0, 0, 0]
+    assert shares(top_p=0.5) == shares(top_p=5e-324) == [1, 0, 0, 0]
     squared = [value / (0.25 + 0.09 + 0.0225 + 0.0025) for value in (0.25, 0.09, 0.0225, 0.0025)]
     assert shares(temperature=0.5) == pytest.approx(squared, abs=0.03)
 
@@ -135,6 +137,22 @@ def test_limits_count_answers_and_minutes() -> None:
     limits.ask("b", 2)
     now = 60.0
     limits.ask("a", 2)
+
+
+def test_answers_are_remembered_for_an_hour_and_not_without_end() -> None:
+    now = 0.0
+    answered = Answered(most=2, clock=lambda: now)
+    for id, version in (("a", "v1"), ("b", "v1"), ("c", "v2")):
+        answered.note(id, version)
+    with pytest.raises(ApiError, match="no answer 'a' is known"), answered.rating("a"):
+        pass
+    with answered.rating("c") as version:
+        assert version == "v2"
+    now = 3601.0
+    with pytest.raises(ApiError, match="more than an hour ago"), answered.rating("b"):
+        pass
+    answered.note("d", "v2")
+    assert list(answered._known) == ["d"]
 
 
 @pytest.fixture

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +32,8 @@ State = Literal["waiting", "accepted", "rejected"]
 class Feedback(BaseModel):
     """One user's word on one answer.
 
-    `correction` is the answer it should have been. Without one, only an answer rated `up` can become a row.
+    `correction` is the answer it should have been. Without one, only an answer rated `up` can become a row. A server
+    takes a `rating` only with `response_id`, the id of its own response, and then knows the `version` by itself.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,6 +41,7 @@ class Feedback(BaseModel):
     answer: str | None = None
     rating: Literal["up", "down"] | None = None
     correction: str | None = Field(None, min_length=1)
+    response_id: str | None = Field(None, max_length=100)
     task: str | None = Field(None, pattern=r"^[\w-][\w.-]{0,99}$")
     version: str | None = None
     comment: str | None = None
@@ -84,16 +88,22 @@ def read(ws: Workspace) -> list[Entry]:
     path = ws.root / FILE
     entries: dict[str, Entry] = {}
     for number, line in whole_lines(path):
-        try:
+        with _damage_told(path, number):
             found = json.loads(line)
             if "decided" in found:
                 for id in found["ids"]:
                     entries[id] = entries[id].model_copy(update={"state": found["decided"]})
             else:
                 entries[found["id"]] = Entry.model_validate(found)
-        except (ValueError, KeyError, TypeError, ValidationError) as error:
-            raise TreeringError(f"{path}, line {number} is damaged ({error}); restore the file from a backup") from None
     return list(entries.values())
+
+
+@contextmanager
+def _damage_told(path: Path, number: int) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise TreeringError(f"{path}, line {number} is damaged ({error}); restore the file from a backup") from None
 
 
 def waiting(entries: Sequence[Entry], rule: str = "all") -> list[Entry]:
@@ -115,42 +125,93 @@ def accept(ws: Workspace, ids: Sequence[str]) -> list[Path]:
         rowless = [entry.id for entry in chosen if entry.feedback.row is None]
         if rowless:
             raise UsageError(f"no good answer is known for {', '.join(rowless)}; only corrections and `up` make rows")
-        by_task: dict[str, list[Entry]] = {}
-        for entry in chosen:
-            by_task.setdefault(entry.feedback.task or TASK, []).append(entry)
-        files, accepted, failures = [], list[Entry](), list[str]()
-        for task, entries in by_task.items():
-            # Named for its content: after a crash before the decision is noted, the same file is written again.
-            path = ws.inbox / task / f"feedback-{entries[0].id}.jsonl"
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_file(path, b"".join(json_line(entry.feedback.row) for entry in entries))
-            except OSError as error:
-                failures.append(f"{len(entries)} for {task!r} ({error.strerror})")
-                continue
-            files.append(path)
-            accepted += entries
-        _decide(ws, "accepted", accepted)
-    if failures:
-        raise TreeringError(
-            f"no file in the inbox can be written for {'; '.join(failures)}; mend that and accept them again, "
-            "or reject them (`treering feedback list` has their ids)"
-        )
-    return files
+        return _make_rows(ws, chosen)
 
 
-def accept_by_rule(ws: Workspace, rule: str) -> list[Path]:
-    """Accept what the setting `serve.feedback` lets through without a review."""
-    if rule not in ("corrections", "all"):
-        return []
-    found = waiting(read(ws), rule)
-    return accept(ws, [entry.id for entry in found]) if found else []
+class Rule:
+    """What the setting `serve.feedback` (`corrections` or `all`) lets through without a review.
+
+    It reads each line of the log once, however often it is asked.
+    """
+
+    def __init__(self, ws: Workspace, rule: str) -> None:
+        self._ws = ws
+        self._rule = rule
+        self._waiting: dict[str, Entry] = {}
+        self._file = self._offset = self._line = 0
+
+    def accept(self) -> list[Path]:
+        """Make rows of what came since the last time. Raises `TreeringError` as `read` and `accept` do."""
+        self._look()
+        if not self._waiting:
+            return []
+        with self._ws.changing("feedback accept"):
+            self._look()  # Somebody may have decided on it meanwhile.
+            return _make_rows(self._ws, list(self._waiting.values()))
+
+    def _look(self) -> None:
+        path = self._ws.root / FILE
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            about = os.fstat(file.fileno())
+            if about.st_ino != self._file or about.st_size < self._offset:
+                self._start_over(about.st_ino)
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # It is being written.
+                try:
+                    with _damage_told(path, self._line + 1):
+                        self._take(json.loads(line))
+                except TreeringError:
+                    self._start_over(0)  # Who mends the file may change any line of it.
+                    raise
+                self._offset += len(line)
+                self._line += 1
+
+    def _start_over(self, file: int) -> None:
+        self._file, self._offset, self._line = file, 0, 0
+        self._waiting = {}
+
+    def _take(self, found: dict[str, Any]) -> None:
+        if "decided" in found:
+            for id in found["ids"]:
+                self._waiting.pop(id, None)
+        else:
+            self._waiting.update((entry.id, entry) for entry in waiting([Entry.model_validate(found)], self._rule))
 
 
 def reject(ws: Workspace, ids: Sequence[str]) -> None:
     """They become no rows; what was said is kept."""
     with ws.changing("feedback reject"):
         _decide(ws, "rejected", _chosen(ws, ids))
+
+
+def _make_rows(ws: Workspace, chosen: Sequence[Entry]) -> list[Path]:
+    """Write the files and the decision, under the lock."""
+    by_task: dict[str, list[Entry]] = {}
+    for entry in chosen:
+        by_task.setdefault(entry.feedback.task or TASK, []).append(entry)
+    files, accepted, failures = [], list[Entry](), list[str]()
+    for task, entries in by_task.items():
+        # Named for its content: after a crash before the decision is noted, the same file is written again.
+        path = ws.inbox / task / f"feedback-{entries[0].id}.jsonl"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, b"".join(json_line(entry.feedback.row) for entry in entries))
+        except OSError as error:
+            failures.append(f"{len(entries)} for {task!r} ({error.strerror})")
+            continue
+        files.append(path)
+        accepted += entries
+    _decide(ws, "accepted", accepted)
+    if failures:
+        raise TreeringError(
+            f"no file in the inbox can be written for {'; '.join(failures)}; mend that and accept them again, "
+            "or reject them (`treering feedback list` has their ids)"
+        )
+    return files
 
 
 def _chosen(ws: Workspace, ids: Sequence[str]) -> list[Entry]:

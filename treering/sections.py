@@ -148,7 +148,7 @@ class ServeConfig(Section):
     """Seconds that requests under way have to finish once the server is told to end; what is left then fails."""
 
     requests_per_minute: int | None = Field(None, ge=1)
-    """Limit of each key; none by default."""
+    """Limit of each key, and of all together who need none; none by default."""
 
     feedback: Literal["off", "review", "corrections", "all"] = "review"
     """What becomes of feedback: nothing is taken (`off`); it waits for `treering feedback accept` (`review`);

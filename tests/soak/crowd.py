@@ -192,7 +192,7 @@ class Crowd:
 
     async def _tell(self, client: httpx2.AsyncClient) -> None:
         asked = Asked("feedback", FEEDBACK)
-        said = {"messages": [{"role": "user", "content": "hi"}], "rating": "down", "correction": "hello"}
+        said = {"messages": [{"role": "user", "content": "hi"}], "correction": "hello"}
         async with self._asking(client, asked, 202, json=said) as answer:
             self.told.add(json.loads(await answer.aread()).get("id"))
 

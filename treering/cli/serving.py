@@ -109,8 +109,12 @@ def keys_revoke(
     """Take a key away; a running server refuses it at once."""
     from treering.serve import keys as store
 
-    key = store.revoke(opened(workspace), id)
-    output({"revoked": key.id}, as_json, [f"{key.id} ({key.name or 'no name'}) is revoked"])
+    ws = opened(workspace)
+    key = store.revoke(ws, id)
+    lines = [f"{key.id} ({key.name or 'no name'}) is revoked"]
+    if not store.read(ws.root):
+        lines.append("it was the last: until another is made, a server lets nobody in")
+    output({"revoked": key.id}, as_json, lines)
 
 
 @feedback.command("list")

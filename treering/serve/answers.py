@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel
-
 from treering.files import json_line
 from treering.serve.engine import Piece, Token
 from treering.serve.tokens import bytes_of
@@ -20,21 +18,6 @@ _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
 _INNER = range(0x80, 0xC0)
 """Bytes that go on with a character in UTF-8."""
-
-
-class Error(BaseModel):
-    """What went wrong, in OpenAI's shape."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """The body of every response that is an error."""
-
-    error: Error
 
 
 class Shape:
@@ -120,17 +103,6 @@ class Shape:
             message["content"] = _CALL.sub("", text).strip() or None
             message["tool_calls"] = calls[:1] if self._one_call else calls
         return {**choice, "message": message, "logprobs": _chat_logprobs(pieces)}
-
-
-def error(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """OpenAI's shape of an error."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def kind_of(status: int) -> str:
-    """OpenAI's name for the kind of error that an HTTP status tells."""
-    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-    return kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
 
 
 def _calls(text: str) -> list[dict[str, Any]]:

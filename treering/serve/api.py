@@ -8,12 +8,16 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 from treering.files import json_line
-from treering.serve.engine import EngineError, Job
+from treering.serve.engine import Job
+from treering.serve.errors import ApiError
 
 MOST_CHOICES = 16
+
+Texts = str | list[str] | list[StrictInt] | list[list[StrictInt]]
+"""One text or many, as text or as tokens. Strict, for `true` is no token."""
 
 
 class _Request(BaseModel):
@@ -21,7 +25,11 @@ class _Request(BaseModel):
 
     model: str = Field(examples=["current"], description="`current`, `base` or a version such as `v3`.")
     user: str | None = None
+    # These change no answer, here or anywhere.
     metadata: dict[str, str] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
 
 
 class Function(BaseModel):
@@ -217,15 +225,15 @@ class ChatRequest(_Generate):
 class CompletionRequest(_Generate):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Texts
     logprobs: int | None = Field(None, ge=0, le=5)
 
     def jobs(self, id: str, version: str) -> list[Job]:
-        """One job a prompt and choice, prompt by prompt. Raises `EngineError` for too many."""
+        """One job a prompt and choice, prompt by prompt. Raises `ApiError` for too many."""
         prompts = _texts(self.prompt)
         count = self.n or 1
         if len(prompts) * count > MOST_CHOICES:
-            raise EngineError(
+            raise ApiError(
                 f"{len(prompts)} prompts with n={count} are more than {MOST_CHOICES} answers; send several requests",
                 status=400,
                 code="too_many_answers",
@@ -248,7 +256,7 @@ class CompletionRequest(_Generate):
 class EmbeddingRequest(_Request):
     """`POST /v1/embeddings`."""
 
-    input: str | list[str] | list[int] | list[list[int]]
+    input: Texts
     encoding_format: Literal["float", "base64"] | None = None
 
     def texts(self) -> list[str | list[int]]:
@@ -256,12 +264,12 @@ class EmbeddingRequest(_Request):
         return _texts(self.input)
 
 
-def _texts(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+def _texts(given: Texts) -> list[str | list[int]]:
     """One entry a text, whether one or many were given, as text or as tokens."""
     if isinstance(given, str):
         return [given]
     if given and isinstance(given[0], int):
         return [list(given)]
     if not given or len(given) > 2048:
-        raise EngineError(f"{len(given)} texts were given; give 1 to 2048", status=400, code="invalid_input")
+        raise ApiError(f"{len(given)} texts were given; give 1 to 2048", status=400, code="invalid_input")
     return list(given)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from treering import registry
 from treering.errors import TreeringError
 from treering.files import stamp
 from treering.serve.engine import BASE, Engine, EngineError
+from treering.serve.errors import ApiError
 
 if TYPE_CHECKING:
     from treering.workspace import Workspace
@@ -59,10 +60,10 @@ class Following:
             self._glance()
 
     def version(self, model: str) -> str:
-        """The version that answers to `model`. Raises `EngineError` for a name nobody has."""
+        """The version that answers to `model`. Raises `ApiError` for a name nobody has."""
         if model == "current":
             if not self.serving:
-                raise EngineError(
+                raise ApiError(
                     f"nothing answers to `current`: {self.problem or 'it is being loaded'}",
                     status=503,
                     code="version_unavailable",
@@ -73,7 +74,7 @@ class Following:
         known = [version.name for version in registry.versions(self._ws)]
         if model in known:
             return model
-        raise EngineError(
+        raise ApiError(
             f"there is no model {model!r}; there are: {', '.join(['current', BASE, *known])}",
             status=404,
             code="model_not_found",

@@ -11,11 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from treering import canary, figures, overview, registry
 from treering.serve.body import plain
-from treering.serve.state import ERRORS, Here, Server, may, opened
+from treering.serve.guard import guarded, may, opened
+from treering.serve.state import ERRORS, Here, Server
 
-admin = APIRouter(
-    prefix="/admin", dependencies=[Depends(may("admin")), Depends(opened), Depends(plain)], responses=ERRORS
-)
+admin = APIRouter(prefix="/admin", route_class=guarded(may("admin"), opened, plain), responses=ERRORS)
 health = APIRouter(responses=ERRORS)
 
 

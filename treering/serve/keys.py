@@ -68,11 +68,16 @@ def revoke(ws: Workspace, id: str) -> Key:
 
 def read(root: Path) -> list[Key]:
     """All keys. Raises `TreeringError` if their file is damaged: then nobody may pass."""
+    return _read(root) or []
+
+
+def _read(root: Path) -> list[Key] | None:
+    """All keys; None before the first was made."""
     path = root / FILE
     try:
         return _FILE.validate_json(path.read_bytes())
     except FileNotFoundError:
-        return []
+        return None
     except (OSError, ValidationError) as error:
         raise TreeringError(f"{path} cannot be read ({str(error).splitlines()[0]}); restore it from a backup") from None
 
@@ -81,11 +86,16 @@ class Keys:
     """The keys as a server sees them, whenever they change."""
 
     def __init__(self, root: Path) -> None:
-        self._watched = Watched(root / FILE, lambda: read(root))
+        self._watched = Watched(root / FILE, lambda: _read(root))
+
+    @property
+    def never_made(self) -> bool:
+        """Whether there is not even a file of keys. Raises `TreeringError` as `read` does."""
+        return self._watched.now() is None
 
     def all(self) -> list[Key]:
         """The keys as they are now. Raises `TreeringError` as `read` does."""
-        return self._watched.now()
+        return self._watched.now() or []
 
     def find(self, secret: str) -> Key | None:
         """The key that `secret` is."""

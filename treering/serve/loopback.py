@@ -6,10 +6,9 @@ import ipaddress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 
-from treering.serve.answers import error, kind_of
+from treering.serve.errors import refusal
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -36,11 +35,11 @@ class Loopback:
             host, origin = headers.get("host", ""), headers.get("origin")
             if not is_loopback(_name(host)):
                 words = f"this server listens on loopback and has no name {host!r}; ask for 127.0.0.1 or localhost"
-                await _refuse(400, words, "invalid_host")(scope, receive, send)
+                await refusal(400, words, "invalid_host")(scope, receive, send)
                 return
             if origin is not None and origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
                 words = f"a page of {origin} may not use this server; let that site's own server ask, with a key"
-                await _refuse(403, words, "foreign_origin")(scope, receive, send)
+                await refusal(403, words, "foreign_origin")(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -51,7 +50,3 @@ def _name(host: str) -> str:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
-
-
-def _refuse(status: int, message: str, code: str) -> JSONResponse:
-    return JSONResponse(error(message, kind_of(status), code), status)

@@ -1,12 +1,11 @@
-"""What every request passes first: its name, its size, and the record of how it ended."""
+"""What every request passes first: its name, the bounds of its body, and the record of how it ended."""
 
 from __future__ import annotations
 
 import uuid
 from typing import TYPE_CHECKING
 
-from starlette.exceptions import HTTPException
-
+from treering.serve.incoming import Incoming
 from treering.serve.telemetry import Seen
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ TRACE = (b"traceparent", b"tracestate")
 
 
 class Outer:
-    """ASGI middleware: gives each request an id, refuses large bodies, and tells `ended` of it at the end.
+    """ASGI middleware: gives each request an id, refuses large and late bodies, and tells `ended` of it at the end.
 
     Routes find the record to fill in under `request.state.seen`.
     """
@@ -38,27 +37,25 @@ class Outer:
         seen.trace = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in TRACE}
         scope.setdefault("state", {})["seen"] = seen
 
+        body = Incoming(scope, receive, self._limit)
+
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 seen.status = message["status"]
                 headers = [(b"x-request-id", seen.id.encode())]
                 if seen.version is not None:
                     headers.append((b"x-treering-version", seen.version.encode()))
+                if body.unread:
+                    headers.append((b"connection", b"close"))
                 message = {**message, "headers": [*message["headers"], *headers]}
+            elif body.unread and not message.get("more_body"):
+                await send({**message, "more_body": True})
+                await body.drop()
+                message = {"type": "http.response.body"}
             await send(message)
 
-        read = 0
-
-        async def limited() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self._limit:
-                raise HTTPException(413, f"the request is larger than {self._limit} bytes (serve.max_body_bytes)")
-            return message
-
         try:
-            await self._app(scope, limited, answer)
+            await self._app(scope, body.receive, answer)
         except Exception:
             seen.status = 500
             raise

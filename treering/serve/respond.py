@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from sse_starlette import EventSourceResponse
 from sse_starlette.sse import SendTimeoutError
 
-from treering.serve.answers import Shape, error, kind_of
+from treering.serve.answers import Shape
 from treering.serve.engine import Engine, EngineError, Job, Piece
+from treering.serve.errors import error, kind_of
 
 ENDING_SECONDS = 5
 """How long requests that were ended, for the server ends, have to tell their clients."""

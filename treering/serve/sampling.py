@@ -114,6 +114,7 @@ class Sampler:
             return probabilities
         ordered, ids = probabilities.sort(descending=True)
         beyond = ordered.cumsum(-1) - ordered >= self._job.top_p
+        beyond[0] = False  # Whatever `top_p` is, the likeliest stays.
         return probabilities.index_fill(0, ids[beyond], 0.0)
 
     def _text(self, id: int) -> str:

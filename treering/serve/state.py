@@ -7,24 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastapi import Depends, Request
 
-from treering.serve.answers import ErrorBody
-from treering.serve.engine import EngineError
+from treering.serve.answered import Answered
+from treering.serve.errors import ErrorBody
 from treering.serve.following import Following
 from treering.serve.keys import Keys
-from treering.serve.limits import LaterError, Limits
+from treering.serve.limits import Limits
 from treering.serve.telemetry import Seen, Telemetry
 from treering.serve.tracing import Tracing
 from treering.serve.trial import Trial
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from treering.sections import ServeConfig
     from treering.serve.engine import Engine
     from treering.workspace import Workspace
-
-LOADING_SECONDS = 5
-"""When to come back to a server that is loading its model."""
 
 
 class Server:
@@ -39,6 +34,7 @@ class Server:
         self.following = Following(ws, engine)
         self.keys = Keys(ws.root)
         self.limits = Limits(settings.max_batch_size + settings.max_queue)
+        self.answered = Answered()
         self.telemetry = Telemetry()
         self.tracing = Tracing() if settings.telemetry == "otlp" else None
         self.trial = Trial(ws, engine, self.limits, settings, self.telemetry.tried)
@@ -68,11 +64,13 @@ class Server:
             await asyncio.to_thread(self.tracing.stop)
 
 
-def _server(request: Request) -> Server:
+def server_of(request: Request) -> Server:
+    """The server that got it."""
     return cast(Server, request.app.state.server)
 
 
-def _seen(request: Request) -> Seen:
+def seen_of(request: Request) -> Seen:
+    """What is known of it."""
     return cast(Seen, request.state.seen)
 
 
@@ -82,8 +80,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         400: "A wrong request",
         401: "No key, or an unknown one",
         403: "The key may not do this",
-        404: "No such model or path",
-        409: "Another process holds the workspace",
+        404: "No such model, answer or path",
+        409: "Another process holds the workspace, or the answer has its thumb already",
+        408: "The body did not come in time",
         413: "Too large",
         429: "Too many",
         500: "An error in the server or the workspace",
@@ -93,38 +92,5 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 """What may go wrong on any route, for the page that describes the API."""
 
-Here = Annotated[Server, Depends(_server)]
-Record = Annotated[Seen, Depends(_seen)]
-
-
-async def opened(server: Here) -> None:
-    """Refuse what comes before the model is loaded."""
-    if not server.opened.is_set():
-        raise LaterError("the model is being loaded; try again", LOADING_SECONDS, status=503, code="loading")
-
-
-def may(scope: str) -> Callable[..., Awaitable[None]]:
-    """A check that the request's key has `scope`.
-
-    While there is no key, anybody on this machine may use the API; from elsewhere nobody may, and admin nobody at all.
-    """
-
-    async def check(request: Request, server: Here, seen: Record) -> None:
-        if scope == "api" and not server.public and not server.keys.all():
-            return
-        kind, _, secret = request.headers.get("authorization", "").partition(" ")
-        key = server.keys.find(secret.strip()) if kind.lower() == "bearer" else None
-        if key is None:
-            raise EngineError(
-                "this server wants a key made by `treering keys create`, as `Authorization: Bearer tr-...`",
-                status=401,
-                code="invalid_api_key",
-            )
-        seen.key = key.id
-        if scope == "admin" and key.scope != "admin":
-            raise EngineError("this key has no admin scope", status=403, code="insufficient_scope")
-        limit = key.requests_per_minute or server.settings.requests_per_minute
-        if limit is not None:
-            server.limits.ask(key.id, limit)
-
-    return check
+Here = Annotated[Server, Depends(server_of)]
+Record = Annotated[Seen, Depends(seen_of)]
