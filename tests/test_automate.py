@@ -839,3 +839,26 @@ def test_how_a_child_ended_is_understood(
     answer = children.run({"step": "update"}, lambda: None)
     assert answer.kind == kind
     assert told is None if answer.error is None else str(told) in answer.error
+
+
+def test_a_long_answer_is_read_while_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe holds 64 KiB; a child that has more to say waits until somebody reads."""
+    program = "import json; print(json.dumps({'status': 'held', 'reason': 'x' * 1_000_000}))"
+    monkeypatch.setattr(children, "COMMAND", (sys.executable, "-c", program))
+    deadline = time.monotonic() + 60
+    answer = children.run({"step": "update"}, lambda: "too long" if time.monotonic() > deadline else None)
+    assert (answer.error, len(answer.value["reason"])) == (None, 1_000_000)
+
+
+def test_what_is_told_of_files_does_not_grow_with_them(workspace: MakeWorkspace) -> None:
+    ws = workspace()
+    path = put(ws, "pens", rows=[{"odd": number} for number in range(150)])
+    told = perform(ws, {"step": "ingest", "files": [str(path)]})
+    assert told == {
+        "rows": 150,
+        "accepted": 0,
+        "duplicates": 0,
+        "quarantined": 150,
+        "held_out": 0,
+        "reasons": {"unknown-format": 150},
+    }
