@@ -183,10 +183,11 @@ def test_secrets(tmp_path: Path) -> None:
         secret(tmp_path / "none")
 
 
-def test_the_loop_does_not_begin_without_its_secret(workspace: Callable[..., Workspace]) -> None:
+def test_a_missing_secret_is_told_and_stops_nothing(workspace: Callable[..., Workspace]) -> None:
     ws = workspace(automate={"webhook": "https://x.test/", "webhook_secret_file": "none"})
-    with pytest.raises(UsageError, match="webhook_secret_file"):
-        Automation(ws).run(threading.Event())
+    assert Automation(ws).run(threading.Event(), once=True) == "idle"
+    reasons = [entry["reason"] for entry in events.history(ws) if entry["event"] == "hook.failed"]
+    assert len(reasons) == 2 and "automate.webhook_secret_file:" in reasons[0] and "cannot be read" in reasons[0]
 
 
 def test_every_event_is_sent_and_a_failed_hook_is_noted_but_not_sent(

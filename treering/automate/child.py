@@ -20,7 +20,6 @@ from typing import Any
 from treering.errors import TreeringError, full_disk_is_clear
 from treering.workspace import Workspace
 
-
 COUNTS = ("rows", "accepted", "duplicates", "quarantined", "held_out", "reasons")
 """What the loop is told of files taken in; the catalog has the rest."""
 
