@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 import openai
@@ -71,8 +72,7 @@ def unanswered(asked: Sequence[Asked], down: Sequence[tuple[float, float]]) -> l
 def longest_gap(asked: Sequence[Asked], down: Sequence[tuple[float, float]]) -> float:
     """For how many seconds at most no answer came, times at which the server was down aside."""
     ends = [a.ended for a in asked if not a.error]
-    gaps = [(since, until) for since, until in zip(ends, ends[1:], strict=False)]
-    return max(until - since for since, until in gaps if not any(since <= b and until >= a for a, b in down))
+    return max(until - since for since, until in pairwise(ends) if not any(since <= b and until >= a for a, b in down))
 
 
 def latest(asked: Sequence[Asked], history: Sequence[dict[str, Any]]) -> float:

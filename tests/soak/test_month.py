@@ -200,7 +200,7 @@ def accuracy(house: House, month: Month, model: str) -> float:
 
 
 def learned_once(month: Month) -> None:
-    """Every good row was learned once, but for the share that judges; no version ever current learned a poisoned row."""
+    """Every good row was learned once, or is of the share that judges; what ever was current learned no poison."""
     ws = month.ws
     poison = set().union(*month.poisoned.values())
     lineage = list(registry.lineage(ws, registry.current(ws)))
