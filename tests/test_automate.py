@@ -19,12 +19,13 @@ import pytest
 from tests.test_cli import DOCS
 from treering import Workspace, gate, overview, registry
 from treering.automate import children, events, inbox, loop
+from treering.automate.beside import in_thread
 from treering.automate.child import perform
 from treering.automate.children import Answer
 from treering.automate.loop import Automation
 from treering.automate.state import FILE, State
 from treering.cli import run
-from treering.errors import LockError, TreeringError
+from treering.errors import ConfigError, LockError, TreeringError
 from treering.gate import Judgement, Verdict
 from treering.testing import toy_rows
 
@@ -81,7 +82,7 @@ class Rig:
     def start(self) -> None:
         """A new loop on the same workspace, as after a restart."""
         self.loop = Automation(self.ws, clock=self.clock, perform=self.steps)
-        self.loop._begin(once=False, stay=False)
+        self.loop.events.add("automation.started")
 
     def look(self) -> float:
         return self.loop._guarded_look()[0]
@@ -209,7 +210,7 @@ def test_a_file_that_cannot_be_read_is_tried_once(rig: Callable[..., Rig], monke
     def refuse(_: Path) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("treering.automate.inbox.sha256", refuse)
+    monkeypatch.setattr("treering.data.catalog.sha256", refuse)
     monkeypatch.setattr("treering.data.intake.sha256", refuse)
     put(auto.ws, "pens")
     for _ in range(5):
@@ -242,8 +243,9 @@ def test_the_oldest_row_waits_no_longer_than_asked(rig: Callable[..., Rig]) -> N
     assert auto.steps.updates == [None]
 
 
-def test_drift_starts_an_update(rig: Callable[..., Rig]) -> None:
+def test_drift_starts_an_update(rig: Callable[..., Rig], strict_gate: Callable[[Workspace], None]) -> None:
     auto = rig(drift=0.2)
+    strict_gate(auto.ws)  # One step teaches nothing, which the real one can see on so many rows.
     auto.ws.ingest(toy_rows("pens", 200), task="pens")
     auto.look()
     assert auto.last("update.started")["reason"] == "the words drifted by 1.00 bits, more than 0.2"  # Nothing is known.
@@ -528,8 +530,10 @@ def test_failures_wait_longer_and_longer_and_the_third_stops(rig: Callable[..., 
     assert reason.startswith("stopped 2026-11-22 12:05 after 3 failures in a row, the last: it broke")
     status = overview.status(auto.ws)["automation"]
     assert (status["problem"], status["running"]) == (reason, False)
-    with pytest.raises(TreeringError, match="treering watch --resume"):
-        auto.start()
+    auto.start()
+    auto.look()
+    assert [auto.seen.count(name) for name in ("automation.stopped", "update.failed")] == [2, 3]  # Told once more.
+    assert auto.last("automation.stopped")["reason"] == reason and "treering watch --resume" in reason
     assert loop.resume(auto.ws)
     assert not loop.resume(auto.ws)
     auto.start()
@@ -591,6 +595,7 @@ def test_an_update_that_takes_the_loop_with_it_is_a_failure(rig: Callable[..., R
         with pytest.raises(SystemExit):
             auto.look()
         auto.start()
+        auto.look()
         assert auto.loop.state.failures == {"update": count}
         auto.clock.on(hours=1)
     assert "it was killed, or the machine went down" in str(auto.loop.state.stopped)
@@ -749,7 +754,6 @@ def test_a_killed_update_is_resumed(workspace: MakeWorkspace, monkeypatch: pytes
     ws.ingest(toy_rows("pens", 20), task="pens")
     clock = Clock()
     auto = Automation(ws, clock=clock)
-    auto._begin(once=False, stay=False)
     with monkeypatch.context() as patch:
         patch.setattr(children, "COMMAND", (sys.executable, "-P", "-c", DYING))
         auto.look()
@@ -839,3 +843,218 @@ def test_how_a_child_ended_is_understood(
     answer = children.run({"step": "update"}, lambda: None)
     assert answer.kind == kind
     assert told is None if answer.error is None else str(told) in answer.error
+
+
+def test_a_long_answer_is_read_while_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe holds 64 KiB; a child that has more to say waits until somebody reads."""
+    program = "import json; print(json.dumps({'status': 'held', 'reason': 'x' * 1_000_000}))"
+    monkeypatch.setattr(children, "COMMAND", (sys.executable, "-c", program))
+    deadline = time.monotonic() + 60
+    answer = children.run({"step": "update"}, lambda: "too long" if time.monotonic() > deadline else None)
+    assert (answer.error, len(answer.value["reason"])) == (None, 1_000_000)
+
+
+def test_what_is_told_of_files_does_not_grow_with_them(workspace: MakeWorkspace) -> None:
+    ws = workspace()
+    path = put(ws, "pens", rows=[{"odd": number} for number in range(150)])
+    told = perform(ws, {"step": "ingest", "files": [str(path)]})
+    assert told == {
+        "rows": 150,
+        "accepted": 0,
+        "duplicates": 0,
+        "quarantined": 150,
+        "held_out": 0,
+        "reasons": {"unknown-format": 150},
+    }
+
+
+# What must not end it
+
+
+def test_a_name_that_is_not_utf8_is_told_and_stops_nothing(rig: Callable[..., Rig]) -> None:
+    auto = rig()
+    put(auto.ws, "pens")
+    for folder in (auto.ws.inbox, auto.ws.inbox / "pens"):
+        Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.jsonl")).write_text("{}\n")
+    auto.until_idle()
+    assert (current(auto.ws), auto.loop.state.failures) == ("v1", {})
+    told = [entry for entry in events.history(auto.ws) if entry["event"] == "file.ignored"]
+    assert [Path(entry["file"]).name for entry in told] == ["caf\\udce9.jsonl"] * 2
+    assert "is not UTF-8; rename it" in told[0]["reason"]
+    assert overview.status(auto.ws)["inbox"] == ["caf\\udce9.jsonl", "pens/caf\\udce9.jsonl"]
+
+
+def test_a_bug_is_a_failure_that_is_told(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    auto = rig()
+
+    def fail(*_: object) -> None:
+        raise KeyError("what nobody thought of")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(auto.loop.agenda, "next", fail)
+        assert auto.look() == loop.LOOK_AGAIN
+    assert auto.last("look.failed")["reason"] == "KeyError: 'what nobody thought of'"
+    assert "Traceback" in capsys.readouterr().err
+    auto.clock.on(minutes=1)
+    auto.look()
+    assert auto.loop.state.failures == {}
+
+
+def test_what_ends_the_loop_is_told(workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    ws = workspace()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("nobody thought of that")
+
+    monkeypatch.setattr(loop, "wakeups", fail)
+    with in_thread(Automation(ws)) as check:
+        wait_for(lambda: (ws.root / events.FILE).exists() and "stopped" in (ws.root / events.FILE).read_text())
+        check()  # A server beside it goes on.
+    assert "RuntimeError: nobody thought of that" in events.history(ws)[-1]["reason"]
+
+
+def test_trouble_at_the_start_is_told_and_tried_again(
+    workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "_TICK", 0.05)
+    ws = workspace()
+    (ws.root / FILE).write_text("{broken")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, in_thread(Automation(ws)) as check:
+        patch.setattr("treering.automate.events.append_line", full)
+        time.sleep(0.5)
+        check()
+    auto = Rig(ws)
+    for pause in (60, 240, 0):
+        auto.look()
+        auto.clock.on(seconds=pause)
+    assert [auto.seen.count(name) for name in ("look.failed", "automation.stopped")] == [3, 1]
+    assert (ws.root / FILE).read_text() == "{broken"
+    auto.look()
+    assert auto.seen.count("look.failed") == 3  # It waits for the user.
+    (ws.root / FILE).unlink()
+    auto.look()
+    put(ws, "pens", rows=[])
+    auto.until_idle()
+    assert (auto.loop.state.stopped, auto.seen[-1]) == (None, "rows.quarantined")
+
+
+def test_only_another_loop_and_wrong_settings_keep_it_from_beginning(workspace: MakeWorkspace) -> None:
+    ws = workspace()
+    with ws.lock("watch", "watch"), in_thread(Automation(Workspace(ws.root))) as check, pytest.raises(LockError):
+        wait_for(lambda: check() is not None)
+    (ws.root / "treering.yaml").write_text("lora_rnak: 3\n")
+    with in_thread(Automation(Workspace(ws.root))) as check, pytest.raises(ConfigError):
+        wait_for(lambda: check() is not None)
+
+
+def test_failures_on_a_full_disk_stop_it_too(rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = rig(updates_per_day=1)
+    auto.ws.ingest(toy_rows("pens", 20), task="pens")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("treering.automate.state.write_file", full)
+        for count in (1, 2, 3):
+            auto.look()
+            assert auto.loop.state.failures == {"look": count}
+            auto.clock.on(hours=1)
+        for _ in range(2):
+            assert auto.look() == loop.STOPPED  # What is on the disk does not say so, and yet nobody resumed it.
+            assert auto.loop.state.stopped is not None
+    assert State.load(auto.ws.root).stopped is None
+    auto.look()
+    assert State.load(auto.ws.root).stopped == auto.loop.state.stopped
+    assert auto.steps.updates == []
+    assert loop.resume(auto.ws)
+    auto.look()
+    auto.look()
+    assert current(auto.ws) == "v1"  # The day's one update: those that could not be noted did not run.
+
+
+# What must not be forgotten, nor outlive its time
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_version_that_was_not_told_is_told_at_the_start(
+    rig: Callable[..., Rig], strict_gate: Callable[[Workspace], None], bad: bool
+) -> None:
+    auto = rig()
+    strict_gate(auto.ws)
+    put(auto.ws, "pens", "bad.jsonl" if bad else "good.jsonl")
+
+    def commit_and_die(_: object) -> Answer:
+        perform(auto.ws, auto.steps.orders[-1])
+        raise SystemExit
+
+    auto.steps.answers = [commit_and_die]
+    with pytest.raises(SystemExit):
+        auto.until_idle()
+    assert {"update.promoted", "update.held", "update.failed"}.isdisjoint(auto.seen)
+    auto.start()
+    auto.until_idle()
+    told = auto.last("update.held" if bad else "update.promoted")
+    assert (told["version"], len(registry.versions(auto.ws)), waiting(auto.ws)) == ("v1", 1, {})
+    assert ("rows.quarantined" in auto.seen, "update.failed" in auto.seen) == (bad, False)
+    assert (auto.loop.state.failures, auto.loop.state.pending) == ({}, None)
+
+
+def test_a_reason_does_not_outlive_its_rows(rig: Callable[..., Rig]) -> None:
+    auto = rig(min_rows=15)
+    auto.steps.answers = [failed("UpdateInterruptedError")]
+    auto.ws.ingest(toy_rows("pens", 20), task="pens")
+    auto.look()
+    assert State.load(auto.ws.root).pending == "18 rows wait, at least 15"
+    assert auto.ws.update() is not None  # By hand.
+    auto.ws.ingest(toy_rows("cups", 10), task="cups")
+    for _ in range(2):
+        auto.look()
+    assert auto.steps.updates == [None]
+    assert waiting(auto.ws) == {"cups": 9}
+
+
+def test_an_update_does_not_begin_while_another_runs(rig: Callable[..., Rig]) -> None:
+    auto = rig()
+    auto.ws.ingest(toy_rows("pens", 20), task="pens")
+    with Workspace(auto.ws.root).lock("update", "update"):
+        for _ in range(3):
+            auto.look()
+            auto.clock.on(seconds=loop.LOCKED)
+    assert auto.steps.orders == []
+    assert [auto.seen.count(name) for name in ("update.started", "update.postponed")] == [0, 1]
+    assert "is in use by `treering update`" in auto.last("update.postponed")["reason"]
+    auto.look()
+    assert (current(auto.ws), auto.loop.state.updates) == ("v1", 1)
+
+
+def test_another_schedule_begins_anew(rig: Callable[..., Rig]) -> None:
+    auto = rig(schedule="0 2 * * *")
+    auto.look()
+    auto.ws.ingest(toy_rows("pens", 20), task="pens")
+    auto.clock.on(hours=2)
+    settings(auto.ws, schedule="0 13 * * *")  # An hour ago, as the old one had it.
+    auto.look()
+    assert auto.steps.updates == []
+    auto.clock.on(hours=23)
+    auto.look()
+    assert auto.steps.updates == [None]
+
+
+def test_a_resume_tries_at_once(workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbox, "_TICK", 0.05)
+    ws = workspace(**ONE_STEP)
+    ws.ingest(toy_rows("pens", 20), task="pens")
+    State(failures={"update": 2}, retry_at=datetime.now(UTC) + timedelta(hours=1)).save(ws.root)
+    stop, auto = threading.Event(), Automation(ws, perform=Steps(ws))
+    thread = threading.Thread(target=auto.run, args=(stop,), kwargs={"retry": True})
+    thread.start()
+    wait_for(lambda: current(ws) == "v1")
+    stop.set()
+    thread.join(DEADLINE)

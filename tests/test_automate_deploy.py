@@ -15,6 +15,7 @@ import yaml
 
 from treering.automate.rules import cron
 from treering.cli import app
+from treering.model import cache_folder
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -98,6 +99,7 @@ def test_the_compose_file_fits_together() -> None:
     found = compose()
     assert set(found) == {"services", "volumes", "secrets"}
     both = {
+        "build",
         "image",
         "command",
         "user",
@@ -109,8 +111,9 @@ def test_the_compose_file_fits_together() -> None:
         "security_opt",
     }
     services = found["services"]
-    assert set(services["serve"]) == both | {"build", "ports"}
+    assert set(services["serve"]) == both | {"ports"}
     assert set(services["watch"]) == both | {"depends_on", "secrets"}
+    assert services["serve"]["build"] == services["watch"]["build"]
     assert set(services["watch"]["depends_on"]) < set(services)
     assert set(services["watch"]["secrets"]) == set(found["secrets"])
     for service in services.values():
@@ -128,6 +131,32 @@ def test_the_image_copies_what_is_there() -> None:
     for sources in re.findall(r"^COPY (.+) \S+$", text, re.M):
         assert all((ROOT / source).exists() for source in sources.split())
     assert '["treering"]' in text
+
+
+def test_models_are_kept_where_they_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default model is fetched into the cache; a home may be out of reach, or gone with the pod."""
+    folders = {}
+    for unit in (path for path in UNITS if path.suffix == ".service"):
+        text = unit.read_text()
+        assert "CacheDirectory=treering" in text
+        folders[unit.name] = dict(pair.split("=") for pair in re.findall(r"^Environment=(.+)$", text, re.M)[0].split())
+        assert folders[unit.name]["XDG_CACHE_HOME"] == "/var/cache/treering"
+    for name, service in compose()["services"].items():
+        folders[name] = service["environment"]
+        assert f"models:{service['environment']['XDG_CACHE_HOME']}" in service["volumes"]
+    # The volume belongs to the user that writes to it.
+    before, _, after = (DEPLOY / "Dockerfile").read_text().partition("USER treering")
+    assert "chown treering:treering /models" in before and "ENTRYPOINT" in after
+    folders["cronjob"] = {entry["name"]: entry["value"] for entry in cronjob_container()["env"]}
+    assert folders["cronjob"]["XDG_CACHE_HOME"].startswith(cronjob_container()["volumeMounts"][0]["mountPath"])
+    for found in folders.values():
+        monkeypatch.setenv("XDG_CACHE_HOME", found["XDG_CACHE_HOME"])
+        assert cache_folder().is_relative_to(found["HF_HOME"])
+
+
+def test_each_server_can_have_its_own_port() -> None:
+    text = (DEPLOY / "systemd" / "treering-serve@.service").read_text()
+    assert "EnvironmentFile=-/srv/treering/%i/" in text and "--port ${PORT}" in text
 
 
 def test_the_dag_compiles() -> None:

@@ -6,9 +6,11 @@ import base64
 import hashlib
 import hmac
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from treering.automate import events, hooks
 from treering.automate.events import Events
 from treering.automate.hooks import Hooks, secret, signed
 from treering.automate.loop import Automation
-from treering.errors import UsageError
+from treering.config import Config
+from treering.errors import ConfigError, UsageError
 from treering.sections import AutomateConfig
 
 KEY = "0123456789abcdef0123456789abcdef"
@@ -159,7 +162,7 @@ def test_a_command_gets_the_event(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("command", "told"),
-    [("sh -c 'exit 3'", "exit code 3"), ("no-such-program", "No such file"), ("sleep 60", "timed out")],
+    [("sh -c 'exit 3'", "exit code 3"), ("no-such-program", "No such file"), ("sleep 60", "longer than 0.2 seconds")],
 )
 def test_a_command_that_fails_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, told: str
@@ -183,10 +186,11 @@ def test_secrets(tmp_path: Path) -> None:
         secret(tmp_path / "none")
 
 
-def test_the_loop_does_not_begin_without_its_secret(workspace: Callable[..., Workspace]) -> None:
+def test_a_missing_secret_is_told_and_stops_nothing(workspace: Callable[..., Workspace]) -> None:
     ws = workspace(automate={"webhook": "https://x.test/", "webhook_secret_file": "none"})
-    with pytest.raises(UsageError, match="webhook_secret_file"):
-        Automation(ws).run(threading.Event())
+    assert Automation(ws).run(threading.Event(), once=True) == "idle"
+    reasons = [entry["reason"] for entry in events.history(ws) if entry["event"] == "hook.failed"]
+    assert len(reasons) == 2 and "automate.webhook_secret_file:" in reasons[0] and "cannot be read" in reasons[0]
 
 
 def test_every_event_is_sent_and_a_failed_hook_is_noted_but_not_sent(
@@ -214,3 +218,83 @@ def test_events_are_those_that_are_documented() -> None:
     source = "".join(path.read_text() for path in package.glob("*.py") if path.name != "events.py")
     source = source.replace('f"{step}.failed"', '"look.failed" "ingest.failed" "update.failed"') + '"hook.failed"'
     assert all(f'"{name}"' in source for name in events.NAMES)
+
+
+def test_a_command_that_hangs_leaves_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even what it started."""
+    monkeypatch.setattr(hooks, "SECONDS", 0.5)
+    sent(tmp_path, AutomateConfig(on_event="sh -c 'sleep 600 & echo $! >> pids; wait'"), "update.held")
+    pids = (tmp_path / "pids").read_text().split()
+    deadline = time.monotonic() + 10
+    while any(runs(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(pids) == 3
+
+
+def runs(pid: str) -> bool:
+    """Whether there is such a process that has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_the_time_limit_is_that_of_the_whole_call(
+    tmp_path: Path, config: AutomateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte comes in time; all of them never do."""
+    monkeypatch.setattr(hooks, "SECONDS", 1.0)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def drip() -> None:
+        with suppress(OSError), listener.accept()[0] as connection:
+            connection.sendall(b"HTTP/1.1 200 OK\r\nx: ")
+            while True:
+                connection.sendall(b"x")
+                time.sleep(0.1)
+
+    threading.Thread(target=drip, daemon=True).start()
+    began = time.monotonic()
+    with listener, pytest.raises(TimeoutError, match="longer than 1 seconds"):
+        hooks.post(f"http://127.0.0.1:{listener.getsockname()[1]}/", b"{}", tmp_path / "secret")
+    assert time.monotonic() - began < 10
+
+
+def test_nothing_secret_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks, "SECONDS", 1.0)
+    (tmp_path / "secret").write_text(KEY)
+    complaints = sent(tmp_path, AutomateConfig(on_event="sleep 60 --key=S3CRET"), "update.held")
+    complaints += sent(tmp_path, AutomateConfig(on_event="./none S3CRET"), "update.held")
+    for url in ("http://127.0.0.1:1/S3CRET", "http://nowhere.invalid/S3CRET"):
+        complaints += sent(tmp_path, AutomateConfig(webhook=url, webhook_secret_file="secret"), "update.held")
+    assert len(complaints) == 4 and not any("S3CRET" in complaint for complaint in complaints)
+    assert "Connection refused" in complaints[2]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1/x",
+        "http://host:port/S3CRET",
+        "http://host/a S3CRET",
+        "http://",
+        "https://x/\n",
+        "https://b:S3CRET@x/",
+    ],
+)
+def test_an_address_that_cannot_be_sent_to_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"automate\.webhook: ") as found:
+        Config.build({"automate": {"webhook": url, "webhook_secret_file": "secret"}})
+    assert "S3CRET" not in str(found.value)
+    with pytest.raises(ConfigError, match="go together") as found:
+        Config.build({"automate": {"webhook": "https://x.test/S3CRET"}})
+    assert "S3CRET" not in str(found.value)
+
+
+def test_whatever_a_hook_meets_the_next_event_is_sent(
+    tmp_path: Path, config: AutomateConfig, receiver: Receiver
+) -> None:
+    broken = config.model_copy(update={"on_event": "'"})  # No setting that was read could hold it.
+    assert len(sent(tmp_path, broken, "update.held", "update.started")) == 2
+    assert [event["event"] for event in receiver.events] == ["update.held", "update.started"]

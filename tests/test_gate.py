@@ -318,3 +318,78 @@ def test_error_rates() -> None:
     assert share_promoted(lost=0.10, flipped=0.08, rows=rows) <= 0.09
     # Where there are rows enough to see it, losing the margin is too much.
     assert share_promoted(lost=0.05, flipped=0.04, rows=2 * rows) <= 0.09
+
+
+def guesses(answered: Sequence[str], labels: Sequence[str], **config: Any) -> Verdict:
+    """Judged on a new task whose rows have these labels."""
+    was = results("new", [0] * len(labels))
+    now = [
+        Result(row.id, row.task, "exact_match", float(said == label), 0.5, said)
+        for row, said, label in zip(was, answered, labels, strict=True)
+    ]
+    answers = {row.id: label for row, label in zip(was, labels, strict=True)}
+    return judge(was, now, [], ids(was), GateConfig(**config), 0, answers)
+
+
+def dealt(labels: Sequence[str], right: int) -> list[str]:
+    """Answers of which the first `right` are right and each other one is the next label."""
+    names = sorted(set(labels))
+    wrong = {name: names[(at + 1) % len(names)] for at, name in enumerate(names)}
+    return [label if at < right else wrong[label] for at, label in enumerate(labels)]
+
+
+THREE = ["north", "south", "tower"] * 6
+
+
+def test_a_new_task_of_shuffled_labels_holds() -> None:
+    """The loss on it fell and its score is above that of the parent; it is that of a guess all the same."""
+    verdict = guesses(dealt(THREE, 7), THREE)
+    assert not verdict.promote
+    assert verdict.summary.startswith("held: new against chance: 38.9 points, the most frequent label alone would")
+    assert verdict.summary.endswith("no better than guessing, as with labels that were shuffled")
+    # Always the same answer has to do with no question, however often it is right.
+    skewed = ["north"] * 80 + ["south"] * 20
+    verdict = guesses(["north"] * 100, skewed)
+    assert [judgement.name for judgement in verdict.judgements if not judgement.passed] == ["new against chance"]
+
+
+def test_a_new_task_that_was_learned_passes() -> None:
+    verdict = guesses(dealt(THREE, 12), THREE)
+    assert verdict.promote
+    assert verdict.summary == "promoted: the new data was learned"
+    assert "would have 33.3 points" in named(verdict, "new against chance").reason
+    assert guesses(dealt(["a", "b"] * 18, 27), ["a", "b"] * 18).promote
+    assert guesses(dealt(list("abcdef") * 6, 20), list("abcdef") * 6).promote
+
+
+def test_few_rows_are_asked_for_less() -> None:
+    """Nine rows of three labels: ahead of the most frequent one is enough; of four rows nothing is asked."""
+    assert guesses(dealt(THREE[:9], 4), THREE[:9]).promote
+    assert not guesses(dealt(THREE[:9], 3), THREE[:9]).promote
+    verdict = guesses(dealt(THREE[:4], 1), THREE[:4])
+    assert verdict.promote
+    assert "too few, or too much alike, to tell" in named(verdict, "new against chance").reason
+    # Nobody can be ahead where all labels are the same.
+    assert guesses(["north"] * 30, ["north"] * 30).promote
+
+
+def test_answers_that_are_no_labels_are_not_compared_with_chance() -> None:
+    was = [Result(str(n), "new", "token_f1", 0.0, 1.0, "") for n in range(30)]
+    now = [Result(str(n), "new", "token_f1", 0.1, 0.5, "some words") for n in range(30)]
+    verdict = judge(was, now, [], ids(was), GateConfig(), 0, {str(n): f"answer {n}" for n in range(30)})
+    assert [judgement.name for judgement in verdict.judgements] == ["new data"]
+    assert verdict.promote
+
+
+def test_how_often_chance_and_learning_are_told_apart() -> None:
+    """Eighteen held-out rows of three labels, as of ninety rows with `val_size: 0.2`."""
+    shuffled = learned = 0
+    for trial in range(TRIALS):
+        rng = np.random.default_rng(trial)
+        labels = rng.permutation([f"label {n % 3}" for n in range(90)])[:18].tolist()
+        guessed = [f"label {n}" for n in rng.integers(0, 3, 18)]
+        known = [label if rng.random() < 0.8 else other for label, other in zip(labels, guessed, strict=True)]
+        shuffled += guesses(guessed, labels, resamples=400).promote
+        learned += guesses(known, labels, resamples=400).promote
+    assert shuffled / TRIALS <= 0.09
+    assert learned / TRIALS >= 0.95

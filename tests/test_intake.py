@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from treering import Workspace, registry
+from treering import Workspace, overview, registry
 from treering.data.catalog import Writer, choose_held_out
 from treering.data.intake import Ingested, ingest
 from treering.errors import ConfigError, LockError, TreeringError, UsageError
@@ -403,3 +404,13 @@ def test_where_rows_came_from(workspace: MakeWorkspace) -> None:
     assert list(origins) == ids
     assert [origin.file for origin in origins.values()] == [str(path)] * 600 + ["<python>"]
     assert {task: len(ids) for task, ids in ws.catalog.waiting((), str(path)).items()} == {"a": 600}
+
+
+def test_a_file_whose_name_is_not_utf8_is_refused(workspace: MakeWorkspace) -> None:
+    ws = workspace()
+    write(ws.inbox / "pens" / "a.jsonl", toy_rows("pens", 10))
+    (ws.inbox / "pens" / "a.jsonl").rename(os.fsdecode(os.fsencode(ws.inbox) + b"/pens/caf\xe9.jsonl"))
+    found = ws.ingest()
+    assert (found.accepted, found.quarantined, found.reasons) == (0, 1, {"file-name": 1})
+    assert found.refused[0]["file"] == str(ws.inbox / "pens" / "caf\\udce9.jsonl")
+    assert (ws.ingest().rows, overview.status(ws)["inbox"]) == (0, [])

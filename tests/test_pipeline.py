@@ -573,3 +573,12 @@ def test_what_was_measured_is_what_serves(workspace: MakeWorkspace, model_folder
     model = load(model_folder, config, version)
     again = evaluate(model, load_tokenizer(model_folder), rows, version.manifest["metrics"], config, quiet=True)
     assert again == measured
+
+
+def test_a_task_that_was_not_learned_better_than_by_chance_is_held(workspace: MakeWorkspace) -> None:
+    """One step teaches none of three labels; the loss on them falls all the same."""
+    ws = workspace(max_steps=1, val_size=0.2)
+    ws.ingest(toy_rows("pens", 120, labels=3), task="pens")
+    version = ws.update()
+    assert version is not None and not version.promote
+    assert [j["name"] for j in version.manifest["verdict"]["judgements"] if not j["passed"]] == ["pens against chance"]

@@ -222,6 +222,10 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
+_SECRET = ("automate", "automate.webhook", "automate.on_event")
+"""Settings whose values may hold a key: an error does not repeat them, for it goes to logs and hooks."""
+
+
 def _explain(errors: Iterable[Any]) -> list[str]:
     """One line a setting: what each kind of value that it may have found wrong."""
     wrong: dict[str, list[str]] = {}
@@ -235,7 +239,7 @@ def _explain(errors: Iterable[Any]) -> list[str]:
             message = f"is a group; set one of {', '.join(f'{where}.{name}' for name in group.model_fields)}"
         elif error["type"].endswith("_parsing"):
             message = message.partition(",")[0]
-        if error["loc"] and error["type"] != "extra_forbidden":
+        if error["loc"] and error["type"] != "extra_forbidden" and where not in _SECRET:
             got[where] = f" (got {error['input']!r})"
         wrong[where] = [*wrong[where], message.removeprefix("must be ")] if where in wrong else [message]
     return [f"{where}{': ' if where else ''}{' or '.join(wrong[where])}{got.get(where, '')}" for where in wrong]

@@ -118,3 +118,8 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def printable(text: str) -> str:
+    """`text` with what UTF-8 or a database cannot hold (of a file's name, say) written as backslash escapes."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")

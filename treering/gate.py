@@ -7,19 +7,26 @@ the old tasks are pooled, and each task alone holds the candidate only if it is 
 
 New rows of an old task are also compared with its old rows: labels that contradict the task (shuffled ones, say) cost
 the old rows little where they are replayed, and any training lowers the loss on them, but no training makes them right.
+
+A new task has nothing to be compared with but chance: whoever has learned something of its labels is right more often
+than the most frequent label alone, and than the same answers dealt out to other rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy.stats import norm
 
+from treering.data.example import normalise
 from treering.results import Result
 from treering.sections import GateConfig
+
+_LEARNED = 0.6
+"""Of the rows on which chance is wrong, the share on which a candidate that has learned its task is right."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,13 @@ def judge(
     fresh: set[str],
     config: GateConfig,
     seed: int,
+    answers: Mapping[str, str] | None = None,
 ) -> Verdict:
     """Compare candidate (`after`) with current (`before`) on the rows both were scored on.
 
     `old` names the tasks that current knew; `fresh` holds the ids of the new data's own held-out rows. The two sets
-    of rows are judged apart: old rows must not get worse, new rows must get better.
+    of rows are judged apart: old rows must not get worse, new rows must get better. `answers` has the right answers of
+    fresh rows by id; where they are labels, the candidate's are compared with chance.
     """
     past = {r.id: r for r in before}
     pairs = [(past[r.id], r) for r in after if r.id in past]
@@ -77,11 +86,17 @@ def judge(
             fits.append(_fit(task, new, found, config, seed))
     judgements += [fit.judgement for fit in fits]
     known = all(fit.as_right for fit in fits) and {p[1].task for p in new_pairs} <= {fit.task for fit in fits}
+    judged_old = bool(judgements)
+    for task in dict.fromkeys(after.task for _, after in new_pairs):
+        mine = [after for _, after in new_pairs if after.task == task and after.metric == "exact_match"]
+        labels = [(answers or {}).get(result.id) for result in mine]
+        if mine and None not in labels:
+            judgements.append(_chance(task, mine, [str(label) for label in labels], config, seed))
     judgements.append(_gain(new_pairs, known, config, seed))
-    return Verdict(all(j.passed for j in judgements), _summary(judgements), tuple(judgements))
+    return Verdict(all(j.passed for j in judgements), _summary(judgements, judged_old), tuple(judgements))
 
 
-def _summary(judgements: Sequence[Judgement]) -> str:
+def _summary(judgements: Sequence[Judgement], judged_old: bool) -> str:
     """The verdict in a sentence that claims no more than was measured."""
     failed = [j for j in judgements if not j.passed]
     if failed:
@@ -94,7 +109,7 @@ def _summary(judgements: Sequence[Judgement]) -> str:
             learned = f"on new data the score went {100 * gain.before:.1f} to {100 * gain.after:.1f}"
     few = [j for j in judgements if j.rows < j.rows_needed]
     if not few:
-        return f"promoted: {learned}" + (", and no old task is worse" if len(judgements) > 1 else "")
+        return f"promoted: {learned}" + (", and no old task is worse" if judged_old else "")
     text = f"promoted: {learned}, and no old task is shown to be worse, though {len(few)} comparisons had too few rows"
     fell = [j for j in few if j.before is not None and j.after is not None and j.after < j.before]
     changes = [f"{j.name} {100 * ((j.after or 0) - (j.before or 0)):+.1f} on {j.rows} rows" for j in fell[:4]]
@@ -168,6 +183,37 @@ def _fit(
     return _Fit(task, _judgement(name, {**found, "rows_needed": 0}, passed, reason), as_right)
 
 
+def _chance(task: str, results: Sequence[Result], labels: Sequence[str], config: GateConfig, seed: int) -> Judgement:
+    """Whether the answers have to do with the questions, as no answers learned from shuffled labels have.
+
+    Asked in full where the rows are enough to see a candidate that gets `_LEARNED` of what chance leaves right; from
+    half as many on it has to be ahead of the most frequent label; fewer rows tell nothing.
+    """
+    name = f"{task} against chance"
+    texts = [normalise(text) for text in (*(result.prediction for result in results), *labels)]
+    given, right = np.split(np.unique(texts, return_inverse=True)[1].reshape(-1), 2)
+    counts = np.bincount(right)
+    pairs = [(replace(r, score=float(at == counts.argmax())), r) for r, at in zip(results, right, strict=True)]
+    found = {**paired(name, pairs, config, seed), "rows_needed": 0}
+    agree = float(np.sum((counts / len(right)) ** 2))
+    needed = 0 if agree == 1 else _rows(float(np.sqrt(agree * (1 - agree))), _LEARNED * (1 - agree), config)
+    reason = f"{_points(found['after'])}, the most frequent label alone would have {_points(found['before'])}"
+    passed = True
+    if agree == 1 or 2 * len(right) < needed:
+        reason += f"; {len(right)} held-out rows are too few, or too much alike, to tell"
+    elif found["change"] <= 0:
+        passed = False
+    elif len(right) >= needed:
+        rng = np.random.default_rng([seed, *name.encode()])
+        dealt = np.asarray([np.sum(given == rng.permutation(right)) for _ in range(config.resamples)])
+        share = float(np.mean(dealt >= np.sum(given == right)))
+        passed = share <= 1 - config.confidence
+        reason += f"; its own answers, dealt out at random, have as much in {100 * share:.1f}% of the draws"
+    if not passed:
+        reason += ": no better than guessing, as with labels that were shuffled"
+    return _judgement(name, found, passed, reason)
+
+
 def _gain(pairs: Sequence[tuple[Result, Result]], known: bool, config: GateConfig, seed: int) -> Judgement:
     """`known`: the new rows are as right as the old ones of their tasks, so there may be nothing left to gain."""
     if not pairs:
@@ -215,9 +261,11 @@ def rows_needed(spread: float, config: GateConfig) -> int:
     both error rates at `1 - confidence`; `spread` is the standard deviation of the rows' differences, at least 0.2
     (four rows in a hundred flipped), since a small sample may show no flip at all.
     """
-    if config.margin == 0:
-        return 0
-    return int(np.ceil((2 * norm.ppf(config.confidence) * max(spread, 0.2) / config.margin) ** 2))
+    return _rows(spread, config.margin, config) if config.margin else 0
+
+
+def _rows(spread: float, effect: float, config: GateConfig) -> int:
+    return int(np.ceil((2 * norm.ppf(config.confidence) * max(spread, 0.2) / effect) ** 2))
 
 
 def _judgement(name: str, found: Mapping[str, Any], passed: bool, reason: str) -> Judgement:

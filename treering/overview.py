@@ -50,12 +50,12 @@ def _automation(ws: Workspace) -> dict[str, Any]:
 def unread(ws: Workspace) -> list[str]:
     """Files of the inbox that were not ingested as they are now."""
     from treering.data.read import find_files
-    from treering.files import sha256
+    from treering.files import printable
 
     if not ws.inbox.is_dir():
         return []
     files = find_files(ws.inbox)
-    return [str(f.relative_to(ws.inbox)) for f in files if ws.catalog.file_hash(str(f.resolve())) != sha256(f)]
+    return [printable(str(f.relative_to(ws.inbox))) for f in files if not ws.catalog.took(f.resolve())]
 
 
 def list_versions(ws: Workspace) -> dict[str, Any]:

@@ -76,7 +76,8 @@ def update(
         clear(ws, keep=staging)
         after = candidate.measure()
         candidate.remember()
-        verdict = gate.judge(before, after, candidate.metrics, plan.fresh_ids, config.gate, config.seed)
+        answers = {id: candidate.examples[id].answer for id in plan.fresh_ids}
+        verdict = gate.judge(before, after, candidate.metrics, plan.fresh_ids, config.gate, config.seed, answers)
 
         candidate.write(base_name(config), after, log)
         with ws.changing("update"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -248,8 +249,19 @@ class AutomateConfig(Section):
     @field_validator("webhook")
     @classmethod
     def _address(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith(("http://", "https://")):
+        if value is None:
+            return value
+        if not value.startswith(("http://", "https://")):
             raise ValueError("write an address that begins with https:// or http://")
+        try:
+            parts = urlsplit(value)
+            named = bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            named = False
+        if not named or not value.isascii() or not value.isprintable() or " " in value:
+            raise ValueError("write an address with a host, such as https://example.com/hook, without blanks")
+        if "@" in parts.netloc:
+            raise ValueError("leave out the name and the password: the signature tells who sends")
         return value
 
     @field_validator("on_event")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 import openai
@@ -33,8 +34,15 @@ class Client(threading.Thread):
         self._question = question
         self._openai = openai.OpenAI(base_url=url, api_key="any", max_retries=0, timeout=60)
         self._stop_asking = threading.Event()
+        self._died: Exception | None = None
 
     def run(self) -> None:
+        try:
+            self._ask_on()
+        except Exception as error:
+            self._died = error
+
+    def _ask_on(self) -> None:
         while not self._stop_asking.wait(PAUSE):
             began = time.time()
             try:
@@ -44,8 +52,11 @@ class Client(threading.Thread):
                 self.asked.append(Asked(began, time.time(), error=repr(error)))
 
     def stop(self) -> None:
+        """Raises what ended it before, so that it never is silent for want of a question."""
         self._stop_asking.set()
         self.join()
+        if self._died is not None:
+            raise self._died
 
 
 def ask(client: openai.OpenAI, model: str, text: str) -> Any:
@@ -56,6 +67,12 @@ def ask(client: openai.OpenAI, model: str, text: str) -> Any:
 def unanswered(asked: Sequence[Asked], down: Sequence[tuple[float, float]]) -> list[Asked]:
     """The requests that failed although the server was up for all of their time."""
     return [a for a in asked if a.error and not any(a.began <= until and a.ended >= since for since, until in down)]
+
+
+def longest_gap(asked: Sequence[Asked], down: Sequence[tuple[float, float]]) -> float:
+    """For how many seconds at most no answer came, times at which the server was down aside."""
+    ends = [a.ended for a in asked if not a.error]
+    return max(until - since for since, until in pairwise(ends) if not any(since <= b and until >= a for a, b in down))
 
 
 def latest(asked: Sequence[Asked], history: Sequence[dict[str, Any]]) -> float:

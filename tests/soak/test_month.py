@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.soak.client import Client, ask, latest, unanswered
+from tests.soak.client import Client, ask, latest, longest_gap, unanswered
 from tests.soak.house import House, small_disk
 from tests.soak.language import Row, Task, pretrained_model
 from tests.soak.post import DAMAGES, FORMATS, MANNERS, SETTLE, damaged, encoded, put
@@ -27,7 +27,8 @@ from treering.data.shapes import convert
 DAYS = 30
 NEW_TASKS = {1: "coffee", 3: "bikes", 6: "garden", 11: "kitchen", 17: "toys"}
 BROKEN = dict(zip((4, 7, 9, 14, 20, 27), DAMAGES, strict=True))
-POISONED = {8: "coffee", 13: "bikes", 19: "garden", 24: "kitchen", 28: "toys"}
+POISONED = {5: "garden", 8: "coffee", 13: "bikes", 19: "garden", 24: "kitchen", 28: "toys"}
+"""By day; the first is the very first file of its task."""
 AT_ONCE = (13, 24)
 """Days on which a good file comes together with the poisoned one, so that the culprit has to be found."""
 REPEATED = 12
@@ -36,6 +37,10 @@ FULL_DISK = 16
 
 A_DAY = 600.0
 """Seconds that the loop may take for a day's files, with the minute it waits after a crash."""
+SLOW = 30.0
+"""Seconds that an answer, or the wait for the next one, may take while the machine trains as well."""
+SELDOM = 5.0
+"""Seconds a request on average, at most."""
 LATE = 10.0
 """Seconds after a promotion in which the version before may still answer new requests."""
 SETTINGS: dict[str, Any] = {
@@ -125,11 +130,12 @@ def live_through(month: Month, house: House, day: int) -> None:
     known, size = list(month.tasks), month.rng.randint(40, 60)
     if day in NEW_TASKS:
         known, size = [NEW_TASKS[day]], 90
-        month.tasks[known[0]] = Task(known[0])
+        month.tasks.setdefault(known[0], Task(known[0]))
     poisoned = POISONED.get(day)
     if poisoned:
+        month.tasks.setdefault(poisoned, Task(poisoned))
         month.poisoned_file(poisoned)
-        known.remove(poisoned)
+        known = [task for task in known if task != poisoned]
     if day not in AT_ONCE:
         time.sleep(month.rng.uniform(0, 5))
     month.good_file(month.rng.choice(known), size)
@@ -175,11 +181,14 @@ def test_a_month_with_nobody_there(month: Month, tmp_path: Path, record_property
     record_property("right before, after", f"{scores['base']:.2f}, {scores['current']:.2f}")
 
     assert unanswered(client.asked, house.down) == []
+    assert len(client.asked) >= (time.monotonic() - began) / SELDOM
+    assert max(a.ended - a.began for a in client.asked if not a.error) <= SLOW
+    assert longest_gap(client.asked, house.down) <= SLOW
     assert delay <= LATE
     learned_once(month)
     refused_with_a_reason(month)
     assert treering(ws, "verify")["problems"] == []
-    told(ws)
+    told(month, house)
     assert scores["current"] >= 0.9 and scores["base"] <= 0.4
 
 
@@ -191,15 +200,17 @@ def accuracy(house: House, month: Month, model: str) -> float:
 
 
 def learned_once(month: Month) -> None:
-    """Every good row was learned once or judges; no version that ever was current learned a poisoned row."""
+    """Every good row was learned once, or is of the share that judges; what ever was current learned no poison."""
     ws = month.ws
     poison = set().union(*month.poisoned.values())
     lineage = list(registry.lineage(ws, registry.current(ws)))
     learned = Counter(id for version in lineage for id in version.rows)
     held_out = {id for ids in ws.catalog.held_out().values() for id in ids}
     assert set(learned.values()) == {1}
-    assert month.good == learned.keys() | held_out
-    assert not learned.keys() & held_out
+    assert held_out < month.good
+    assert learned.keys() == month.good - held_out
+    assert len(held_out) <= 1.2 * SETTINGS["val_size"] * len(month.good)
+    assert held_out == {id for ids in lineage[0].manifest["held_out"].values() for id in ids}
     promoted = {move["version"] for move in registry.history(ws)}
     assert promoted == {version.name for version in lineage}
     assert not poison & {id for name in promoted for id in registry.get(ws, name).rows}
@@ -217,15 +228,25 @@ def refused_with_a_reason(month: Month) -> None:
         assert {row["rule"] for row in refused[file]} == {HELD}
 
 
-def told(ws: Workspace) -> None:
+def told(month: Month, house: House) -> None:
     """The history tells of each thing that went wrong, and of each that went right."""
-    found = Counter(event["event"] for event in treering(ws, "history")["events"])
-    assert found["automation.started"] == 3
-    assert found["update.failed"] >= 2  # Of the crashes. That of the full disk may have found no room to be noted in.
-    assert found["update.held"] >= len(POISONED)
-    assert found["rows.quarantined"] >= len(POISONED) + len(BROKEN)
-    assert found["update.promoted"] >= DAYS - len(POISONED)
+    ws = month.ws
+    events = treering(ws, "history")["events"]
+    found = Counter(event["event"] for event in events)
+    assert found["automation.started"] == 1 + len(house.down)
+    # Of the crashes. That of the full disk may have found no room to be noted in.
+    assert found["update.failed"] >= len(house.down)
+    assert found["automation.stopped"] == 0
     assert found["version.promoted"] == len(registry.history(ws))
+    versions: dict[bool, set[str]] = {True: set(), False: set()}
+    for version in registry.versions(ws):
+        versions[version.promote].add(version.name)
+    assert {event["version"] for event in events if event["event"] == "update.promoted"} == versions[True]
+    assert {event["version"] for event in events if event["event"] == "update.held"} == versions[False]
+    refused = [event for event in events if event["event"] == "rows.quarantined"]
+    assert sorted(file for event in refused if "version" in event for file in event["files"]) == sorted(month.poisoned)
+    at_once = {str(ws.inbox / file) for event in refused if "version" not in event for file in event["files"]}
+    assert at_once >= set(month.broken)
 
 
 def treering(ws: Workspace, command: str) -> dict[str, Any]:

@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Work:
-    """An update to run: why, and with `file` on the rows of that file alone, to see whether it is to blame."""
+    """An update to run: why, and with `file` on the rows of that file alone, to see whether it is to blame.
+
+    `row`: the first of those that wait.
+    """
 
     reason: str
     file: str | None = None
+    row: str | None = None
 
 
 class Agenda:
@@ -41,14 +45,16 @@ class Agenda:
         what = self._hash(ids)
         idle = not ids or what == state.settled
         since = self._follow(state, config.schedule, now, idle)
+        if state.pending_row not in ids:
+            state.pending = None
         if idle:
             return None
         if state.pending is not None:
-            return Work(state.pending)
+            return Work(state.pending, row=state.pending_row)
         oldest = min(origin.added for origin in self.ws.catalog.origins(ids).values())
         bits = self._drifted(what, ids) if config.drift is not None else None
         reason = rules.due(config, rules.Waiting(len(ids), oldest, bits), now, since)
-        return Work(reason) if reason else None
+        return Work(reason, row=ids[0]) if reason else None
 
     def settle(self, state: State) -> None:
         """Remember what waits now: there is nothing to be had from another update of it."""
@@ -68,8 +74,9 @@ class Agenda:
         before = state.scheduled
         if schedule is None:
             state.scheduled = None
-        elif before is None or (idle and rules.next_time(schedule, before) <= now):
+        elif before is None or schedule != state.schedule or (idle and rules.next_time(schedule, before) <= now):
             state.scheduled = now
+        state.schedule = schedule
         if state.scheduled != before:
             state.save(self.ws.root)
         return state.scheduled or now

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from treering.errors import ConfigError, LockError
+
 if TYPE_CHECKING:
     from treering.automate.loop import Automation
 
@@ -16,15 +18,19 @@ log = logging.getLogger("treering.automate")
 
 @contextmanager
 def in_thread(automation: Automation) -> Iterator[Callable[[], None]]:
-    """Run `automation` for as long as the context lasts. Yields a check that raises what ended it, if anything did."""
+    """Run `automation` for as long as the context lasts.
+
+    Yields a check that raises what kept it from beginning: another loop that runs, or wrong settings.
+    """
     stop = threading.Event()
     failures: list[Exception] = []
 
     def run() -> None:
         try:
             automation.run(stop, stay=True)
-        except Exception as error:
+        except (LockError, ConfigError) as error:
             failures.append(error)
+        except Exception:
             log.exception("updates by themselves have ended; the server goes on")
 
     def check() -> None:

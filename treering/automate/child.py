@@ -20,6 +20,9 @@ from typing import Any
 from treering.errors import TreeringError, full_disk_is_clear
 from treering.workspace import Workspace
 
+COUNTS = ("rows", "accepted", "duplicates", "quarantined", "held_out", "reasons")
+"""What the loop is told of files taken in; the catalog has the rest."""
+
 
 def perform(ws: Workspace, order: dict[str, Any]) -> dict[str, Any]:
     """Take in files, or update; returns what came of it in plain values."""
@@ -27,7 +30,8 @@ def perform(ws: Workspace, order: dict[str, Any]) -> dict[str, Any]:
         from treering.data.intake import ingest
 
         with full_disk_is_clear(ws.root):
-            return ingest(ws, only={Path(file) for file in order["files"]}, quiet=False).as_dict()
+            taken = ingest(ws, only={Path(file) for file in order["files"]}, quiet=False).as_dict()
+        return {key: taken[key] for key in COUNTS}
     from treering import pipeline
 
     outcome = pipeline.update(ws, inbox=False, file=order["file"])
@@ -50,7 +54,7 @@ def main() -> None:
         traceback.print_exc()
         answer = {"error": f"{type(error).__name__}: {error}", "kind": "bug"}
     with suppress(BrokenPipeError), answers:  # Nobody is left to be told.
-        answers.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        answers.write(json.dumps(answer) + "\n")
 
 
 def _end_with_parent(orders: io.FileIO) -> None:

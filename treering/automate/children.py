@@ -32,40 +32,36 @@ def run(order: dict[str, Any], why_stop: Callable[[], str | None]) -> Answer:
         stdout=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C reaches the loop alone, which passes it on once.
     )
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    # Taken away from `communicate`, which would close it: an order whose giver is gone is not carried out.
+    orders, process.stdin = process.stdin, None
     asked: str | None = None
     try:
-        process.stdin.write(json.dumps(order).encode() + b"\n")
-        process.stdin.flush()
-        while _runs(process):
+        orders.write(json.dumps(order).encode() + b"\n")
+        orders.flush()
+        # Read all along: a pipe holds 64 KiB, and a step that waits for room in it never ends.
+        while (printed := _ended(process)) is None:
             if asked is None and (asked := why_stop()) is not None:
                 process.terminate()
-        printed = process.stdout.read()
     except BrokenPipeError:
-        process.wait()
-        printed = b""
+        printed, _ = process.communicate()
     except BaseException:  # A second Ctrl-C.
         process.kill()
-        process.wait()
+        process.communicate()
         raise
     finally:
-        process.stdout.close()
-        _close(process)
+        with suppress(BrokenPipeError):
+            orders.close()
     return _understood(printed, process.returncode, asked)
 
 
-def _runs(process: subprocess.Popen[bytes]) -> bool:
+def _ended(process: subprocess.Popen[bytes]) -> bytes | None:
+    """What it printed, if it ended within a moment."""
     try:
-        process.wait(_POLL)
+        printed: bytes = process.communicate(timeout=_POLL)[0]
     except subprocess.TimeoutExpired:
-        return True
-    return False
-
-
-def _close(process: subprocess.Popen[bytes]) -> None:
-    with suppress(BrokenPipeError):
-        if process.stdin is not None:
-            process.stdin.close()
+        return None
+    return printed
 
 
 def _understood(printed: bytes, code: int, asked: str | None) -> Answer:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from treering import registry
 from treering.automate.hooks import Hooks
 from treering.errors import TreeringError
-from treering.files import append_line, whole_lines
+from treering.files import append_line, printable, whole_lines
 from treering.progress import say
 
 if TYPE_CHECKING:
@@ -22,10 +22,10 @@ FILE = "events.jsonl"
 NAMES = {
     "automation.started": "the loop began",
     "automation.ended": "the loop ended",
-    "automation.stopped": "too many failures in a row; nothing is tried until `treering watch --resume`",
+    "automation.stopped": "too many failures in a row (go on: `treering watch --resume`), or an error ended the loop",
     "automation.resumed": "the user resumed it",
     "look.failed": "the settings or the inbox could not be read",
-    "file.ignored": "a file lies where it cannot be taken from",
+    "file.ignored": "a file cannot be taken in: it lies in no task's folder, or its name is not UTF-8",
     "rows.ingested": "files were taken in",
     "rows.quarantined": "rows went to quarantine, when they were taken in or after a hold",
     "ingest.failed": "taking files in failed",
@@ -41,7 +41,10 @@ NAMES = {
 
 
 class Events:
-    """Writes events down first, shows them, then hands them to the hooks, which work in a thread of their own."""
+    """Writes events down first, shows them, then hands them to the hooks, which work in a thread of their own.
+
+    None of that raises: what cannot be told does not stop what is to be done.
+    """
 
     def __init__(self, ws: Workspace, clock: Callable[[], datetime]) -> None:
         self.ws, self.clock = ws, clock
@@ -56,11 +59,23 @@ class Events:
 
     def _write(self, event: str, **details: Any) -> dict[str, Any]:
         time = self.clock().astimezone(UTC).isoformat(timespec="milliseconds")
-        entry = {"time": time, "event": event, **{key: value for key, value in details.items() if value is not None}}
-        with self._lock:
-            append_line(self.ws.root / FILE, entry)
+        entry = {"time": time, "event": event, **_plain(details)}
+        try:
+            with self._lock:
+                append_line(self.ws.root / FILE, entry)
+        except OSError as error:  # Those who get it by a hook, or read standard error, are told all the same.
+            say(f"{self.ws.root / FILE} cannot be written ({error})")
         say(describe(entry))
         return entry
+
+
+def _plain(details: dict[str, Any]) -> dict[str, Any]:
+    """Without what is None; texts as UTF-8 can hold them, whatever library or file name they came from."""
+    return {
+        key: printable(value) if isinstance(value, str) else value
+        for key, value in details.items()
+        if value is not None
+    }
 
 
 def history(ws: Workspace) -> list[dict[str, Any]]:

@@ -6,12 +6,14 @@ import base64
 import hashlib
 import hmac
 import json
+import os
 import queue
 import shlex
+import signal
 import subprocess
+import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -30,6 +32,7 @@ PAUSES = (1.0, 5.0)
 """Seconds before the second and the third try."""
 _WAITING = 1000
 """Events kept for a receiver that is slow; those beyond are only in the log."""
+_POST = [sys.executable, "-I", str(Path(__file__).with_name("post.py"))]
 
 
 class Hooks:
@@ -52,7 +55,7 @@ class Hooks:
         except queue.Full:
             self.complain(f"{_WAITING} events wait already; {event['event']} is only in the log")
 
-    def close(self, seconds: float = 3 * SECONDS) -> None:
+    def close(self, seconds: float = SECONDS) -> None:
         """Wait until all is sent, but no longer than so many seconds."""
         if self._thread is None:
             return
@@ -66,15 +69,19 @@ class Hooks:
     def _work(self) -> None:
         while (found := self._queue.get()) is not None:
             event, config = found
-            body = json.dumps(event, ensure_ascii=False).encode()
             if config.on_event is not None:
-                command = shlex.split(config.on_event)
-                self._try(f"{command[0]} on {event['event']}", partial(run, command, body, self.root))
+                name = f"{config.on_event.split()[0]} on {event['event']}"
+                self._try(name, partial(self._run, config.on_event, event))
             if config.webhook is not None and config.webhook_secret_file is not None:
-                url, file = config.webhook, self.root / config.webhook_secret_file
                 # No more of the address than the host: the rest may hold a key.
-                name = f"webhook at {urlsplit(url).hostname} on {event['event']}"
-                self._try(name, partial(post, url, body, file))
+                name = f"webhook at {urlsplit(config.webhook).hostname} on {event['event']}"
+                self._try(name, partial(self._post, config.webhook, config.webhook_secret_file, event))
+
+    def _run(self, command: str, event: dict[str, Any]) -> None:
+        run(shlex.split(command), _body(event), self.root)
+
+    def _post(self, url: str, secret_file: str, event: dict[str, Any]) -> None:
+        post(url, _body(event), self.root / secret_file)
 
     def _try(self, name: str, call: Callable[[], None]) -> None:
         for pause in (*PAUSES, None):
@@ -82,7 +89,7 @@ class Hooks:
                 call()
             except Exception as error:
                 if pause is None:
-                    self._give_up(f"{name}: {str(error) or type(error).__name__}; tried {1 + len(PAUSES)} times")
+                    self._give_up(f"{name}: {_in_words(error)}; tried {1 + len(PAUSES)} times")
                 else:
                     time.sleep(pause)
             else:
@@ -93,11 +100,15 @@ class Hooks:
             self.complain(reason)
 
 
+def _body(event: dict[str, Any]) -> bytes:
+    return json.dumps(event, ensure_ascii=False).encode()
+
+
 def run(command: list[str], body: bytes, folder: Path) -> None:
     """Run a command in `folder` with the event on its standard input. Raises unless it ends with 0 in time."""
-    done = subprocess.run(command, input=body, stdout=subprocess.DEVNULL, cwd=folder, timeout=SECONDS, check=False)
-    if done.returncode:
-        raise OSError(f"it ended with exit code {done.returncode}")
+    code, _ = _within(command, body, folder, subprocess.DEVNULL)
+    if code:
+        raise OSError(f"it ended with exit code {code}")
 
 
 def post(url: str, body: bytes, secret_file: Path) -> None:
@@ -107,9 +118,30 @@ def post(url: str, body: bytes, secret_file: Path) -> None:
         "user-agent": "treering",
         **signed(body, secret(secret_file), int(time.time())),
     }
-    request = urllib.request.Request(url, data=body, headers=headers, method="POST")
-    with urllib.request.build_opener(_NoRedirect).open(request, timeout=SECONDS):
-        pass
+    request = {"url": url, "headers": headers, "body": body.decode(), "seconds": SECONDS}
+    code, printed = _within(_POST, json.dumps(request).encode(), secret_file.parent, subprocess.PIPE)
+    if code:
+        raise OSError(printed.decode().strip() or f"it ended with exit code {code}")
+
+
+def _within(command: list[str], given: bytes, folder: Path, stdout: int) -> tuple[int, bytes]:
+    """Exit code and output of a command that ends in time; else it is ended with all that it started."""
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, cwd=folder, start_new_session=True) as process:
+        try:
+            printed, _ = process.communicate(given, timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise TimeoutError(f"it took longer than {SECONDS:g} seconds") from None
+    return process.returncode, printed or b""
+
+
+def _in_words(error: Exception) -> str:
+    """What went wrong, without the command's arguments or the address, which may hold a key."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, UsageError | OSError):  # Written here.
+        return str(error)
+    return type(error).__name__
 
 
 def signed(body: bytes, key: bytes, timestamp: int, id: str | None = None) -> dict[str, str]:
@@ -139,8 +171,3 @@ def secret(file: Path) -> bytes:
             "`openssl rand -hex 32`"
         )
     return key
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        """Follow none: the event would be sent on without its body."""

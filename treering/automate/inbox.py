@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from treering.files import sha256
+from treering.files import printable
 from treering.progress import say
 
 if TYPE_CHECKING:
@@ -27,11 +28,14 @@ class Asked(Protocol):
 
 @dataclass(frozen=True)
 class Look:
-    """`ready`: files to take in now. `growing`: seconds until one that still changes may be ready; None: none does."""
+    """`ready`: files to take in now. `growing`: seconds until one that still changes may be ready; None: none does.
+
+    `ignored`: files that cannot be taken in where they lie, each told once, and why.
+    """
 
     ready: list[Path]
     growing: float | None
-    misplaced: list[Path] = field(default_factory=list)
+    ignored: dict[str, str] = field(default_factory=dict)
 
 
 class Inbox:
@@ -42,19 +46,21 @@ class Inbox:
         self.folder = ws.inbox.resolve()
         self._since: dict[Path, tuple[_Signature, float]] = {}
         self._known: dict[Path, _Signature] = {}
-        self._misplaced: set[Path] = set()
+        self._ignored: set[Path] = set()
 
     def look(self, now: float, settle: float) -> Look:
         """Sort the files by whether they have been the same for `settle` seconds. Raises `UsageError`, `OSError`."""
         from treering.data.read import find_files
 
-        files = find_files(self.folder) if self.folder.is_dir() else []
-        misplaced = [file for file in files if file.parent == self.folder and file not in self._misplaced]
-        self._misplaced.update(misplaced)
+        found = find_files(self.folder) if self.folder.is_dir() else []
+        wrong = {file: reason for file in found if (reason := self._why_not(file))}
+        ignored = {printable(str(file)): reason for file, reason in wrong.items() if file not in self._ignored}
+        self._ignored = set(wrong)
+        files = [file for file in found if file not in wrong]
         ready, growing = [], []
         for file in files:
             signature = _signature(file)
-            if signature is None or file.parent == self.folder or self._known.get(file) == signature:
+            if signature is None or self._known.get(file) == signature:
                 continue
             before, since = self._since.get(file, (None, now))
             if before != signature:
@@ -63,7 +69,7 @@ class Inbox:
             left = settle - (now - since)
             if left > 0:
                 growing.append(left)
-            elif self._was_ingested(file):
+            elif self.ws.catalog.took(file):
                 self._known[file] = signature
             else:
                 ready.append(file)
@@ -71,7 +77,7 @@ class Inbox:
         for memory in (self._since, self._known):
             for gone in memory.keys() - there:
                 del memory[gone]
-        return Look(ready, min(growing, default=None), misplaced)
+        return Look(ready, min(growing, default=None), ignored)
 
     def taken(self, files: list[Path]) -> None:
         """These were ingested as they were, whatever became of their rows."""
@@ -79,11 +85,13 @@ class Inbox:
             if file in self._since:
                 self._known[file] = self._since[file][0]
 
-    def _was_ingested(self, file: Path) -> bool:
-        try:
-            return self.ws.catalog.file_hash(str(file)) == sha256(file)
-        except OSError:
-            return False  # Reading it gives the reason, which goes to quarantine.
+    def _why_not(self, file: Path) -> str | None:
+        from treering.data.intake import BAD_NAME
+        from treering.data.read import named_in_utf8
+
+        if not named_in_utf8(file):
+            return BAD_NAME
+        return "put it into a folder named for its task: inbox/<task>/" if file.parent == self.folder else None
 
 
 def wakeups(folder: Path, stop: Asked) -> Iterator[bool]:
@@ -93,6 +101,7 @@ def wakeups(folder: Path, stop: Asked) -> Iterator[bool]:
     """
     from watchfiles import watch
 
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)  # It would tell of every change.
     first = True
     try:
         folder.mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -14,10 +15,9 @@ from treering import registry
 from treering.automate import children, culprit, rules
 from treering.automate.agenda import Agenda, Work
 from treering.automate.events import Events
-from treering.automate.hooks import secret
 from treering.automate.inbox import Asked, Inbox, wakeups
-from treering.automate.state import State, Step
-from treering.errors import TreeringError, full_disk_is_clear
+from treering.automate.state import FILE, State, Step
+from treering.errors import LockError, TreeringError, full_disk_is_clear
 from treering.progress import say
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class Automation:
 
     Use it from a thread or a process: `Automation(ws).run(stop, stay=True)` returns once `stop` is set. `clock` and
     `perform` are there for tests.
+
+    Once it began, whatever goes wrong is counted, told and tried again.
     """
 
     def __init__(
@@ -57,38 +59,60 @@ class Automation:
         self.state = State()
         self._settings: AutomateConfig | None = None
         self._stop: Asked | None = None
+        self._at_once = False
+        self._begun = False
+        self._unsaved = False
+        self._failures = 0
         self._postponed: str | None = None
 
-    def run(self, stop: Asked, *, once: bool = False, stay: bool = False) -> Ended:
+    def run(self, stop: Asked, *, once: bool = False, stay: bool = False, retry: bool = False) -> Ended:
         """Go on until `stop` is set, or too many failures in a row stopped it.
 
         With `once`: until nothing is left to do now. With `stay`: it does not end when stopped, but waits until the
-        user resumes. Raises `LockError` if another loop runs, `TreeringError` if it was stopped before (not with
-        `stay`), its state is damaged or its settings are wrong.
+        user resumes. With `retry`: what failed before is tried at once. Raises `LockError` if another loop runs,
+        `ConfigError` if the settings are wrong from the start.
         """
         with self.ws.lock("watch", "watch"):
-            self._begin(once, stay)
-            self._stop = stop
+            self._settings = self.ws.config().automate
+            # Whoever starts it now and then is the one who waits between two tries.
+            self._stop, self._at_once = stop, once or retry
             try:
+                self.events.add("automation.started", self._settings)
                 ended = self._go_on(stop, once, stay)
                 self.events.add("automation.ended", self._config(), reason=ended)
                 return ended
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}; this is an error in treering: start it again"
+                self.events.add("automation.stopped", self._config(), reason=reason)
+                raise
             finally:
                 self.events.hooks.close()
 
-    def _begin(self, once: bool, stay: bool) -> None:
-        config = self._settings = self.ws.config().automate
-        if config.webhook_secret_file is not None:
-            secret(self.ws.root / config.webhook_secret_file)
+    def _begin(self) -> None:
+        """Read where it stood, and tell what was not told before it ended."""
+        config = self.ws.config().automate
         self.state = State.load(self.ws.root)
-        if self.state.stopped is not None and not stay:
-            raise TreeringError(self.state.stopped)
-        self.events.add("automation.started", config)
-        if self.state.running is not None:
+        self._begun = True
+        if self.state.stopped is not None:
+            self.events.add("automation.stopped", config, reason=self.state.stopped)
+        elif self.state.running is not None:
+            self._recover(config)
+        if self._at_once:
+            self.state.retry_at = None
+
+    def _recover(self, config: AutomateConfig) -> None:
+        """What became of the update that ran when the loop ended: a version, or a failure."""
+        state = self.state
+        version = next((v for v in registry.versions(self.ws) if v.name == state.making), None)
+        if version is None:
             # Not only a power cut: an update may take the whole machine with it, each time anew.
             self._failed("update", "the loop ended while it ran: it was killed, or the machine went down", config)
-        if once:
-            self.state.retry_at = None  # Whoever starts it now and then is the one who waits between two tries.
+            return
+        file = state.suspects[0] if state.pending is None and state.suspects else None
+        was_current = any(move["version"] == version.name for move in registry.history(self.ws))
+        value = {"status": "promoted" if was_current else "held", "version": version.name, "reason": version.summary}
+        state.running = None
+        self._ended(Work(state.pending or "", file), value, config)
 
     def _go_on(self, stop: Asked, once: bool, stay: bool) -> Ended:
         next_look = 0.0
@@ -97,12 +121,12 @@ class Automation:
                 break
             if not changed and time.monotonic() < next_look:
                 continue
-            before = self.state.failures
+            before = self._failures
             wait, busy = self._guarded_look()
             next_look = time.monotonic() + wait
             if self.state.stopped is not None and not stay:
                 return "stopped"
-            if once and self.state.failures != before and self.state.retry_at is not None:
+            if once and self._failures > before and self.state.retry_at is not None:
                 return "failed"
             if once and not busy:
                 return "idle"
@@ -113,32 +137,46 @@ class Automation:
             with full_disk_is_clear(self.ws.root):
                 return self.look()
         except (TreeringError, OSError, SQLAlchemyError) as error:
-            try:
-                self._failed("look", str(error), self._config())
-            except OSError:  # A full disk: nothing can be noted either.
-                say(str(error))
-            return LOOK_AGAIN, False
+            self._failed("look", str(error), self._config())
+        except Exception as error:
+            traceback.print_exc()
+            self._failed("look", f"{type(error).__name__}: {error}", self._config())
+        return LOOK_AGAIN, False
 
     def look(self) -> tuple[float, bool]:
         """Do what there is to do now. Returns the seconds after which to look again, and whether there is more."""
         now = self.clock()
         if self.state.stopped is not None:
-            self.state = State.load(self.ws.root)
+            self._look_for_a_resume()
             return STOPPED, False
         if self.state.retry_at is not None and now < self.state.retry_at:
             return (self.state.retry_at - now).total_seconds(), True
+        if not self._begun:
+            self._begin()
+            return self.look()
+        self.state.retry_at = None
+        found = self._do(now)
+        if self.state.failures.get("look"):
+            self._succeeded("look")
+        return found
+
+    def _look_for_a_resume(self) -> None:
+        if self._unsaved:  # Else what is on the disk, which does not say that it stopped, would count as a resume.
+            self._keep()
+            return
+        with suppress(TreeringError):
+            self.state = State.load(self.ws.root)
+
+    def _do(self, now: datetime) -> tuple[float, bool]:
         config = self._settings = self.ws.config().automate
         self.state.turn_to(now.astimezone().date())
 
         found = self.inbox.look(now.timestamp(), config.settle_seconds)
-        for file in found.misplaced:
-            reason = "put it into a folder named for its task: inbox/<task>/"
-            self.events.add("file.ignored", config, file=str(file), reason=reason)
+        for file, reason in found.ignored.items():
+            self.events.add("file.ignored", config, file=file, reason=reason)
         if found.ready and not self._take_in(found.ready, config):
             return 0.0, True
         work = self.agenda.next(self.state, config, now)
-        if self.state.failures.get("look"):
-            self._succeeded("look")
         if work is None:
             wait = LOOK_AGAIN if found.growing is None else min(LOOK_AGAIN, found.growing)
             return wait, found.growing is not None
@@ -158,20 +196,27 @@ class Automation:
             self._not_done("ingest", answer, config)
             return False
         self.inbox.taken(files)
-        self._succeeded("ingest")
-        counts = {key: answer.value[key] for key in ("rows", "accepted", "duplicates", "quarantined", "held_out")}
+        counts = {key: count for key, count in answer.value.items() if key != "reasons"}
         names = [str(file.relative_to(self.inbox.folder)) for file in files]
         self.events.add("rows.ingested", config, files=names, **counts)
         if counts["quarantined"]:
             reasons = ", ".join(f"{rule} {count}" for rule, count in answer.value["reasons"].items())
             self.events.add("rows.quarantined", config, rows=counts["quarantined"], files=names, reason=reasons)
+        self._succeeded("ingest")
         return True
 
     def _update(self, work: Work, config: AutomateConfig) -> None:
         """Run one update; written down before and after."""
         state = self.state
-        state.running = self.clock()
-        state.pending = None if work.file else work.reason
+        try:
+            with self.ws.lock("watch", "update"):
+                pass
+        except LockError as error:
+            state.retry_at = self.clock() + timedelta(seconds=LOCKED)
+            self._postpone(str(error), state.retry_at, config)
+            return
+        state.running, state.making = self.clock(), registry.next_name(self.ws)
+        state.pending, state.pending_row = (None, None) if work.file else (work.reason, work.row)
         state.updates += 1
         state.save(self.ws.root)
         self._postponed = None
@@ -184,15 +229,16 @@ class Automation:
             return
         if answer.value["status"] == "nothing new":
             state.updates = max(0, state.updates - 1)
-        started, state.running, state.pending = state.running, None, None
+        started, state.running = state.running, None
         if state.scheduled is not None:
             # Not now: a moment of the schedule that came while it ran is for the rows that came while it ran.
             state.scheduled = max(started, state.scheduled)
         self._ended(work, answer.value, config)
 
     def _ended(self, work: Work, value: dict[str, Any], config: AutomateConfig) -> None:
-        """What follows from promoted, held or nothing new."""
+        """What follows from promoted, held or nothing new. Told before it is noted as done: twice rather than never."""
         state = self.state
+        state.pending = state.pending_row = None
         if work.file is not None:
             state.suspects = state.suspects[1:]
         version = registry.get(self.ws, value["version"]) if value["version"] else None
@@ -209,7 +255,6 @@ class Automation:
                 state.held, state.suspects = version.name, files
         elif value["status"] == "nothing new" and work.file is None:
             self.agenda.settle(state)
-        self._succeeded("update")
         if version is not None:
             event = "update.promoted" if value["status"] == "promoted" else "update.held"
             self.events.add(event, config, version=version.name, reason=value["reason"], file=work.file)
@@ -217,6 +262,7 @@ class Automation:
             file, rows = refused
             reason = f"held by the gate: {version.summary.removeprefix('held: ')}"
             self.events.add("rows.quarantined", config, rows=rows, files=[file], version=version.name, reason=reason)
+        self._succeeded("update")
 
     def _not_done(self, step: Step, answer: children.Answer, config: AutomateConfig) -> None:
         """A step that came to no end: stopped as asked, waiting for another process, or failed."""
@@ -227,7 +273,7 @@ class Automation:
         if step == "update":
             state.running = None
             state.updates = max(0, state.updates - 1)
-        if answer.kind == "LockError":
+        if answer.kind == "LockError":  # Taken since it was seen to be free.
             state.retry_at = self.clock() + timedelta(seconds=LOCKED)
             say(f"{answer.error}; trying again")
         state.save(self.ws.root)
@@ -237,9 +283,12 @@ class Automation:
     def _failed(self, step: Step, error: str, config: AutomateConfig | None) -> None:
         """Count a failure: wait longer after each, and stop after too many."""
         state, now = self.state, self.clock()
+        self._failures += 1
         count = state.failures.get(step, 0) + 1
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 4 ** (count - 1))
         state.failures = {**state.failures, step: count}
+        if step == "look" and state.running is not None:
+            state.updates = max(0, state.updates - 1)  # It could not even be noted that it starts.
         state.retry_at, state.running = now + timedelta(seconds=pause), None
         if config is not None and count >= config.max_failures:
             state.stopped = (
@@ -247,15 +296,25 @@ class Automation:
                 "Mend the cause, then run `treering watch --resume`"
             )
             state.retry_at = None
-        state.save(self.ws.root)
         again = state.retry_at.isoformat(timespec="seconds") if state.retry_at else None
         self.events.add(f"{step}.failed", config, reason=error, failures=count, retry_at=again)
         if state.stopped is not None:
             self.events.add("automation.stopped", config, reason=state.stopped)
+        self._keep()
+
+    def _keep(self) -> None:
+        """Write the state down as far as the disk lets it; not before it was read: what is damaged is the user's."""
+        if self._begun:
+            self._unsaved = True
+            try:
+                self.state.save(self.ws.root)
+            except OSError as error:
+                say(f"{self.ws.root / FILE} cannot be written ({error}); it is tried again")
+            else:
+                self._unsaved = False
 
     def _succeeded(self, step: Step) -> None:
         self.state.failures = {name: count for name, count in self.state.failures.items() if name != step}
-        self.state.retry_at = None
         self.state.save(self.ws.root)
 
     def _postpone(self, reason: str, until: datetime, config: AutomateConfig) -> None:
@@ -278,7 +337,7 @@ class Automation:
             last = now
             if now - saved >= timedelta(minutes=1):  # A crash forgets no more than that.
                 saved = now
-                self.state.save(self.ws.root)
+                self._keep()
             found = rules.blocked(config, self.state, now)
             return self._why_stop() or (found[0] if found else None)
 
@@ -286,7 +345,7 @@ class Automation:
 
     def _config(self) -> AutomateConfig | None:
         """The settings as they are, or as they were when they could last be read."""
-        with suppress(TreeringError):
+        with suppress(Exception):
             self._settings = self.ws.config().automate
         return self._settings
 

@@ -31,8 +31,12 @@ class State(BaseModel):
     """Seconds that updates ran in that day."""
     running: datetime | None = None
     """Since when an update runs; still there after a crash, because nobody took it out."""
+    making: str | None = None
+    """The name that the version of that update gets."""
     pending: str | None = None
     """Why the update that runs, or has to be tried again, was started."""
+    pending_row: str | None = None
+    """The first row it was started for: once that one waits no more, something else has learned them."""
     failures: dict[Step, int] = {}
     """Failures in a row of each step."""
     retry_at: datetime | None = None
@@ -45,8 +49,10 @@ class State(BaseModel):
     """Files that are still to be tried one by one."""
     settled: str | None = None
     """A hash of what waited when the last update left everything as it was: the same is not tried again."""
+    schedule: str | None = None
+    """The schedule that is followed; another begins anew."""
     scheduled: datetime | None = None
-    """The moment up to which the schedule was followed."""
+    """The moment up to which it was followed."""
 
     @classmethod
     def load(cls, root: Path) -> State:

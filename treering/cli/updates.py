@@ -144,7 +144,7 @@ def watch(
     automation = loop.Automation(ws)
     try:
         with stop_on_signals() as stop:
-            ended: str = automation.run(stop, once=once)
+            ended: str = automation.run(stop, once=once, retry=resume)
     except LockError:
         if not resumed:
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from treering.data.dedup import Split
 from treering.data.example import Example
 from treering.data.read import Bad
 from treering.errors import LockError, TreeringError, full_disk_is_clear
-from treering.files import timestamp
+from treering.files import printable, sha256, timestamp
 
 SCHEMA = 1
 DAMAGED = "put a backup of it back; the versions do not need it to answer"
@@ -196,10 +196,13 @@ class Catalog:
             "quarantined": refused,
         }
 
-    def file_hash(self, path: str) -> str | None:
-        """SHA-256 a file had when it was last ingested, or None."""
+    def took(self, file: Path) -> bool:
+        """Whether the file was ingested with the content it has now; False for one that cannot be read."""
         with self.engine.connect() as db:
-            return db.execute(sa.select(_files.c.sha256).where(_files.c.path == path)).scalar()
+            known = db.execute(sa.select(_files.c.sha256).where(_files.c.path == printable(str(file)))).scalar()
+        with suppress(OSError):
+            return known is not None and known == sha256(file)
+        return False
 
 
 class Writer:

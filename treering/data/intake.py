@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,9 @@ from treering.data.catalog import Stored, Writer, choose_held_out
 from treering.data.check import check
 from treering.data.dedup import Split, fate
 from treering.data.example import Example
-from treering.data.read import Bad, Row, RowError, convert, find_files, read, split_of
+from treering.data.read import Bad, Row, RowError, convert, find_files, named_in_utf8, read, split_of
 from treering.errors import UsageError
-from treering.files import sha256
+from treering.files import printable, sha256
 from treering.progress import bar
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 TOLD = 100
 """Quarantined rows that are told one by one; the catalog has all."""
+
+BAD_NAME = "its name, or that of a folder it lies in, is not UTF-8; rename it"
 
 _PYTHON = "<python>"
 """Stands for the file of rows that came from Python."""
@@ -82,8 +85,6 @@ def ingest(
     batches = _batches(ws, source, task, "train", config, only=only) + _batches(
         ws, held_out, task, "held_out", config, named=False
     )
-    if source is None:
-        batches = [b for b in batches if b.digest is None or ws.catalog.file_hash(b.name) != b.digest]
     if not batches:
         return Ingested(0, 0, 0, 0, 0, {}, {}, [])
     count_tokens = _counter(config)
@@ -205,7 +206,8 @@ def _batches(
 ) -> list[_Batch]:
     """One batch a file. `named`: a file's own name may put it on the held-out side (`test.jsonl`)."""
     if source is None:
-        return _files(ws.inbox, None, split, config, by_name=True, only=only) if named else []
+        skip = lambda file: ws.catalog.took(file) or (only is not None and file not in only)  # noqa: E731
+        return _files(ws.inbox, None, split, config, by_name=True, skip=skip) if named else []
     if isinstance(source, str | Path):
         source = [source]
     items = list(source)
@@ -230,18 +232,25 @@ def _files(
     split: Split,
     config: Config,
     by_name: bool,
-    only: Collection[Path] | None = None,
+    skip: Callable[[Path], bool] = lambda _: False,
 ) -> list[_Batch]:
     root = path.resolve()
     batches = []
     for file in find_files(root):
-        if only is not None and file not in only:
+        if skip(file):
             continue
         side: Split = "held_out" if by_name and split_of(file) != "train" else split
         name = task or _task_of(file, root)
-        rows = lambda file=file: read(file, system=config.default_system)  # noqa: E731
-        batches.append(_Batch(str(file), name, side, rows, _digest(file)))
+        rows = partial(_rows, file, config)
+        batches.append(_Batch(printable(str(file)), printable(name), side, rows, _digest(file)))
     return batches
+
+
+def _rows(file: Path, config: Config) -> Iterable[Row | Bad]:
+    if named_in_utf8(file):
+        return read(file, system=config.default_system)
+    # A name is kept with every row, and whoever reads it must find the file by it.
+    return [Bad(printable(str(file)), 0, "file-name", BAD_NAME, "")]
 
 
 def _task_of(file: Path, root: Path) -> str:

@@ -15,8 +15,9 @@ from treering.data.example import Example
 from treering.data.records import DATA_SUFFIXES, Found, records
 from treering.data.shapes import RowError, convert
 from treering.errors import UsageError
+from treering.files import printable
 
-__all__ = ["DATA_SUFFIXES", "Bad", "Row", "RowError", "convert", "find_files", "read", "split_of"]
+__all__ = ["DATA_SUFFIXES", "Bad", "Row", "RowError", "convert", "find_files", "named_in_utf8", "read", "split_of"]
 
 _RAW_LENGTH = 2000
 _PARTIAL = ("~", ".tmp", ".part", ".crdownload")
@@ -75,6 +76,11 @@ def find_files(path: Path) -> list[Path]:
     return sorted(file for file in _walk(path) if _belongs(file, path.resolve()))
 
 
+def named_in_utf8(file: Path) -> bool:
+    """Whether a text or a database can hold its name; Linux allows any bytes."""
+    return printable(str(file)) == str(file)
+
+
 def split_of(path: Path) -> Literal["train", "held_out", "val"]:
     """The split that a file's name tells, as in Hugging Face data folders (`test-1.jsonl`, `dev.csv`)."""
     stem = path.stem.lower()
@@ -99,7 +105,7 @@ def _belongs(file: Path, folder: Path) -> bool:
 
 
 def _rows(path: Path, to_example: Callable[[object], Example]) -> Iterator[Row | Bad]:
-    file = _printable(str(path))
+    file = printable(str(path))
     empty = True
     try:
         for found in records(path):
@@ -124,11 +130,7 @@ def _row(file: str, found: Found, to_example: Callable[[object], Example]) -> Ro
 
 
 def _bad(file: str, line: int, error: RowError, raw: str) -> Bad:
-    return Bad(file, line, error.rule, _printable(error.reason), _printable(raw[:_RAW_LENGTH])[:_RAW_LENGTH])
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+    return Bad(file, line, error.rule, printable(error.reason), printable(raw[:_RAW_LENGTH])[:_RAW_LENGTH])
 
 
 def _as_json(value: object) -> str:
