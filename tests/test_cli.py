@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import typer
 
-from treering import Workspace, bench, figures, registry
+from treering import Workspace, figures, registry
+from treering.bench import quality as bench
 from treering.cli import app, run
 from treering.errors import ConfigError
 from treering.testing import toy_rows
@@ -128,7 +129,7 @@ def test_every_command_is_documented_and_every_documented_command_exists() -> No
 @pytest.mark.parametrize("name", sorted(commands()))
 def test_options_are_those_documented(name: str) -> None:
     options = {option for parameter in commands()[name].params for option in parameter.opts if option[:2] == "--"}
-    common = {"--json"} if name == "bench quality" else {"--json", "--workspace"}
+    common = {"--json"} if name.startswith("bench ") else {"--json", "--workspace"}
     assert common <= options
     assert options - common == DOCS[name].options
     assert f"treering {name}" in DOCS[name].text
@@ -475,6 +476,26 @@ class InProcess:
         pass
 
 
+def test_bench_speed(cli: Runner, tmp_path: Path, model_folder: Path) -> None:
+    """A real race on a tiny model: turns, losses and memory of both are told, and the losses agree."""
+    rows = [{"text": row["text"], "label": row["label"]} for row in toy_rows("pens", 40)]
+    write_rows(tmp_path / "data" / "train.jsonl", rows)
+    options = ["bf16=false", "per_device_train_batch_size=4", "--data", tmp_path / "data", "--model", model_folder]
+    found = cli.json("bench", "speed", *options, "--peers", "trainer-fp32", "--turns", 2, "--steps", 3)
+    assert set(found["examples_per_second"]) == set(found["peak_memory_mb"]) == {"treering", "trainer-fp32"}
+    assert all(speed > 0 for speed in found["examples_per_second"].values())
+    assert found["batches"]["rows"] == 2 * 3 * 4 and found["times_faster"].keys() == {"trainer-fp32"}
+    assert [len(losses) for losses in found["losses"].values()] == [8, 8]
+    assert found["loss_gap"] < 0.01 and found["losses"]["treering"][-1] < found["losses"]["treering"][0]
+    assert 0 < found["flops_share"] < 1
+    small = ["--data", tmp_path / "data", "--model", model_folder]
+    assert "a batch needs 99" in cli.text("bench", "speed", "per_device_train_batch_size=99", *small, code=3)[1]
+    assert "known: trainer-fp32" in cli.text("bench", "speed", *small, "--peers", "best", code=3)[1]
+    (tmp_path / "model").mkdir()
+    wrong = ["--data", tmp_path / "data", "bf16=false", "per_device_train_batch_size=4", "lora_target=nowhere"]
+    assert "treering ended" in cli.text("bench", "speed", *wrong, "--model", model_folder, "--peers", "", code=1)[1]
+
+
 def test_bench_settings_leave_methods_what_they_are(tmp_path: Path) -> None:
     stream = bench.Stream(tmp_path, memory="7", overrides=("distill.weight=1", "protect=[replay, lwf]"))
     ours, naive, replay = (stream.settings(name) for name in ("treering", "naive", "replay"))
@@ -495,7 +516,7 @@ def test_bench_quality(cli: Runner, tmp_path: Path, model_folder: Path, monkeypa
     real = cli.json("bench", "quality", *options, "--methods", "untouched")
     assert list(real["methods"]) == ["untouched"]
 
-    monkeypatch.setattr("treering.bench.multiprocessing.get_context", InProcess)
+    monkeypatch.setattr("treering.bench.quality.multiprocessing.get_context", InProcess)
     names = ["untouched", "naive", "replay", "treering", "joint"]
     found = cli.json("bench", "quality", *options, "--methods", ",".join(names))
     assert list(found["methods"]) == names

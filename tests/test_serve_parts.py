@@ -21,6 +21,7 @@ from treering.serve.errors import ApiError
 from treering.serve.limits import Limits, TooManyError
 from treering.serve.sampling import Sampler
 from treering.serve.text import Writer
+from treering.serve.threads import worth
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +195,10 @@ def test_keys_on_the_command_line(ws: Workspace, capsys: pytest.CaptureFixture[s
     assert run(["keys", "revoke", made["id"], "-w", str(ws.root), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"revoked": made["id"]}
     assert run(["keys", "revoke", made["id"], "-w", str(ws.root)]) == 3
+
+
+def test_a_pass_takes_as_many_threads_as_it_is_worth() -> None:
+    small, large = 135_000_000, 7_000_000_000
+    assert [worth(small, tokens, 16) for tokens in (1, 8, 32, 128)] == [1, 1, 3, 14]
+    assert [worth(large, tokens, 16) for tokens in (1, 128)] == [16, 16]
+    assert worth(large, 128, 1) == 1

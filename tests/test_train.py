@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from treering import model as model_module
 from treering import shares
 from treering import train as train_module
 from treering.batches import Batch, make_batch
@@ -267,23 +266,23 @@ def test_only_answer_tokens_count(model_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("padding", [0, 3])
-def test_a_shared_prefix_changes_no_value(model_folder: Path, monkeypatch: pytest.MonkeyPatch, padding: int) -> None:
+def test_a_shared_prefix_changes_no_value(model_folder: Path, padding: int) -> None:
     config = settings(model_folder, finetuning_type="full")
     rows = [chat(("system", "Sort these."), ("user", "x" * (1 + padding * n)), ("assistant", f"{n}")) for n in range(4)]
 
-    def gradients(shortest: int) -> tuple[Tensor, dict[str, Tensor], int]:
-        monkeypatch.setattr(model_module, "SHORTEST_SHARED_PREFIX", shortest)
+    def gradients(implementation: str) -> tuple[Tensor, dict[str, Tensor], int]:
         run = Run(model_folder, config, rows)
+        run.model.set_attn_implementation(implementation)
         batch = make_batch(list(run.rows.values()), run.pad_id)
-        calls: list[int] = []
-        run.model.register_forward_hook(lambda *_: calls.append(1))
+        read: list[int] = []
+        run.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0].numel()))
         logits = logits_at(run.model, **batch.inputs, at=batch.at)
         cross_entropy(logits, batch.targets).backward()
-        return logits.detach(), {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None}, len(calls)
+        return logits.detach(), {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None}, sum(read)
 
-    shared, shared_gradients, calls = gradients(1)
-    whole, whole_gradients, whole_calls = gradients(10_000)
-    assert (calls, whole_calls) == (2, 1)
+    shared, shared_gradients, tokens = gradients("treering")
+    whole, whole_gradients, all_tokens = gradients("eager")
+    assert tokens < all_tokens - 3 * len("system Sort these.")
     torch.testing.assert_close(shared, whole, rtol=1e-4, atol=1e-5)
     assert shared_gradients.keys() == whole_gradients.keys()
     for name, gradient in whole_gradients.items():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,7 +125,7 @@ def test_settings_reach_the_real_server(served: Served) -> None:
     schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
     wanted = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema}}
     answer = served.ask(messages=turns(QUESTIONS[3]), response_format=wanted).choices[0].message.content
-    assert answer.lstrip().startswith("{")
+    assert json.loads(answer)["n"] in (1, 2)
     drawn = [served.ask("base", messages=turns("Tell me a story"), temperature=1.0, seed=3) for _ in range(2)]
     assert drawn[0].choices[0].message.content == drawn[1].choices[0].message.content
     whole = served.ask(messages=turns(QUESTIONS[0])).choices[0].message.content
@@ -134,8 +138,48 @@ def test_settings_reach_the_real_server(served: Served) -> None:
 def test_leaving_ends_the_answer_at_vllm(served: Served) -> None:
     stream = served.ask("base", messages=turns("Count to a thousand."), max_tokens=900, stream=True)
     next(stream)
+    served.eventually(lambda: under_way(served) == 1)
     stream.close()
-    served.eventually(lambda: "treering_answers_under_way 0.0" in served.get("/metrics"))
+    served.eventually(lambda: under_way(served) == 0)
+    assert "mechanic" in served.ask(messages=turns(QUESTIONS[0]), max_tokens=12).choices[0].message.content
+
+
+def vllm_of(served: Served) -> tuple[str, str]:
+    """Address and key of the vLLM server that treering started."""
+    server = children(served.process.pid)[1]
+    command = Path(f"/proc/{server}/cmdline").read_text().split("\0")
+    environment = Path(f"/proc/{server}/environ").read_text().split("\0")
+    [key] = [line.partition("=")[2] for line in environment if line.startswith("VLLM_API_KEY=")]
+    return f"http://127.0.0.1:{command[command.index('--port') + 1]}", key
+
+
+def under_way(served: Served) -> float:
+    """Answers that vLLM itself says it is writing."""
+    with urllib.request.urlopen(f"{vllm_of(served)[0]}/metrics", timeout=30) as page:
+        lines = page.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running"))
+
+
+def test_it_attaches_to_a_server_that_runs(served: Served, tmp_path: Path) -> None:
+    """Another workspace on the same vLLM: its versions are told apart, and leave with it."""
+    url, key = vllm_of(served)
+    ws = Workspace(Path(shutil.copytree(served.ws.root, tmp_path / "other", symlinks=True)))
+    ws.promote("v1", force=True)
+    settings = ws.root / "treering.yaml"
+    arguments = [line for line in settings.read_text().splitlines() if line.lstrip().startswith("vllm_arguments")]
+    settings.write_text(
+        settings.read_text().replace(arguments[0], f"  vllm_url: {url}\n  vllm_key_file: vllm.key"), encoding="utf-8"
+    )
+    (ws.root / "vllm.key").write_text(key)
+    attached = Served(ws, tmp_path / "attached.log")
+    try:
+        answer = attached.ask(messages=turns(QUESTIONS[0]), max_tokens=12)
+        assert answer.system_fingerprint == "v1" and "barista" in answer.choices[0].message.content
+        ws.promote("v2", force=True)
+        attached.eventually(lambda: attached.ask(messages=turns("Hi"), max_tokens=1).system_fingerprint == "v2")
+        assert "mechanic" in attached.ask(messages=turns(QUESTIONS[0]), max_tokens=12).choices[0].message.content
+    finally:
+        assert attached.stop() == 0
     assert "mechanic" in served.ask(messages=turns(QUESTIONS[0]), max_tokens=12).choices[0].message.content
 
 

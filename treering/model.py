@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from treering import attention
 from treering.data.example import Example, Message
 from treering.errors import ModelError, VersionError
 from treering.files import fsync_tree, sha256, write_file
@@ -50,9 +51,6 @@ FINGERPRINTED = (
     "special_tokens_map*",
 )
 """Files of a base model that decide what it makes of a conversation."""
-
-SHORTEST_SHARED_PREFIX = 8
-"""A shared beginning of fewer tokens is not worth a forward pass of its own."""
 
 # Bars and warnings of libraries would break the one JSON object or the progress bar of a command.
 transformers_logging.set_verbosity_error()
@@ -187,7 +185,6 @@ def load_base(folder: Path, config: Config) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.bfloat16 if use_bf16(config)[0] else torch.float32,
-            # On CPU the fused kernel's backward is several times slower than plain matrix products.
             attn_implementation=None if torch.cuda.is_available() else "eager",
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
@@ -195,6 +192,8 @@ def load_base(folder: Path, config: Config) -> PreTrainedModel:
         )
     except Exception as error:
         raise ModelError(f"{folder} holds no model that transformers can load ({_first_line(error)})") from None
+    if not torch.cuda.is_available() and model._supports_attention_backend and attention.suits(model.config):
+        model.set_attn_implementation(attention.NAME)
     return cast("PreTrainedModel", cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -310,24 +309,31 @@ _HOOKING = Lock()
 def logits_at(model: PreTrainedModel, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:
     """Float32 logits `[len(at), vocabulary]` at the flat positions `at` of `ids` and `mask`, both `[batch, length]`.
 
-    Two things make short rows cheap, and change no value. Only the hidden states at those positions reach the output
-    layer: most positions are prompt, and the vocabulary is by far the widest product of a small model. And the tokens
-    that all rows begin with (a system prompt) are read once; gradients flow through them as through the rest.
+    `mask` is padded on the right. Two things make short rows cheap, and change no value. Only the hidden states at
+    those positions reach the output layer: most positions are prompt, and the vocabulary is by far the widest product
+    of a small model. And the tokens that all rows begin with (a system prompt) are read once, where the model's
+    attention is ours; gradients flow through them as through the rest.
     """
     _pick_at(cast(torch.nn.Module, model.get_output_embeddings()))
-    shared = _shared_prefix(ids, mask, at)
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    if shared:
-        cache = model(input_ids=ids[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
-        cache.batch_repeat_interleave(len(ids))
-        inputs |= {"input_ids": ids[:, shared:], "past_key_values": cache, "use_cache": True}
-        row, position = at // ids.shape[1], at % ids.shape[1]
-        at = row * (ids.shape[1] - shared) + position - shared
-    token = _PLACES.set(at)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    layout = None
+    if model.config._attn_implementation == attention.NAME:
+        shared, (rows, width) = shared_prefix(ids, mask, at), ids.shape
+        layout = attention.Layout(shared, rows, width - shared)
+        places = torch.arange(width, device=ids.device).expand(rows, -1)
+        inputs = {"input_ids": _flat(ids, shared), "position_ids": _flat(places, shared)}
+        at = at - at // width * shared  # Each row lacks what is before all of them.
+    tokens = _PLACES.set(at), attention.LAYOUT.set(layout)
     try:
-        return cast(Tensor, model(**inputs).logits).float()
+        return cast(Tensor, model(**inputs, use_cache=False).logits).float()
     finally:
-        _PLACES.reset(token)
+        _PLACES.reset(tokens[0])
+        attention.LAYOUT.reset(tokens[1])
+
+
+def _flat(values: Tensor, shared: int) -> Tensor:
+    """`[rows, width]` as one row, its first `shared` columns once."""
+    return torch.cat([values[0, :shared], values[:, shared:].flatten()])[None]
 
 
 def _pick(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -342,13 +348,10 @@ def _pick_at(head: torch.nn.Module) -> None:
             head.register_forward_pre_hook(_pick)
 
 
-def _shared_prefix(ids: Tensor, mask: Tensor, at: Tensor) -> int:
-    """Length of what all rows begin with, short of the first answer; 0 where sharing would not pay."""
-    if len(ids) == 1:
-        return 0
+def shared_prefix(ids: Tensor, mask: Tensor, at: Tensor) -> int:
+    """Length of what all rows begin with, short of the first answer."""
     same = ((ids == ids[0]) & mask.bool()).all(0)
-    shared = min(int(same.long().cumprod(0).sum()), int((at % ids.shape[1]).min()))
-    return shared if shared >= SHORTEST_SHARED_PREFIX else 0
+    return min(int(same.long().cumprod(0).sum()), int((at % ids.shape[1]).min()))
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> dict[str, Tensor]:

@@ -9,8 +9,30 @@ import typer
 
 from treering.cli.common import AsJson, app, output
 
+PEERS = "trainer-fp32,trainer-bf16,trl-fp32,trl-bf16"
+
 bench = typer.Typer(help="Measure methods against each other.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def speed(
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings for all.")] = None,
+    *,
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Training rows: files, or a folder a task.")],
+    peers: Annotated[str, typer.Option(help="Names separated by commas.")] = PEERS,
+    steps: Annotated[int, typer.Option(min=1, help="Batches of a turn.")] = 4,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of each; figures are their medians.")] = 5,
+    model: Annotated[str | None, typer.Option(help="Base model: a folder or a hub name.")] = None,
+    logs: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep what the trainers print here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Training beside the trainers that people use, on the same batches, in turns."""
+    from treering.bench.speed import Race, run_speed, table
+
+    names = [name.strip() for name in peers.split(",") if name.strip()]
+    found = run_speed(Race(data, steps, turns, model, tuple(settings or ())), names, logs)
+    output(found, as_json, table(found))
 
 
 @bench.command()
@@ -32,7 +54,7 @@ def quality(
     as_json: AsJson = False,
 ) -> None:
     """A stream of tasks through several methods, at the same rate and epochs."""
-    from treering.bench import Stream, run_quality, table
+    from treering.bench.quality import Stream, run_quality, table
 
     if per_label and rows:
         raise typer.BadParameter("give --per-label or --rows, not both")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from treering.config import Config
 from treering.errors import ConfigError
+from treering.methods.lora_product import join
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +24,9 @@ class LoRA:
     def prepare(self, model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
         """Returns a `PeftModel` whose float32 adapter alone trains. Raises `ConfigError` if rank or scale differ."""
         if not isinstance(model, PeftModel):
-            return cast("PreTrainedModel", get_peft_model(model, self._adapter()))
+            adapted = cast("PreTrainedModel", get_peft_model(model, adapter(self.config)))
+            join(adapted)
+            return adapted
         made = cast(LoraConfig, model.peft_config["default"])
         for key, wanted, found in (
             ("lora_rank", self.config.lora_rank, made.r),
@@ -36,14 +39,17 @@ class LoRA:
                 )
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
+        join(model)
         return cast("PreTrainedModel", model)
 
-    def _adapter(self) -> LoraConfig:
-        target = self.config.lora_target
-        return LoraConfig(
-            task_type="CAUSAL_LM",
-            r=self.config.lora_rank,
-            lora_alpha=self.config.alpha,
-            lora_dropout=self.config.lora_dropout,
-            target_modules="all-linear" if target == "all" else [name.strip() for name in target.split(",")],
-        )
+
+def adapter(config: Config) -> LoraConfig:
+    """A new adapter, as peft has it."""
+    target = config.lora_target
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear" if target == "all" else [name.strip() for name in target.split(",")],
+    )

@@ -1,0 +1,72 @@
+"""Joined LoRA layers give the values and the gradients that peft's own give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from treering.config import Config
+from treering.methods.lora_product import _Group, join
+from treering.model import load_base
+
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+
+
+def adapted(model_folder: Path, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    made = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
+    model: Any = get_peft_model(load_base(model_folder, Config(bf16=False)), LoraConfig(**made))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return model
+
+
+def learn(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    logits = model(input_ids=IDS).logits
+    logits.logsumexp(-1).sum().backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"target_modules": ["q_proj", "v_proj", "down_proj"]}, {"use_rslora": True}, {"rank_pattern": {"k_proj": 2}}],
+    ids=["all", "some", "rslora", "ranks"],
+)
+def test_values_and_gradients(model_folder: Path, settings: dict[str, Any]) -> None:
+    plain, joined = adapted(model_folder, **settings), adapted(model_folder, **settings)
+    names = [name for name, _ in joined.named_parameters()]
+    join(joined.base_model.model)
+    assert [name for name, _ in joined.named_parameters()] == names
+    (values, gradients), (ours, our_gradients) = learn(plain), learn(joined)
+    torch.testing.assert_close(ours, values, rtol=1e-4, atol=1e-5)
+    assert our_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-3, atol=1e-5)
+    with plain.disable_adapter(), joined.disable_adapter(), torch.no_grad():
+        torch.testing.assert_close(joined(input_ids=IDS).logits, plain(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_siblings_are_one_product(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    compute = _Group._compute
+    monkeypatch.setattr(_Group, "_compute", lambda self, x: (sizes.append(len(self._layers)), compute(self, x))[1])
+    model = adapted(model_folder)
+    join(model)
+    join(model)  # Once more changes nothing.
+    with torch.no_grad():
+        model(input_ids=IDS)
+    assert sizes == [3, 1, 2, 1] * 2
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_dropout": 0.1}], ids=["dora", "dropout"])
+def test_more_than_plain_lora_is_left_to_peft(model_folder: Path, settings: dict[str, Any]) -> None:
+    model = adapted(model_folder, **settings)
+    join(model)
+    assert not any("forward" in vars(module) for module in model.modules())

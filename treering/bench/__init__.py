@@ -1,0 +1,1 @@
+"""Measured side by side: methods (`quality`), and training against other trainers (`speed`)."""

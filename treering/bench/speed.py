@@ -1,0 +1,249 @@
+"""`treering bench speed`: training beside the trainers that people use, on the same batches of rows, in turns.
+
+Every contestant has a process of its own (`contestant.py`), which waits while the others have their turn, so that what
+else the machine does meets all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from treering.config import Config
+from treering.data.example import Example
+from treering.data.read import Row, find_files, read, split_of
+from treering.errors import TreeringError, UsageError
+from treering.files import write_json
+from treering.model import Tokens, encode, load_tokenizer, resolve
+from treering.progress import bar
+
+OURS = "treering"
+PEERS = ("trainer-fp32", "trainer-bf16", "trl-fp32", "trl-bf16")
+"""Transformers' `Trainer` and TRL's `SFTTrainer`, both with peft, in float32 and with bfloat16 weights and autocast."""
+
+REFERENCE = "trainer-fp32"
+"""Whose losses ours are compared with, step by step."""
+
+WARM_UP_STEPS = 2
+SIZE = 2048
+"""Rows and columns of the matrices whose product is the machine's measure."""
+
+
+@dataclass(frozen=True)
+class Race:
+    """What is trained on: rows of `data` (a folder of tasks, or of one), `steps` batches a turn, `turns` turns."""
+
+    data: Path
+    steps: int = 4
+    turns: int = 5
+    model: str | None = None
+    overrides: tuple[str, ...] = ()
+    """`key=value` settings of all, as in `treering.yaml`."""
+
+    def config(self) -> Config:
+        """The settings of all: the same constant rate, so that losses can be compared."""
+        common = {
+            "per_device_train_batch_size": 32,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "warmup_ratio": 0.0,
+            "protect": [],
+            **({"model_name_or_path": self.model} if self.model else {}),
+        }
+        return Config.build(common, self.overrides)
+
+    def batches(self, config: Config, base: Path) -> list[list[Tokens]]:
+        """Rows of like length together. Raises `UsageError` if `data` has too few."""
+        from treering.memory import Memory
+        from treering.methods import Methods
+        from treering.train import plan_steps
+
+        wanted = WARM_UP_STEPS + self.steps * self.turns
+        tokenizer = load_tokenizer(base)
+        rows = {example.id: encode(tokenizer, example) for example in self._examples()}
+        size = config.per_device_train_batch_size
+        if len(rows) < size:
+            raise UsageError(f"--data {self.data} has {len(rows)} training rows; a batch needs {size}")
+        lengths = {id: len(row.ids) for id, row in rows.items()}
+        settings = config.model_copy(update={"max_steps": wanted, "gradient_accumulation_steps": 1})
+        steps = plan_steps(sorted(rows), Memory(), Methods(config), lengths, settings)
+        return [[rows[id] for id in batch] for step in steps for batch in step]
+
+    def _examples(self) -> list[Example]:
+        if not self.data.is_dir():
+            raise UsageError(f"--data {self.data} is no folder; name one with files of training rows")
+        files = [file for file in find_files(self.data) if split_of(file) == "train"]
+        return [row.example for file in files for row in read(file) if isinstance(row, Row)]
+
+
+class Contestant:
+    """A trainer in a process of its own."""
+
+    def __init__(self, name: str, work: Path, log: Path) -> None:
+        self.name = name
+        self._log = log
+        command = [sys.executable, "-m", "treering.bench.contestant", name, str(work)]
+        with log.open("wb") as errors:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+            )
+
+    def turn(self, steps: int) -> dict[str, Any]:
+        """Let it train on the next `steps` batches; with none left, the losses. Raises `TreeringError` if it ended."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(f"{steps}\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            last = self._log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise TreeringError(f"{self.name} ended ({' '.join(last)}); all it said is in {self._log}")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def end(self) -> None:
+        """Kill it."""
+        self._process.kill()
+        self._process.wait()
+
+
+def run_speed(race: Race, peers: Sequence[str] = PEERS, logs: Path | None = None) -> dict[str, Any]:
+    """Train with treering and `peers` in turns; returns the medians of their speeds, memory and how losses agree.
+
+    Raises:
+        UsageError: unknown peers, or data without rows enough.
+        TreeringError: a contestant ended, say because its package is not installed.
+    """
+    unknown = [name for name in peers if name not in PEERS]
+    if unknown:
+        raise UsageError(f"unknown peers: {', '.join(unknown)}; known: {', '.join(PEERS)}")
+    config = race.config()
+    base = resolve(config.model_name_or_path, config.trust_remote_code)
+    batches = race.batches(config, base)
+    with tempfile.TemporaryDirectory(prefix="treering-bench-") as scratch:
+        folder = logs or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        work = folder / "work.json"
+        rows = [[{"id": row.id, "ids": row.ids, "answers": row.answers} for row in batch] for batch in batches]
+        write_json(work, {"base": str(base), "config": config.model_dump(mode="json"), "batches": rows})
+        runs, losses, products = _race(race, [OURS, *peers], work, folder)
+    return _figures(race, batches, runs, losses, products)
+
+
+def _race(
+    race: Race, names: Sequence[str], work: Path, folder: Path
+) -> tuple[dict[str, list[Any]], dict[str, list[float]], list[float]]:
+    """What each contestant says of its turns, its losses, and the FLOP/s of a plain product after each round."""
+    runs: dict[str, list[Any]] = {name: [] for name in names}
+    products = []
+    with ExitStack() as inside, bar("racing", (race.turns + 1) * len(names), False) as advance:
+        contestants = []
+        for name in names:
+            contestants.append(inside.enter_context(_contestant(name, work, folder)))
+            contestants[-1].turn(WARM_UP_STEPS)
+            advance(1, name)
+        for _ in range(race.turns):
+            for contestant in contestants:
+                runs[contestant.name].append(contestant.turn(race.steps))
+                advance(1, contestant.name)
+            products.append(product_flops())
+        losses = {contestant.name: contestant.turn(0)["losses"] for contestant in contestants}
+    return runs, losses, products
+
+
+@contextmanager
+def _contestant(name: str, work: Path, folder: Path) -> Iterator[Contestant]:
+    contestant = Contestant(name, work, folder / f"{name}.log")
+    try:
+        yield contestant
+    finally:
+        contestant.end()
+
+
+def product_flops() -> float:
+    """FLOP/s of a bfloat16 matrix product with all threads: the best of a few."""
+    import torch
+
+    a, b = (torch.randn(SIZE, SIZE).bfloat16() for _ in range(2))
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        seconds.append(time.perf_counter() - started)
+    return 2 * SIZE**3 / min(seconds)
+
+
+def _figures(
+    race: Race,
+    batches: Sequence[Sequence[Tokens]],
+    runs: Mapping[str, list[Any]],
+    losses: Mapping[str, list[float]],
+    products: Sequence[float],
+) -> dict[str, Any]:
+    starts = [WARM_UP_STEPS + turn * race.steps for turn in range(race.turns)]
+    turns = [batches[start : start + race.steps] for start in starts]
+    examples = [sum(map(len, turn)) for turn in turns]
+    tokens = [sum(len(row.ids) - 1 for batch in turn for row in batch) for turn in turns]
+    found: dict[str, Any] = {"examples_per_second": {}, "tokens_per_second": {}, "peak_memory_mb": {}}
+    for name, told in runs.items():
+        seconds = [turn["seconds"] for turn in told]
+        found["examples_per_second"][name] = _median(examples, seconds)
+        found["tokens_per_second"][name] = _median(tokens, seconds)
+        found["peak_memory_mb"][name] = told[-1]["peak_memory_mb"]
+    ours = runs[OURS]
+    shares = [turn["flops"] / turn["seconds"] / flops for turn, flops in zip(ours, products, strict=True)]
+    found["flops_share"] = statistics.median(shares)
+    peers = [name for name in runs if name != OURS]
+    found["times_faster"] = {name: _ratio(ours, runs[name]) for name in peers}
+    found["losses"] = losses
+    found["loss_gap"] = _gap(losses[OURS], losses[REFERENCE]) if REFERENCE in runs else None
+    found["batches"] = {"rows": sum(examples), "tokens": sum(tokens), "answer_tokens": _answers(turns)}
+    return found
+
+
+def _median(counts: Sequence[int], seconds: Sequence[float]) -> float:
+    return statistics.median(count / spent for count, spent in zip(counts, seconds, strict=True))
+
+
+def _ratio(ours: Sequence[Mapping[str, float]], theirs: Sequence[Mapping[str, float]]) -> float:
+    """Of the turns in pairs, on the same rows and one after the other, the median."""
+    return statistics.median(b["seconds"] / a["seconds"] for a, b in zip(ours, theirs, strict=True))
+
+
+def _gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The largest relative difference at any step."""
+    return max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
+
+
+def _answers(turns: Sequence[Sequence[Sequence[Tokens]]]) -> int:
+    return sum(len(row.answers) for turn in turns for batch in turn for row in batch)
+
+
+def table(found: Mapping[str, Any]) -> list[str]:
+    """The figures as lines of text."""
+    lines = [f"{'':14}{'rows/s':>10}{'tokens/s':>12}{'treering is':>16}{'peak memory':>16}"]
+    for name, speed in found["examples_per_second"].items():
+        times = f"{found['times_faster'][name]:.1f} x as fast" if name in found["times_faster"] else ""
+        tokens, memory = found["tokens_per_second"][name], found["peak_memory_mb"][name]
+        lines.append(f"{name:14}{speed:>10.1f}{tokens:>12.0f}{times:>16}{f'{memory:.0f} MB':>16}")
+    lines.append(f"{100 * found['flops_share']:.0f}% of what the machine does in a plain bfloat16 matrix product")
+    if found["loss_gap"] is not None:
+        lines.append(f"losses differ from {REFERENCE} by {100 * found['loss_gap']:.1f}% at most, step by step")
+    return lines

@@ -1,0 +1,116 @@
+"""LoRA layers that read the same input, in one product, with a backward pass that computes no more than is wanted.
+
+peft adds an adapter to each layer on its own: small products forward and backward for each, and casts between. Here the
+frozen weights of sibling layers are one matrix, and so are their A.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+
+TOGETHER = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+"""Layers of one parent that read the same input, by the names most models give them. Others are computed alone."""
+
+ADAPTER = "default"
+
+
+def join(model: nn.Module) -> None:
+    """Have the LoRA layers of `model` computed that way, where they are plain. Their parameters stay where they are."""
+    for parent in list(model.modules()):
+        left = {name: child for name, child in parent.named_children() if _plain(child)}
+        for names in TOGETHER:
+            layers = [cast(Linear, left[name]) for name in names if name in left]
+            alike = {(layer.in_features, layer.r[ADAPTER], layer.scaling[ADAPTER]) for layer in layers}
+            if len(layers) == len(names) and len(alike) == 1:
+                _Group(layers)
+                left = {name: child for name, child in left.items() if name not in names}
+        for child in left.values():
+            _Group([cast(Linear, child)])
+
+
+def _plain(layer: nn.Module) -> bool:
+    """Whether it is a linear layer and one LoRA adapter without anything more, and not in a group yet."""
+    return (
+        type(layer) is Linear
+        and "forward" not in vars(layer)
+        and type(layer.base_layer) is nn.Linear
+        and layer.base_layer.bias is None
+        and list(layer.lora_A) == [ADAPTER]
+        and not layer.use_dora[ADAPTER]
+        and not layer.lora_bias[ADAPTER]
+        and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
+    )
+
+
+class _Group:
+    """Layers of the same input. The first that is asked computes all; each thread has passes of its own."""
+
+    def __init__(self, layers: Sequence[Linear]) -> None:
+        self._layers = layers
+        self._sizes = [layer.out_features for layer in layers]
+        self._weight = torch.cat([layer.base_layer.weight.detach() for layer in layers])
+        self._pass = threading.local()
+        for at, (layer, part) in enumerate(zip(layers, self._weight.split(self._sizes), strict=True)):
+            layer.base_layer.weight.data = part  # Only one copy stays.
+            layer.forward = lambda x, at=at: self._output(at, x)  # type: ignore[method-assign]
+
+    def _output(self, at: int, x: Tensor) -> Tensor:
+        own = self._pass
+        if getattr(own, "input", None) is not x:
+            own.input, own.outputs = x, self._compute(x).split(self._sizes, -1)
+        found: Tensor = own.outputs[at]
+        if at == len(self._layers) - 1:
+            own.input = own.outputs = None
+        return found
+
+    def _compute(self, x: Tensor) -> Tensor:
+        first = self._layers[0]
+        if first.disable_adapters:
+            return nn.functional.linear(x, self._weight)
+        a = [layer.lora_A[ADAPTER].weight for layer in self._layers]
+        b = [layer.lora_B[ADAPTER].weight for layer in self._layers]
+        return cast(Tensor, _Product.apply(x, self._weight, self._sizes, first.scaling[ADAPTER], *a, *b))  # type: ignore[no-untyped-call]
+
+
+class _Product(torch.autograd.Function):
+    """`x W^T + scale (x A^T) B^T` of layers side by side: W `[outs, in]` is frozen; A `[rank, in]`, B `[out, rank]`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: list[int], scale: float, *pairs: Tensor) -> Tensor:
+        """`x` `[..., in]` to `[..., outs]`."""
+        count = len(sizes)
+        flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+        a = torch.cat(pairs[:count]).to(weight.dtype)
+        b = [(part * scale).to(weight.dtype) for part in pairs[count:]]
+        y = flat @ weight.T
+        inner = flat @ a.T
+        for out, part, side in zip(y.split(sizes, -1), inner.chunk(count, -1), b, strict=True):
+            out.addmm_(part, side.T)
+        ctx.save_for_backward(flat, weight, a, inner, *b)
+        ctx.sizes, ctx.scale, ctx.like = sizes, scale, pairs[0]
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Of `x`, if wanted, and of every A and B."""
+        flat, weight, a, inner, *b = ctx.saved_tensors
+        count = len(b)
+        y = gradients[0].reshape(-1, gradients[0].shape[-1])
+        outs = y.split(ctx.sizes, -1)
+        inner_gradient = torch.cat([out @ side for out, side in zip(outs, b, strict=True)], -1)
+        of_b = [
+            (out.T @ part).to(ctx.like.dtype) * ctx.scale
+            for out, part in zip(outs, inner.chunk(count, -1), strict=True)
+        ]
+        of_a = (inner_gradient.T @ flat).to(ctx.like.dtype).chunk(count)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = (y @ weight).addmm_(inner_gradient, a).view(ctx.shape).to(ctx.dtype)
+        return of_x, None, None, None, *of_a, *of_b
