@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -67,7 +67,8 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
     if mask is not None:
         scores = scores + mask[:, :, None, :, : key.shape[2]]
     weights = _softmax(scores, query.dtype)
-    return (weights.flatten(2, 3) @ value).unflatten(2, (groups, length)).flatten(1, 2).transpose(1, 2)
+    found = (weights.flatten(2, 3) @ value).unflatten(2, (groups, length))
+    return cast(Tensor, found).flatten(1, 2).transpose(1, 2)
 
 
 def _flat(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> Tensor:
@@ -93,7 +94,7 @@ def _flat(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: fl
         scores = _causal((first.flatten(1, 2) @ k[:, :prefix].mT).unflatten(1, first.shape[1:3]))
         begun = (_softmax(scores, query.dtype).flatten(1, 2) @ v[:, :prefix]).view_as(first)
         found = torch.cat([begun.permute(2, 0, 1, 3).flatten(1, 2), found])
-    return found[None]
+    return cast(Tensor, found[None])
 
 
 def _causal(scores: Tensor) -> Tensor:

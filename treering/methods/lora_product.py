@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -54,11 +55,12 @@ class _Group:
     def __init__(self, layers: Sequence[Linear]) -> None:
         self._layers = layers
         self._sizes = [layer.out_features for layer in layers]
-        self._weight = torch.cat([layer.base_layer.weight.detach() for layer in layers])
+        weights = [cast(Tensor, layer.base_layer.weight) for layer in layers]
+        self._weight = torch.cat([weight.detach() for weight in weights])
         self._pass = threading.local()
-        for at, (layer, part) in enumerate(zip(layers, self._weight.split(self._sizes), strict=True)):
-            layer.base_layer.weight.data = part  # Only one copy stays.
-            layer.forward = lambda x, at=at: self._output(at, x)  # type: ignore[method-assign]
+        for at, (layer, weight, part) in enumerate(zip(layers, weights, self._weight.split(self._sizes), strict=True)):
+            weight.data = part  # Only one copy stays.
+            layer.forward = partial(self._output, at)  # type: ignore[method-assign]
 
     def _output(self, at: int, x: Tensor) -> Tensor:
         own = self._pass
