@@ -139,6 +139,21 @@ def test_prompts_that_cannot_be_read_break_only_themselves(inside: Inside, monke
     assert inside.failure("odd")[0] == 500 and len(inside.text("first")) > 5
 
 
+def test_prompts_that_cannot_join_break_only_themselves(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    join = Batch.join
+
+    def full(batch: Batch[Any], rows: Any) -> None:
+        if rows[0].owner.job.id == "large":
+            raise NO_MEMORY
+        join(batch, rows)
+
+    monkeypatch.setattr(Batch, "join", full)
+    inside.generate("large", messages=LONG)
+    inside.generate("small", prompt="x" * 100)
+    inside.run(2)
+    assert inside.failure("large")[0] == 503 and inside.text("small")
+
+
 def test_where_a_step_finds_no_memory_the_last_to_come_makes_room(
     inside: Inside, trained: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

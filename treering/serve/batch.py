@@ -84,7 +84,6 @@ class Batch(Generic[T]):
         self.slots = slots
         self._pad_id = pad_id
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
-        self._threads = max(1, torch.get_num_threads() - 1)  # One core is left to the server.
         self._running: _Part[T] | None = None
         self._reading: deque[_Part[T]] = deque()
 
@@ -187,7 +186,7 @@ class Batch(Generic[T]):
                 yield None
             end = min(start + count, ids.shape[1])
             with torch.inference_mode():
-                torch.set_num_threads(worth(self._parameters, count * len(texts), self._threads))
+                torch.set_num_threads(worth(self._parameters, count * len(texts)))
                 if self.slots is not None:
                     self.slots.use([slot] * len(texts))
                 read = decoder(input_ids=ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
@@ -197,7 +196,7 @@ class Batch(Generic[T]):
 
     def _forward(self, part: _Part[T], ids: Tensor, mask: Tensor) -> Tensor:
         """Logits after `ids`, which stand in the last columns of `mask`."""
-        torch.set_num_threads(worth(self._parameters, ids.numel(), self._threads))
+        torch.set_num_threads(worth(self._parameters, ids.numel()))
         if self.slots is not None:
             self.slots.use([row.slot for row in part.rows])
         known = mask.shape[1] - ids.shape[1]

@@ -214,7 +214,10 @@ class Worker:
             else:
                 groups.append((home.batch, [row]))
         for batch, rows in groups:
-            batch.join(rows)
+            try:
+                batch.join(rows)
+            except Exception as error:
+                self._give_up(rows, error)
 
     def _read(self, batch: Batch[Answer]) -> None:
         """A slice of the prompts that are being read."""
@@ -223,16 +226,20 @@ class Worker:
         try:
             rows, logits = batch.read(self._share())
         except Exception as error:
-            if _fatal(error):
-                raise
-            log.exception("prompts that could not be read")
-            gone = {id(row) for row in batch.reading}
-            for row in batch.reading:
-                self._fail(row.owner.job.id, _failure(error))
-            batch.leave(lambda row: id(row) in gone)
+            gone = batch.reading
+            self._give_up(gone, error)
+            batch.leave(lambda row: any(row is other for other in gone))
         else:
             if logits is not None:
                 self._go_on(batch, rows, logits)
+
+    def _give_up(self, rows: list[Row[Answer]], error: Exception) -> None:
+        """Prompts that could not be read are the failures of their requests alone."""
+        if _fatal(error):
+            raise error
+        log.error("prompts that could not be read", exc_info=error)
+        for row in rows:
+            self._fail(row.owner.job.id, _failure(error))
 
     def _step(self, batch: Batch[Answer]) -> None:
         """One token more for all that run. Where there is no memory for that, the one who came last makes room."""
