@@ -149,6 +149,24 @@ def test_an_adapter_of_no_numbers_reaches_no_batch(model_folder: Path, tmp_path:
         read_adapter(folder, torch.float32)
 
 
+@pytest.mark.parametrize("slots", [[1], [1, 2]])
+def test_small_adapters_are_not_lost_in_bfloat16(model_folder: Path, slots: list[int]) -> None:
+    """What an adapter adds is rounded together with what the layer gives, not after it."""
+    model: Any = load_base(model_folder, Config(bf16=True)).eval()
+    layer = model.model.layers[0].self_attn.o_proj
+    weight = layer.weight.detach().float()
+    x = 100 * torch.randn(2000, 1, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    a, b = torch.randn(4, 64).bfloat16(), torch.full((64, 4), 1e-4).bfloat16()
+    adapters = Slots(model, 2)
+    for slot in slots:
+        adapters.put(slot, Adapter({"model.layers.0.self_attn.o_proj": (a, b)}))
+    adapters.use([slots[at % len(slots)] for at in range(2000)])
+    exact = x.float() @ a.float().T @ b.float().T
+    with torch.inference_mode():
+        changed = model.model.layers[0].self_attn.o_proj(x).float() - (x.float() @ weight.T).bfloat16().float()
+    assert float((changed * exact).sum() / exact.square().sum()) == pytest.approx(1, abs=0.1)
+
+
 # Batches
 
 

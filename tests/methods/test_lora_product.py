@@ -75,3 +75,30 @@ def test_more_than_plain_lora_is_left_to_peft(model_folder: Path, settings: dict
     model = adapted(model_folder, **settings)
     join(model)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_small_steps_are_not_lost_in_bfloat16(model_folder: Path) -> None:
+    """Early on, adapters change a number by less than bfloat16 tells apart; of many numbers, enough must change."""
+
+    def change(bf16: bool, joined: bool) -> Tensor:
+        torch.manual_seed(0)
+        made = LoraConfig(r=4, target_modules=["o_proj"], task_type="CAUSAL_LM")
+        model: Any = get_peft_model(load_base(model_folder, Config(bf16=bf16)), made)
+        if joined:
+            join(model)
+        layer = model.base_model.model.model.layers[0].self_attn.o_proj
+        x = 100 * torch.randn(2000, 1, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+        x = x if bf16 else x.float()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            before = layer(x).float()
+            torch.nn.init.constant_(layer.lora_B["default"].weight, 1e-4)
+            after: Tensor = layer(x)
+        return after.float() - before
+
+    exact = change(bf16=False, joined=False)
+
+    def kept(changed: Tensor) -> float:
+        return float((changed * exact).sum() / exact.square().sum())
+
+    assert kept(change(True, joined=True)) == pytest.approx(1, abs=0.1)
+    assert kept(change(True, joined=False)) < 0.1

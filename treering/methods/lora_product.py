@@ -1,7 +1,7 @@
 """LoRA layers that read the same input, in one product, with a backward pass that computes no more than is wanted.
 
-peft adds an adapter to each layer on its own: small products forward and backward for each, and casts between. Here the
-frozen weights of sibling layers are one matrix, and so are their A.
+peft adds an adapter to each layer on its own: small products, forward and backward, and casts between. Here the frozen
+weights of sibling layers are one matrix, and so are their A. In bfloat16 it learns by the step what float32 does.
 """
 
 from __future__ import annotations
@@ -90,10 +90,11 @@ class _Product(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
         a = torch.cat(pairs[:count]).to(weight.dtype)
         b = [(part * scale).to(weight.dtype) for part in pairs[count:]]
-        y = flat @ weight.T
         inner = flat @ a.T
-        for out, part, side in zip(y.split(sizes, -1), inner.chunk(count, -1), b, strict=True):
-            out.addmm_(part, side.T)
+        # What the adapters add comes first, and is rounded together with the rest: added to numbers that are rounded
+        # already, the small steps of early training would all be lost in bfloat16.
+        y = torch.cat([part @ side.T for part, side in zip(inner.chunk(count, -1), b, strict=True)], -1)
+        y.addmm_(flat, weight.T)
         ctx.save_for_backward(flat, weight, a, inner, *b)
         ctx.sizes, ctx.scale, ctx.like = sizes, scale, pairs[0]
         ctx.shape, ctx.dtype = x.shape, x.dtype

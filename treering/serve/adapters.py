@@ -149,9 +149,8 @@ class _Group:
         return found
 
     def _compute(self, x: Tensor) -> Tensor:
-        y = self._base(x)
         if self._slots.one == 0:
-            return y
+            return self._base(x, None)
         if self._slots.one is not None:
             a, b = (part[self._slots.one - 1].flatten(0, 1) for part in (self._a, self._b))
             inner = linear(x, a)
@@ -159,7 +158,7 @@ class _Group:
             a, b = self._a.flatten(0, 2), self._b.flatten(0, 2)
             inner = linear(x, a).unflatten(-1, (self._slots.count, -1))
             inner = inner.masked_fill_(self._slots.others[:, None, :, None], 0).flatten(2)
-        return y.flatten(0, 1).addmm_(inner.flatten(0, 1), b).view_as(y)
+        return self._base(x, inner @ b)
 
 
 class _Member(nn.Module):
