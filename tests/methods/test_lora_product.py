@@ -90,10 +90,10 @@ def test_small_steps_are_not_lost_in_bfloat16(model_folder: Path) -> None:
         x = 100 * torch.randn(2000, 1, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
         x = x if bf16 else x.float()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            before = layer(x).float()
+            before: Tensor = layer(x).float()
             torch.nn.init.constant_(layer.lora_B["default"].weight, 1e-4)
-            after: Tensor = layer(x)
-        return after.float() - before
+            after: Tensor = layer(x).float()
+        return after - before
 
     exact = change(bf16=False, joined=False)
 

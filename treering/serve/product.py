@@ -32,14 +32,11 @@ def product(layers: Sequence[nn.Linear]) -> Product:
     for layer in layers:
         layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
         layer.register_parameter("bias", None)
-    if (
-        not hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        or weight.device.type != "cpu"
-        or weight.dtype != torch.bfloat16
-    ):
-        return partial(_product, weight, bias)
-    # Else every call brings the weights into this layout, which takes as long as the product of a few rows.
-    return partial(_packed, torch.ops.mkldnn._reorder_linear_weight(weight, BATCH), bias)
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    if on_cpu and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        # Else every call brings the weights into this layout, which takes as long as the product of a few rows.
+        return partial(_packed, torch.ops.mkldnn._reorder_linear_weight(weight, BATCH), bias)
+    return partial(_product, weight, bias)
 
 
 def _product(weight: Tensor, bias: Tensor | None, x: Tensor, added: Tensor | None) -> Tensor:
