@@ -214,7 +214,10 @@ def load(base: Path, config: Config, version: Version | None = None) -> PreTrain
         raise VersionError(f"{version.name} has no adapter_model.safetensors; other formats are not loaded")
     from peft import PeftModel
 
+    from treering.lora_product import join
+
     adapted = PeftModel.from_pretrained(load_base(base, config), str(version.folder), is_trainable=True)
+    join(adapted)  # As it was trained, so that it gives the same bits.
     return cast("PreTrainedModel", adapted)
 
 

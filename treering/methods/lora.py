@@ -9,7 +9,7 @@ from torch import Tensor
 
 from treering.config import Config
 from treering.errors import ConfigError
-from treering.methods.lora_product import join
+from treering.lora_product import join
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +39,6 @@ class LoRA:
                 )
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
-        join(model)
         return cast("PreTrainedModel", model)
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from treering.config import Config
-from treering.methods.lora_product import _Group, join
+from treering.lora_product import _Group, join
 from treering.model import load_base
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
