@@ -162,7 +162,7 @@ def test_plain_peft_loads_a_version(three: Workspace, model_folder: Path) -> Non
     bare = logits(base, model_folder)
     adapted = logits(PeftModel.from_pretrained(base, str(version.folder)), model_folder)
     ours = logits(load(model_folder, three.config(), version), model_folder)
-    assert torch.equal(adapted, ours)
+    torch.testing.assert_close(adapted, ours, rtol=1e-4, atol=1e-5)  # Joined layers sum in another order.
     assert not torch.allclose(adapted, bare, atol=0.1)
     named = json.loads((version.folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str(model_folder)
