@@ -1,7 +1,7 @@
 """LoRA layers that read the same input, in one product, with a backward pass that computes no more than is wanted.
 
 peft adds an adapter to each layer on its own: small products, forward and backward, and casts between. Here the frozen
-weights of sibling layers are one matrix, and so are their A. In bfloat16 it learns by the step what float32 does.
+weights of sibling layers are one matrix, and so are their A. In bfloat16 it loses no small step to rounding.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
-TOGETHER = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-"""Layers of one parent that read the same input, by the names most models give them. Others are computed alone."""
+from treering.model import TOGETHER
 
 ADAPTER = "default"
 

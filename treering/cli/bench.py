@@ -9,8 +9,6 @@ import typer
 
 from treering.cli.common import AsJson, app, output
 
-PEERS = "trainer-fp32,trainer-bf16,trl-fp32,trl-bf16"
-
 bench = typer.Typer(help="Measure methods against each other.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 
@@ -20,7 +18,7 @@ def speed(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings for all.")] = None,
     *,
     data: Annotated[Path, typer.Option(metavar="DIR", help="Training rows: files, or a folder a task.")],
-    peers: Annotated[str, typer.Option(help="Names separated by commas.")] = PEERS,
+    peers: Annotated[str | None, typer.Option(help="Names separated by commas; all by default.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Batches of a turn.")] = 4,
     turns: Annotated[int, typer.Option(min=1, help="Turns of each; figures are their medians.")] = 5,
     model: Annotated[str | None, typer.Option(help="Base model: a folder or a hub name.")] = None,
@@ -28,9 +26,9 @@ def speed(
     as_json: AsJson = False,
 ) -> None:
     """Training beside the trainers that people use, on the same batches, in turns."""
-    from treering.bench.speed import Race, run_speed, table
+    from treering.bench.speed import PEERS, Race, run_speed, table
 
-    names = [name.strip() for name in peers.split(",") if name.strip()]
+    names = PEERS if peers is None else [name.strip() for name in peers.split(",") if name.strip()]
     found = run_speed(Race(data, steps, turns, model, tuple(settings or ())), names, logs)
     output(found, as_json, table(found))
 

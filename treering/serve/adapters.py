@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from treering.adopt import ADAPTER_FILES
+from treering.model import TOGETHER
 from treering.serve.product import plain, product
 
 _WEIGHT = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-
-TOGETHER = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-"""Layers of one parent that read the same input, by the names most models give them. Others are computed alone."""
 
 
 @dataclass(frozen=True)
