@@ -34,6 +34,11 @@ def count(config: Config, device: torch.device) -> int:
     return max(1, min(torch.get_num_threads(), config.per_device_train_batch_size // LEAST_ROWS))
 
 
+def dealt(batch: Sequence[T], parts: int) -> list[Sequence[T]]:
+    """The rows of a batch in shares of like length; fewer shares than asked where rows are few."""
+    return [batch[start::parts] for start in range(min(parts, len(batch)))]
+
+
 @contextmanager
 def side_by_side(count: int) -> Iterator[Callable[[Callable[[T], R], Sequence[T]], Iterator[R]]]:
     """A `map` that computes `count` at once and keeps the order."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate import Accelerator
@@ -61,8 +61,6 @@ def passes(config: Config, new: int) -> float:
     steps = math.ceil(new / (config.per_device_train_batch_size * config.gradient_accumulation_steps))
     return min(max(PASSES, math.ceil(ENOUGH_STEPS / max(1, steps))), MOST_PASSES)
 
-
-T = TypeVar("T")
 
 Step = list[list[str]]
 """The row ids of one optimiser step, micro-batch by micro-batch."""
@@ -161,7 +159,7 @@ def train(
                 [
                     make_batch([rows[id] for id in ids], pad_id, accelerator.device, teachers=teachers, parents=parents)
                     for batch in steps[number]
-                    for ids in dealt(batch, parts)
+                    for ids in shares.dealt(batch, parts)
                 ]
             )
             learn = partial(_gradients, model, list(parameters.values()), methods, bf16)
@@ -194,11 +192,6 @@ def train(
             if stop is not None:
                 stop.check()
     return log
-
-
-def dealt(batch: Sequence[T], parts: int) -> list[Sequence[T]]:
-    """The rows of a batch in shares of like length; fewer shares than asked where rows are few."""
-    return [batch[start::parts] for start in range(min(parts, len(batch)))]
 
 
 def _gradients(

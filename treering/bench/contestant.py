@@ -20,7 +20,7 @@ from treering.manifest import peak_memory_mb
 from treering.methods import Methods
 from treering.methods.lora import adapter
 from treering.model import Tokens, load_base, load_tokenizer, shared_prefix
-from treering.train import dealt, train
+from treering.train import train
 
 Rows = list[list[Tokens]]
 
@@ -84,7 +84,7 @@ def _flops(model: Any, batches: Rows, config: Config, pad_id: int) -> Iterator[f
     parts = shares.count(config, torch.device("cpu"))
     for batch in batches:
         tokens = 0
-        for part in dealt(batch, parts):
+        for part in shares.dealt(batch, parts):
             made = make_batch(part, pad_id)
             shared = shared_prefix(made.inputs["ids"], made.inputs["mask"], made.at)
             tokens += int(made.inputs["mask"].sum()) - shared * (len(part) - 1)
