@@ -15,6 +15,7 @@ from treering.config import Config
 from treering.errors import ModelError
 from treering.model import load_base
 from treering.serve import cache as cache_module
+from treering.serve import past
 from treering.serve.adapters import Adapter, Slots, read_adapter
 from treering.serve.batch import Batch, Row
 
@@ -230,14 +231,19 @@ def test_rows_leave_while_their_prompts_are_read(model: Any, gone: int) -> None:
         assert stays.owner == alone(model, stays.prompt, 2)
 
 
-def test_what_prompts_have_in_common_is_read_once(
-    model: Any, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def slots(model: Any, model_folder: Path, tmp_path: Path) -> Slots:
+    """One, with an adapter."""
     adapter = read_adapter(peft_adapter(model_folder, tmp_path / "one"), torch.float32)
     assert adapter is not None
     slots = Slots(model, 1)
     slots.put(1, adapter)
-    batch: Batch[list[int]] = Batch(model, slots, 0)
+    return slots
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Rows and columns of every pass."""
     read: list[tuple[int, ...]] = []
     forward = Batch._forward
 
@@ -246,6 +252,13 @@ def test_what_prompts_have_in_common_is_read_once(
         return forward(self, part, ids, mask)
 
     monkeypatch.setattr(Batch, "_forward", noted)
+    return read
+
+
+def test_what_prompts_have_in_common_is_read_once(
+    model: Any, slots: Slots, read: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch: Batch[list[int]] = Batch(model, slots, 0)
     rule = list(b"A rule for all. ")
     rows = [Row[list[int]]([], rule + list(text), 1) for text in (b"One", b"of two", b"of three", b"")]
     rows.append(Row([], rule + list(b"bare"), 0))
@@ -262,6 +275,45 @@ def test_what_prompts_have_in_common_is_read_once(
         for _ in row.owner:
             ids.append(int(read_all(Batch(model, slots, 0), [Row(None, ids, row.slot)])[0].argmax()))
         assert row.owner == ids[len(row.prompt) :]
+
+
+def test_a_conversation_goes_on_where_it_ended(
+    model: Any, slots: Slots, read: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(past, "LIMIT", 24)
+    batch: Batch[list[int]] = Batch(model, slots, 0)
+
+    def turn(prompt: list[int], slot: int) -> Row[list[int]]:
+        """Three tokens; the row leaves with the last of them unread."""
+        row = Row[list[int]]([], prompt, slot)
+        expected = batch.unread(row)
+        take([row], read_all(batch, [row]))
+        assert read.pop() == (1, expected)
+        for _ in range(2):
+            take(*batch.step())
+        batch.leave(lambda _: True)
+        return row
+
+    def unread(text: bytes, slot: int = 1) -> int:
+        return batch.unread(Row([], list(text), slot))
+
+    first = turn(list(b"Hello!"), 1)
+    asked = [*first.prompt, *first.owner, *b" And?"]
+    assert batch.unread(Row([], asked, 1)) == 6  # The last token of the answer, and the question.
+    answer = turn(asked, 1).owner
+    ids = list(asked)
+    for _ in answer:
+        ids.append(int(read_all(Batch(model, slots, 0), [Row(None, ids, 1)])[0].argmax()))
+    assert answer == ids[len(asked) :]
+    assert unread(b"Hello!") == 1 and unread(b"Hello!", slot=0) == 6
+    assert len(list(batch._past)) == 1  # The second turn holds the first.
+    turn(list(b"Bye"), 0)
+    assert (unread(b"Hello!"), unread(b"Bye!", slot=0)) == (1, 1)
+    turn(list(b"See you"), 0)  # There is no room for all three.
+    assert (unread(b"Hello!"), unread(b"Bye!", slot=0), unread(b"See you!", slot=0)) == (6, 1, 1)
+    assert batch.forget(0) and not batch.forget() and unread(b"Bye!", slot=0) == 4
+    turn(list(b"A text that is longer than all that is kept"), 1)
+    assert unread(b"A text that is longer than all that is kept, again") == 7
 
 
 def test_what_failed_may_be_tried_again(model: Any) -> None:

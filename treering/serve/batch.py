@@ -17,6 +17,7 @@ from treering.errors import ModelError
 from treering.model import pad
 from treering.serve.adapters import Slots
 from treering.serve.cache import joined, made
+from treering.serve.past import Past, Read
 from treering.serve.threads import worth
 
 if TYPE_CHECKING:
@@ -27,12 +28,13 @@ T = TypeVar("T")
 
 @dataclass
 class Row(Generic[T]):
-    """One sequence in a batch: its prompt, its adapter's slot, the token it goes on with, and whose it is."""
+    """One sequence in a batch: whose it is, its prompt, its adapter's slot, the token it goes on with, those before."""
 
     owner: T
     prompt: list[int]
     slot: int = 0
     last: int = field(default=0, init=False)
+    written: list[int] = field(default_factory=list, init=False)
 
 
 @dataclass
@@ -69,6 +71,9 @@ class Batch(Generic[T]):
     Both return rows and logits `[rows, vocabulary]`, float32, for their next tokens. The caller writes the token it
     chose into `row.last`. Where one of them raises, the rows stay as they were before.
 
+    The beginning that a prompt has in common with what a running row, or one that left not long ago, has read with the
+    same slot is not read again; `forget` when another adapter comes into a slot.
+
     Raises `ModelError` for a model whose cache is not made of keys and values of all tokens.
     """
 
@@ -86,6 +91,7 @@ class Batch(Generic[T]):
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
         self._running: _Part[T] | None = None
         self._reading: deque[_Part[T]] = deque()
+        self._past = Past()
 
     @property
     def running(self) -> list[Row[T]]:
@@ -102,36 +108,50 @@ class Batch(Generic[T]):
         """All, with those whose prompts are still to be read."""
         return [*self.running, *(row for part in self._reading for row in part.rows)]
 
+    def unread(self, row: Row[T]) -> int:
+        """How many tokens of a prompt would have to be read, at least one."""
+        return len(row.prompt) - self._known(row)[0]
+
     def join(self, rows: list[Row[T]]) -> None:
-        """Take in `rows`. What a prompt has in common with that of a running row of its slot is not read again."""
+        """Take in `rows`; their prompts are read side by side."""
         inputs = pad([row.prompt for row in rows], self._pad_id, left=True)
         ids, mask = (inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
         known = [self._known(row) for row in rows]
-        unread = max(len(row.prompt) - count for row, (_, count) in zip(rows, known, strict=True))
+        unread = max(len(row.prompt) - count for row, (count, _) in zip(rows, known, strict=True))
+        sources = {to: read for to, (_, read) in enumerate(known) if read and len(rows[to].prompt) > unread}
         cache = DynamicCache(config=self.model.config)
-        if self._running and unread < mask.shape[1]:
-            starts = (self._running.mask.shape[1] - self._running.mask.sum(1)).tolist()
+        if sources:
 
-            def copied(tensor: Tensor) -> Tensor:
-                copy = tensor.new_zeros(len(rows), tensor.shape[1], mask.shape[1] - unread, tensor.shape[3])
-                for to, (row, (at, _)) in enumerate(zip(rows, known, strict=True)):
-                    count = len(row.prompt) - unread
-                    if count > 0:
-                        copy[to, :, -count:] = tensor[at, :, starts[at] : starts[at] + count]
+            def copied(tensors: list[Tensor]) -> Tensor:
+                _, heads, _, size = tensors[0].shape
+                copy = tensors[0].new_zeros(len(rows), heads, mask.shape[1] - unread, size)
+                for tensor, (to, read) in zip(tensors, sources.items(), strict=True):
+                    count = len(rows[to].prompt) - unread
+                    copy[to, :, -count:] = tensor[read.at, :, read.start : read.start + count]
                 return copy
 
-            cache = made(self._running.cache, copied)
+            cache = joined([read.cache for read in sources.values()], copied)
         self._reading.append(_Part(rows, mask, cache, ids[:, -unread:]))
 
-    def _known(self, row: Row[T]) -> tuple[int, int]:
-        """The running row with which `row` has most tokens in common at the start, and how many; one is always left."""
-        shared = [
-            (_common(row.prompt[:-1], other.prompt), at)
-            for at, other in enumerate(self.running)
-            if other.slot == row.slot
-        ]
-        count, at = max(shared, default=(0, 0))
-        return at, count
+    def _known(self, row: Row[T]) -> tuple[int, Read | None]:
+        """How many of the tokens of `row` were read before, and in what."""
+        best: tuple[int, Read | None] = 0, None
+        for read in (*self._now(), *self._past):
+            count = read.common(row.prompt, row.slot)
+            if count > best[0]:
+                best = count, read
+        return best
+
+    def _now(self) -> Iterator[Read]:
+        """What the running rows have read."""
+        if self._running is not None:
+            starts = (self._running.mask.shape[1] - self._running.mask.sum(1)).tolist()
+            for at, (row, start) in enumerate(zip(self._running.rows, starts, strict=True)):
+                yield Read([*row.prompt, *row.written], row.slot, self._running.cache, at, start)
+
+    def forget(self, slot: int | None = None) -> bool:
+        """Let go of what rows that left had read, with `slot` or with any; whether there was anything."""
+        return self._past.forget(lambda read: slot in (None, read.slot))
 
     @torch.inference_mode()
     def read(self, tokens: int) -> tuple[list[Row[T]], Tensor | None]:
@@ -159,11 +179,16 @@ class Batch(Generic[T]):
         mask = pad_tensor(part.mask, (0, 1), value=1)
         logits = self._forward(part, torch.tensor([[row.last] for row in part.rows], device=mask.device), mask)
         part.mask = mask
+        for row in part.rows:
+            row.written.append(row.last)
         return part.rows, logits
 
     @torch.inference_mode()
     def leave(self, gone: Callable[[Row[T]], bool]) -> None:
         """Rows that are `gone` end."""
+        for row, read in zip(self.running, list(self._now()), strict=True):
+            if gone(row):
+                self._past.add(read)
         parts = [*self._reading, *([self._running] if self._running else [])]
         for part in parts:
             part.drop(gone)
@@ -215,12 +240,6 @@ class Batch(Generic[T]):
             part.cache = made(part.cache, lambda tensor: tensor[:, :, :known])  # Some layers have had the new columns.
             raise
         return cast(Tensor, out.logits[:, -1].float())
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """How many tokens both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _below(old: _Part[T] | None, new: _Part[T]) -> _Part[T]:

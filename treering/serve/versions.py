@@ -146,8 +146,10 @@ class Loaded:
             return Home(read)
         taken = {home.slot for home in self._homes.values() if home.batch is self._homes[BASE].batch}
         slot = next(number for number in range(1, self._slots.count + 1) if number not in taken)
+        batch = self._homes[BASE].batch
+        batch.forget(slot)
         self._slots.put(slot, read)
-        return Home(self._homes[BASE].batch, slot)
+        return Home(batch, slot)
 
     def _make_room(self, version: str, running: Set[str], waiting: Set[str]) -> bool:
         """Drop what is in the way of `version`; False if all is in use, and then one takes no new answers.

@@ -195,7 +195,7 @@ class Worker:
     def _admit(self) -> None:
         """Let waiting answers join, as many as the batch holds: those together whose prompts make one slice."""
         room = self._config.serve.max_batch_size - sum(len(batch.rows) for batch in self._loaded.batches())
-        groups: list[tuple[Batch[Answer], list[Row[Answer]]]] = []
+        groups: list[tuple[Batch[Answer], list[Row[Answer]], int]] = []
         for version, answer in sorted(self._waiting, key=lambda pair: pair[1].job.background):
             home = self._loaded.home(version)
             if home is None:
@@ -206,14 +206,15 @@ class Worker:
             room -= 1
             self._waiting.remove((version, answer))
             row = Row(answer, answer.prompt, home.slot)
-            for batch, rows in groups:
-                longest = max(len(other.prompt) for other in [row, *rows])
+            unread = home.batch.unread(row)
+            for at, (batch, rows, longest) in enumerate(groups):
+                longest = max(longest, unread)
                 if batch is home.batch and (len(rows) + 1) * longest <= self._slice:
-                    rows.append(row)
+                    groups[at] = batch, [*rows, row], longest
                     break
             else:
-                groups.append((home.batch, [row]))
-        for batch, rows in groups:
+                groups.append((home.batch, [row], unread))
+        for batch, rows, _ in groups:
             try:
                 batch.join(rows)
             except Exception as error:
@@ -226,6 +227,8 @@ class Worker:
         try:
             rows, logits = batch.read(self._share())
         except Exception as error:
+            if _no_memory(error) and batch.forget():
+                return
             gone = batch.reading
             self._give_up(gone, error)
             batch.leave(lambda row: any(row is other for other in gone))
@@ -250,6 +253,8 @@ class Worker:
         except Exception as error:
             if not _no_memory(error):
                 raise
+            if batch.forget():
+                return
             log.exception("a step that found no memory")
             last = batch.running[-1]
             self._fail(last.owner.job.id, _failure(error))
