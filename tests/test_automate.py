@@ -732,11 +732,11 @@ DYING = """
 import os, signal
 from treering import train
 from treering.automate.child import main
-keep = train._save
+keep = train.save
 def save(*arguments, **options):
     keep(*arguments, **options)
     os.kill(os.getpid(), signal.SIGKILL)
-train._save = save
+train.save = save
 main()
 """
 

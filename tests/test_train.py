@@ -22,9 +22,10 @@ from treering.errors import TreeringError, UpdateInterruptedError
 from treering.memory import Memory, Teacher
 from treering.methods import Methods
 from treering.model import Tokens, encode, encode_prompt, load_base, load_tokenizer, logits_at
+from treering.schedule import Step, passes, plan_steps, rate_schedule
 from treering.stop import Stop, stop_on_signals
 from treering.testing import toy_rows
-from treering.train import Step, passes, plan_steps, rate_schedule, teach, train
+from treering.train import teach, train
 
 RECORDED = [6.26756, 4.77819, 3.45686, 2.24950, 1.56761]
 """First five losses of `test_recorded_losses`, float32 on CPU."""
@@ -195,7 +196,7 @@ def test_a_checkpoint_that_was_not_finished_is_not_used(tmp_path: Path, model_fo
 
 def test_checkpoints_come_every_save_steps(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
-    monkeypatch.setattr("treering.train._save", lambda folder, step, *_: saved.append(step))
+    monkeypatch.setattr("treering.train.save", lambda folder, step, *_: saved.append(step))
     Run(model_folder, settings(model_folder, per_device_train_batch_size=4, max_steps=5, save_steps=2)).train(
         checkpoints=tmp_path
     )

@@ -22,14 +22,15 @@ from treering.metrics import metric_for
 from treering.model import Tokens, encode, load, load_tokenizer, save_weights, use_bf16
 from treering.registry import Version
 from treering.results import Result, read_results, write_results
-from treering.train import passes, peak_rate, plan_steps, teach, train
+from treering.schedule import passes, peak_rate, plan_steps
+from treering.train import teach, train
 
 if TYPE_CHECKING:
     from treering.config import Config
     from treering.data.example import Example
     from treering.plan import Plan
+    from treering.schedule import Step
     from treering.stop import Stop
-    from treering.train import Step
     from treering.workspace import Workspace
 
 RESULTS = "results.parquet"

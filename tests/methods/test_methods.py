@@ -25,8 +25,9 @@ from treering.methods.lora import LoRA
 from treering.methods.lwf import LwF
 from treering.methods.replay import Replay
 from treering.model import encode, load_base, load_tokenizer
+from treering.schedule import plan_steps
 from treering.testing import tiny_model, toy_rows
-from treering.train import plan_steps, train
+from treering.train import train
 
 LORA_TARGETS = 7
 """Linear layers of a Llama layer."""

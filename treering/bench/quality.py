@@ -73,7 +73,7 @@ class Stream:
 
     def settings(self, method: str) -> dict[str, Any]:
         """The workspace settings of `method` on this stream."""
-        from treering.train import LEARNING_RATES
+        from treering.schedule import LEARNING_RATES
 
         special = METHODS[method]
         common = {

@@ -66,7 +66,7 @@ class Race:
         """Rows of like length together. Raises `UsageError` if `data` has too few."""
         from treering.memory import Memory
         from treering.methods import Methods
-        from treering.train import plan_steps
+        from treering.schedule import plan_steps
 
         wanted = WARM_UP_STEPS + self.steps * self.turns
         tokenizer = load_tokenizer(base)

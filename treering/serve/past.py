@@ -15,7 +15,7 @@ LIMIT = 4096
 
 @dataclass(frozen=True)
 class Read:
-    """`tokens` that were read with the adapter in `slot`: their keys and values stand in row `at` from column `start`."""
+    """`tokens` read with the adapter in `slot`; their keys and values stand in row `at` of `cache`, from column `start`."""
 
     tokens: list[int]
     slot: int

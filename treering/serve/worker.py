@@ -195,7 +195,8 @@ class Worker:
     def _admit(self) -> None:
         """Let waiting answers join, as many as the batch holds: those together whose prompts make one slice."""
         room = self._config.serve.max_batch_size - sum(len(batch.rows) for batch in self._loaded.batches())
-        groups: list[tuple[Batch[Answer], list[Row[Answer]], int]] = []
+        groups: list[tuple[Batch[Answer], list[Row[Answer]]]] = []
+        unread: dict[int, int] = {}
         for version, answer in sorted(self._waiting, key=lambda pair: pair[1].job.background):
             home = self._loaded.home(version)
             if home is None:
@@ -206,15 +207,15 @@ class Worker:
             room -= 1
             self._waiting.remove((version, answer))
             row = Row(answer, answer.prompt, home.slot)
-            unread = home.batch.unread(row)
-            for at, (batch, rows, longest) in enumerate(groups):
-                longest = max(longest, unread)
+            unread[id(row)] = home.batch.unread(row)
+            for batch, rows in groups:
+                longest = max(unread[id(other)] for other in [row, *rows])
                 if batch is home.batch and (len(rows) + 1) * longest <= self._slice:
-                    groups[at] = batch, [*rows, row], longest
+                    rows.append(row)
                     break
             else:
-                groups.append((home.batch, [row], unread))
-        for batch, rows, _ in groups:
+                groups.append((home.batch, [row]))
+        for batch, rows in groups:
             try:
                 batch.join(rows)
             except Exception as error:
