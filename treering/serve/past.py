@@ -15,7 +15,7 @@ LIMIT = 4096
 
 @dataclass(frozen=True)
 class Read:
-    """`tokens` read with the adapter in `slot`; their keys and values stand in row `at` of `cache`, from column `start`."""
+    """`tokens` read with the adapter in `slot`; their keys and values are in row `at` of `cache`, from `start`."""
 
     tokens: list[int]
     slot: int
