@@ -7,10 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from treering import Workspace, registry
 from treering.testing import tiny_model, toy_rows
+
+hypothesis.settings.register_profile("treering", deadline=None)  # No test fails by the clock.
+hypothesis.settings.load_profile("treering")
 
 QUICK: dict[str, Any] = {
     "bf16": False,

@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
+from treering import greedy
 from treering.config import Config
 from treering.data.example import Example, Message
 from treering.errors import UpdateInterruptedError
-from treering.evaluate import evaluate, generate
+from treering.evaluate import evaluate
+from treering.greedy import Answer, generate
 from treering.memory import Memory
 from treering.methods import Methods
 from treering.metrics import exact_match, token_f1
@@ -97,6 +99,26 @@ def test_it_agrees_with_plain_greedy_decoding(taught: Taught, mixed: list[tuple[
         assert result.prediction == written
         assert result.score == exact_match(written, example.answer)
         assert (result.id, result.task, result.metric) == (example.id, task, "exact_match")
+
+
+def test_labels_are_guessed_before_they_are_written(
+    taught: Taught, mixed: list[tuple[Example, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong answers that are other labels are read; only what is no label at all is written token by token."""
+    decoded: list[Answer] = []
+    decode = greedy._decode
+
+    def noted(model: Any, answers: Sequence[Answer], *others: Any) -> None:
+        decoded.extend(answers)
+        decode(model, answers, *others)
+
+    monkeypatch.setattr(greedy, "_decode", noted)
+    found = taught.evaluate(mixed)
+    labels = {example.answer for example, _ in mixed}
+    wrong = [result for result in found if not result.score]
+    other_labels = [result for result in wrong if result.prediction in labels]
+    assert len(other_labels) > 1 and len(wrong) > len(other_labels)
+    assert len(decoded) == len(wrong) - len(other_labels)
 
 
 def test_the_score_does_not_know_how_long_the_right_answer_is(taught: Taught) -> None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from treering.data.example import Example, Message
 from treering.data.read import Bad, Row, find_files, read
 from treering.errors import UsageError, full_disk_is_clear
-from treering.evaluate import conditions, evaluate, generate
+from treering.evaluate import conditions, evaluate
 from treering.files import write_file
+from treering.greedy import generate
 from treering.metrics import metric_for
 from treering.model import load, load_tokenizer, resolve
 from treering.registry import Version

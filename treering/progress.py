@@ -27,7 +27,7 @@ class Advance(Protocol):
 def bar(title: str, total: int, quiet: bool = False) -> Iterator[Advance]:
     """A progress bar over `total` steps; yields the function that moves it."""
     if quiet or total == 0:
-        yield _silent
+        yield silent
     elif sys.stderr.isatty():
         with _terminal(title, total) as advance:
             yield advance
@@ -35,7 +35,8 @@ def bar(title: str, total: int, quiet: bool = False) -> Iterator[Advance]:
         yield _lines(title, total)
 
 
-def _silent(steps: int = 1, note: str = "") -> None:
+def silent(steps: int = 1, note: str = "") -> None:
+    """Shows nothing."""
     del steps, note
 
 

@@ -23,6 +23,7 @@ from treering.errors import TreeringError
 from treering.memory import Teacher
 from treering.methods import Methods
 from treering.model import Tokens, compute, logits_at, use_bf16
+from treering.passes import read
 from treering.progress import bar
 from treering.schedule import Step, peak_rate, rate_schedule
 from treering.stop import Stop
@@ -134,25 +135,18 @@ def _gradients(
     return {name: float(loss.detach()) for name, loss in losses.items()}, gradients
 
 
-@torch.no_grad()
 def teach(
     model: PreTrainedModel, rows: Sequence[Tokens], config: Config, *, top_k: int, pad_id: int, quiet: bool = False
 ) -> dict[str, Teacher]:
     """The model's `top_k` highest logits at every answer token of `rows`."""
     model.eval()
-    bf16 = use_bf16(config)[0]
-    found: dict[str, Teacher] = {}
-    ordered = sorted(rows, key=lambda row: (len(row.ids), row.id))
-    with bar("taking logits", len(ordered), quiet) as advance:
-        for start in range(0, len(ordered), config.eval.batch_size):
-            part = ordered[start : start + config.eval.batch_size]
-            batch = make_batch(part, pad_id, model.device)
-            with compute(bf16, model.device):
-                logits = logits_at(model, **batch.inputs, at=batch.at)
-            top = logits.topk(min(top_k, logits.shape[-1]))
-            counts = [len(row.answers) for row in part]
-            ids, values = top.indices.to(torch.int32).cpu().split(counts), top.values.half().cpu().split(counts)
-            for row, row_ids, row_logits in zip(part, ids, values, strict=True):
-                found[row.id] = Teacher(row_ids.clone(), row_logits.clone())
-            advance(len(part))
-    return found
+
+    def highest(batch: Batch, logits: Tensor) -> list[Teacher]:
+        top = logits.topk(min(top_k, logits.shape[-1]))
+        ids, values = top.indices.to(torch.int32).cpu(), top.values.half().cpu()
+        pairs = zip(ids.split(batch.counts), values.split(batch.counts), strict=True)
+        return [Teacher(row_ids.clone(), row_logits.clone()) for row_ids, row_logits in pairs]
+
+    with bar("taking logits", len(rows), quiet) as advance:
+        found = read(model, rows, highest, config, pad_id, advance)
+    return {row.id: teacher for row, teacher in zip(rows, found, strict=True)}

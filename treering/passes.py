@@ -1,0 +1,59 @@
+"""Forward passes over many rows, with nothing learned: those of like length together, all threads at work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from treering import shares
+from treering.batches import Batch, make_batch
+from treering.model import Tokens, compute, logits_at, use_bf16
+from treering.progress import Advance
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from treering.config import Config
+    from treering.stop import Stop
+
+R = TypeVar("R")
+
+
+def read(
+    model: PreTrainedModel,
+    rows: Sequence[Tokens],
+    make: Callable[[Batch, Tensor], Sequence[R]],
+    config: Config,
+    pad_id: int,
+    advance: Advance,
+    stop: Stop | None = None,
+) -> list[R]:
+    """What `make` makes of each batch and its logits (`logits_at` of its answer tokens): a result a row, in order.
+
+    Raises `UpdateInterruptedError` when `stop` was asked.
+    """
+    order = sorted(range(len(rows)), key=lambda at: (len(rows[at].ids), rows[at].id))
+    size, bf16 = config.eval.batch_size, use_bf16(config)[0]
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    at_once = torch.get_num_threads() if model.device.type == "cpu" else 1
+    found: dict[int, R] = {}
+
+    @torch.no_grad()
+    def one(batch: Sequence[int]) -> Sequence[R]:
+        made = make_batch([rows[at] for at in batch], pad_id, model.device)
+        with compute(bf16, model.device):
+            logits = logits_at(model, **made.inputs, at=made.at)
+        return make(made, logits)
+
+    with shares.side_by_side(at_once) as compute_all:
+        for start in range(0, len(batches), at_once):
+            if stop is not None:
+                stop.check()
+            now = batches[start : start + at_once]
+            for batch, results in zip(now, compute_all(one, now), strict=True):
+                found.update(zip(batch, results, strict=True))
+                advance(len(batch))
+    return [found[at] for at in range(len(rows))]
