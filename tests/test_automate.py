@@ -27,7 +27,9 @@ from treering.automate.state import FILE, State
 from treering.cli import run
 from treering.errors import ConfigError, LockError, TreeringError
 from treering.gate import Judgement, Verdict
+from treering.schedule import peak_rate
 from treering.testing import toy_rows
+from treering.train import train
 
 MakeWorkspace = Callable[..., Workspace]
 ROOT = Path(__file__).parents[1]
@@ -389,7 +391,7 @@ def strict_gate(monkeypatch: pytest.MonkeyPatch) -> Callable[[Workspace], None]:
     def apply(ws: Workspace) -> None:
         def judge(_: object, __: object, ___: object, fresh: set[str], *____: object) -> Verdict:
             bad = any("bad" in origin.file for origin in ws.catalog.origins(sorted(fresh)).values())
-            found = Judgement("pens", 1.0, 0.5 if bad else 1.0, 0, 0, 9, 9, not bad, "measured")
+            found = Judgement("pens", "new", 1.0, 0.5 if bad else 1.0, 0, 0, 9, 9, not bad, "measured")
             return Verdict(not bad, "held: pens fell" if bad else "promoted: fine", (found,))
 
         monkeypatch.setattr(gate, "judge", judge)
@@ -456,6 +458,69 @@ def test_the_only_file_is_the_culprit(rig: Callable[..., Rig], strict_gate: Call
     auto.until_idle()
     assert len(registry.versions(auto.ws)) == 1
     assert auto.ws.catalog.counts() == {"train": 0, "held_out": 0, "quarantined": 21}
+
+
+class Forgetful:
+    """A gate that holds for what was forgotten: any update of `hard.jsonl`, unless it is a careful one."""
+
+    def __init__(self, ws: Workspace, monkeypatch: pytest.MonkeyPatch, *, ever: bool = True) -> None:
+        self.ws, self._ever = ws, ever
+        self._rate = peak_rate(ws.config())
+        self.rates: list[float] = []
+
+        def noted(*given: Any, **options: Any) -> Any:
+            config = given[4]
+            self.rates.append(peak_rate(config) / self._rate)
+            self._careful = config.memory.replay_share > ws.config().memory.replay_share
+            return train(*given, **options)
+
+        monkeypatch.setattr("treering.candidate.train", noted)
+        monkeypatch.setattr(gate, "judge", self._judge)
+
+    def _judge(self, _: object, __: object, ___: object, fresh: set[str], *____: object) -> Verdict:
+        hard = any("hard" in origin.file for origin in self.ws.catalog.origins(sorted(fresh)).values())
+        passed = not hard or (self._careful and self._ever)
+        found = [
+            Judgement("pens", "old", 1.0, 1.0 if passed else 0.5, 0, 0, 9, 9, passed, "measured"),
+            Judgement("new data", "new", 0.0, 1.0, 0, 0, 9, 9, True, "measured"),
+        ]
+        return Verdict(passed, "promoted: fine" if passed else "held: pens fell", tuple(found))
+
+
+def test_what_only_forgot_is_tried_with_more_protection(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = rig()
+    trained = Forgetful(auto.ws, monkeypatch)
+    put(auto.ws, "pens", "a.jsonl")
+    put(auto.ws, "cups", "hard.jsonl")
+    auto.until_idle()
+    assert auto.steps.updates == [None, "hard.jsonl", "hard.jsonl", "a.jsonl"]
+    assert trained.rates == [1, 1, 0.5, 1]
+    assert [v.promote for v in registry.versions(auto.ws)] == [False, False, True, True]
+    assert (current(auto.ws), waiting(auto.ws), auto.ws.catalog.quarantined()) == ("v4", {}, [])
+    reasons = [entry["reason"] for entry in events.history(auto.ws) if entry["event"] == "update.started"]
+    assert reasons[2] == "v2 forgot: once more, with half the rate and more replay"
+    assert reasons[3] == "v1 was held: which of its files is to blame?"
+    assert State.load(auto.ws.root).forgot is None
+
+
+def test_what_forgets_however_careful_is_quarantined(rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = rig()
+    trained = Forgetful(auto.ws, monkeypatch, ever=False)
+    hard = put(auto.ws, "cups", "hard.jsonl")
+    while not trained.rates:
+        auto.clock.on(seconds=max(1, auto.look()))
+    assert State.load(auto.ws.root).forgot == "v1"
+    auto.steps.answers = [failed()]
+    auto.look()
+    auto.start()  # A crash forgets nothing of that.
+    auto.clock.on(hours=1)
+    auto.until_idle()
+    assert trained.rates == [1, 0.5]
+    assert auto.last("rows.quarantined")["version"] == "v2"
+    assert {row["file"] for row in auto.ws.catalog.quarantined()} == {str(hard)}
+    assert (current(auto.ws), waiting(auto.ws)) == (None, {})
 
 
 def test_the_search_goes_on_after_a_crash(rig: Callable[..., Rig], strict_gate: Callable[[Workspace], None]) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy.stats import norm
@@ -28,16 +28,20 @@ from treering.sections import GateConfig
 _LEARNED = 0.6
 """Of the rows on which chance is wrong, the share on which a candidate that has learned its task is right."""
 
-_LUCK = 0.01
+_LUCK = 0.02
 """How often labels that were shuffled may pass. Whoever has learned its task is far from it, and a task that begins
 with wrong labels refuses the right ones for ever."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """One comparison. Scores are means over the rows both were scored on; `lower` and `upper` bound the difference."""
+    """One comparison. Scores are means over the rows both were scored on; `lower` and `upper` bound the difference.
+
+    `about` says whether it judges what was forgotten (`old`) or what was learned (`new`).
+    """
 
     name: str
+    about: Literal["old", "new"]
     before: float | None
     after: float | None
     lower: float
@@ -141,7 +145,7 @@ def _old_task(task: str, pairs: Sequence[tuple[Result, Result]], config: GateCon
         reason = f"no worse: changed by {_points(found['change'])} (bounds {_range(found)})"
     else:
         reason = _too_few(found, config) + "; judged with the other old tasks"
-    return _judgement(task, found, passed, reason)
+    return _judgement(task, "old", found, passed, reason)
 
 
 def _pool(pairs: Sequence[tuple[Result, Result]], config: GateConfig, seed: int) -> Judgement:
@@ -152,7 +156,7 @@ def _pool(pairs: Sequence[tuple[Result, Result]], config: GateConfig, seed: int)
     reason = f"changed by {_points(found['change'])} (bounds {_range(found)}); the margin is {_points(config.margin)}"
     if not enough:
         reason += f"; {_too_few(found, config)}: held only if shown to be worse, or by a drop of twice the margin"
-    return _judgement("old tasks together", found, passed, reason)
+    return _judgement("old tasks together", "old", found, passed, reason)
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,7 @@ def _fit(
     reason = f"{_points(missing)} below the old rows of the task, changed by {_points(found['change'])}"
     if not passed:
         reason += f" (bounds {_range(found)}): it was trained on and is still wrong; its labels may contradict the task"
-    return _Fit(task, _judgement(name, {**found, "rows_needed": 0}, passed, reason), as_right)
+    return _Fit(task, _judgement(name, "new", {**found, "rows_needed": 0}, passed, reason), as_right)
 
 
 def _chance(task: str, results: Sequence[Result], labels: Sequence[str], config: GateConfig, seed: int) -> Judgement:
@@ -215,14 +219,16 @@ def _chance(task: str, results: Sequence[Result], labels: Sequence[str], config:
         reason += f"; its own answers, dealt out at random, have as much in {100 * share:.1f}% of the draws"
     if not passed:
         reason += ": no better than guessing, as with labels that were shuffled"
-    return _judgement(name, found, passed, reason)
+    return _judgement(name, "new", found, passed, reason)
 
 
 def _gain(pairs: Sequence[tuple[Result, Result]], known: bool, config: GateConfig, seed: int) -> Judgement:
     """`known`: the new rows are as right as the old ones of their tasks, so there may be nothing left to gain."""
     if not pairs:
         nothing = {"before": None, "after": None, "lower": 0.0, "upper": 0.0, "rows": 0, "rows_needed": 0}
-        return _judgement("new data", nothing, True, "no held-out rows of the new data, so its gain is not measured")
+        return _judgement(
+            "new data", "new", nothing, True, "no held-out rows of the new data, so its gain is not measured"
+        )
     found = paired("new data", pairs, config, seed)
     wanted = min(config.min_gain, 1 - found["before"])
     loss = float(np.mean([after.loss - before.loss for before, after in pairs]))
@@ -235,7 +241,7 @@ def _gain(pairs: Sequence[tuple[Result, Result]], known: bool, config: GateConfi
     reason = f"changed by {_points(found['change'])} (bounds {_range(found)}), held-out loss by {loss:+.3f}"
     if not passed:
         reason += f"; a gain of at least {_points(wanted)} or a lower loss is needed"
-    return _judgement("new data", {**found, "rows_needed": 0}, passed, reason)
+    return _judgement("new data", "new", {**found, "rows_needed": 0}, passed, reason)
 
 
 def paired(name: str, pairs: Sequence[tuple[Result, Result]], config: GateConfig, seed: int) -> dict[str, Any]:
@@ -273,9 +279,11 @@ def _rows(spread: float, effect: float, config: GateConfig) -> int:
     return int(np.ceil((2 * norm.ppf(config.confidence) * max(spread, 0.2) / effect) ** 2))
 
 
-def _judgement(name: str, found: Mapping[str, Any], passed: bool, reason: str) -> Judgement:
+def _judgement(
+    name: str, about: Literal["old", "new"], found: Mapping[str, Any], passed: bool, reason: str
+) -> Judgement:
     fields = ("before", "after", "lower", "upper", "rows", "rows_needed")
-    return Judgement(name, **{field: found[field] for field in fields}, passed=passed, reason=reason)
+    return Judgement(name, about, **{field: found[field] for field in fields}, passed=passed, reason=reason)
 
 
 def _too_few(found: Mapping[str, Any], config: GateConfig) -> str:

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 class Work:
     """An update to run: why, and with `file` on the rows of that file alone, to see whether it is to blame.
 
-    `row`: the first of those that wait.
+    `row`: the first of those that wait. `careful`: with settings that protect more (`culprit.careful`).
     """
 
     reason: str
     file: str | None = None
     row: str | None = None
+    careful: bool = False
 
 
 class Agenda:
@@ -39,6 +40,9 @@ class Agenda:
 
     def next(self, state: State, config: AutomateConfig, now: datetime) -> Work | None:
         """The update that is due, or None. In `state` it notes how far the schedule was followed."""
+        if state.suspects and state.forgot:
+            again = f"{state.forgot} forgot: once more, with half the rate and more replay"
+            return Work(again, state.suspects[0], careful=True)
         if state.suspects:
             return Work(f"{state.held} was held: which of its files is to blame?", state.suspects[0])
         ids = self._waiting()

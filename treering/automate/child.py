@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from treering.automate import culprit
 from treering.errors import TreeringError, full_disk_is_clear
 from treering.workspace import Workspace
 
@@ -34,7 +35,8 @@ def perform(ws: Workspace, order: dict[str, Any]) -> dict[str, Any]:
         return {key: taken[key] for key in COUNTS}
     from treering import pipeline
 
-    outcome = pipeline.update(ws, inbox=False, file=order["file"])
+    settings = culprit.careful(ws.config()) if order["careful"] else ()
+    outcome = pipeline.update(ws, settings, inbox=False, file=order["file"])
     version = outcome.version.name if outcome.version else None
     return {"status": outcome.status, "reason": outcome.reason, "version": version}
 

@@ -1,4 +1,4 @@
-"""After a hold: which files it was made of, and how one of them goes to quarantine."""
+"""After a hold: which files it was made of, what is tried before one is blamed, and how it goes to quarantine."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from treering import registry
+from treering.schedule import peak_rate
 
 if TYPE_CHECKING:
+    from treering.config import Config
     from treering.registry import Version
     from treering.workspace import Workspace
 
@@ -16,6 +18,17 @@ if TYPE_CHECKING:
 def to_blame(version: Version) -> bool:
     """Whether the gate held it for what it learned; not, say, because its parent was no longer current."""
     return not version.promote and any(not j["passed"] for j in version.manifest["verdict"]["judgements"])
+
+
+def only_forgot(version: Version) -> bool:
+    """Whether it was held for what it forgot alone: nothing is wrong with its rows that the gate can see."""
+    return {j["about"] for j in version.manifest["verdict"]["judgements"] if not j["passed"]} == {"old"}
+
+
+def careful(config: Config) -> list[str]:
+    """Settings that protect more: half the rate, and half as many new rows among the replayed ones."""
+    share = (1 + config.memory.replay_share) / 2
+    return [f"learning_rate={peak_rate(config) / 2!r}", f"memory.replay_share={share!r}"]
 
 
 def files(ws: Workspace, version: Version) -> list[str]:

@@ -112,7 +112,7 @@ class Automation:
         was_current = any(move["version"] == version.name for move in registry.history(self.ws))
         value = {"status": "promoted" if was_current else "held", "version": version.name, "reason": version.summary}
         state.running = None
-        self._ended(Work(state.pending or "", file), value, config)
+        self._ended(Work(state.pending or "", file, careful=bool(file and state.forgot)), value, config)
 
     def _go_on(self, stop: Asked, once: bool, stay: bool) -> Ended:
         next_look = 0.0
@@ -222,7 +222,8 @@ class Automation:
         self._postponed = None
         self.events.add("update.started", config, reason=work.reason, file=work.file)
         answer = self._perform(
-            {"step": "update", "workspace": str(self.ws.root), "file": work.file}, self._meter(config)
+            {"step": "update", "workspace": str(self.ws.root), "file": work.file, "careful": work.careful},
+            self._meter(config),
         )
         if answer.error is not None:
             self._not_done("update", answer, config)
@@ -240,13 +241,15 @@ class Automation:
         state = self.state
         state.pending = state.pending_row = None
         if work.file is not None:
-            state.suspects = state.suspects[1:]
+            state.suspects, state.forgot = state.suspects[1:], None
         version = registry.get(self.ws, value["version"]) if value["version"] else None
         refused = None
         if version is not None and value["status"] == "held":
             files = [work.file] if work.file is not None else culprit.files(self.ws, version)
             if not files or not culprit.to_blame(version):
                 self.agenda.settle(state)
+            elif len(files) == 1 and not work.careful and culprit.only_forgot(version):
+                state.forgot, state.suspects = version.name, [*files, *state.suspects]
             elif len(files) == 1:
                 refused = files[0], culprit.quarantine(self.ws, files[0], version)
                 if not refused[1]:

@@ -47,6 +47,8 @@ class State(BaseModel):
     """The version whose hold made `suspects`."""
     suspects: list[str] = []
     """Files that are still to be tried one by one."""
+    forgot: str | None = None
+    """The version whose hold is why the first of them is to be tried with more protection before it is blamed."""
     settled: str | None = None
     """A hash of what waited when the last update left everything as it was: the same is not tried again."""
     schedule: str | None = None
