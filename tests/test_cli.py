@@ -478,16 +478,23 @@ class InProcess:
 
 def test_bench_speed(cli: Runner, tmp_path: Path, model_folder: Path) -> None:
     """A real race on a tiny model: turns, losses and memory of both are told, and the losses agree."""
-    rows = [{"text": row["text"], "label": row["label"]} for row in toy_rows("pens", 40)]
-    write_rows(tmp_path / "data" / "train.jsonl", rows)
+    rows = [{"text": row["text"], "label": row["label"]} for row in toy_rows("pens", 48)]
+    write_rows(tmp_path / "data" / "train.jsonl", rows[:40])
+    write_rows(tmp_path / "data" / "test.jsonl", rows[40:])
     options = ["bf16=false", "per_device_train_batch_size=4", "--data", tmp_path / "data", "--model", model_folder]
-    found = cli.json("bench", "speed", *options, "--peers", "trainer-fp32", "--turns", 2, "--steps", 3)
+    found = cli.json("bench", "speed", *options, "--peers", "trainer-fp32,generate", "--turns", 2, "--steps", 3)
     assert set(found["examples_per_second"]) == set(found["peak_memory_mb"]) == {"treering", "trainer-fp32"}
     assert all(speed > 0 for speed in found["examples_per_second"].values())
     assert found["batches"]["rows"] == 2 * 3 * 4 and found["times_faster"].keys() == {"trainer-fp32"}
     assert [len(losses) for losses in found["losses"].values()] == [8, 8]
     assert found["loss_gap"] < 0.01 and found["losses"]["treering"][-1] < found["losses"]["treering"][0]
     assert 0 < found["flops_share"] < 1
+    scored = found["evaluation"]
+    assert scored["rows"] == 8 and scored["rows_per_second"].keys() == scored["right"].keys() == {
+        "treering",
+        "generate",
+    }
+    assert all(speed > 0 for speed in scored["rows_per_second"].values()) and scored["times_faster"]["generate"] > 0
     small = ["--data", tmp_path / "data", "--model", model_folder]
     assert "a batch needs 99" in cli.text("bench", "speed", "per_device_train_batch_size=99", *small, code=3)[1]
     assert "known: trainer-fp32" in cli.text("bench", "speed", *small, "--peers", "best", code=3)[1]

@@ -19,7 +19,7 @@ from treering.config import Config
 from treering.manifest import peak_memory_mb
 from treering.methods import Methods
 from treering.methods.lora import adapter
-from treering.model import Tokens, load_base, load_tokenizer, shared_prefix
+from treering.model import Tokens, load_base, load_tokenizer, save_weights, shared_prefix
 from treering.train import train
 
 Rows = list[list[Tokens]]
@@ -58,8 +58,8 @@ class Turns:
         self._out.flush()
 
 
-def ours(base: Path, config: Config, batches: Rows, out: Any) -> None:
-    """The loop that is measured here."""
+def ours(base: Path, config: Config, batches: Rows, out: Any, adapter: Path) -> None:
+    """The loop that is measured here; what it learned goes to the folder `adapter`."""
     tokenizer = load_tokenizer(base)
     pad_id = tokenizer.pad_token_id
     assert isinstance(pad_id, int)
@@ -71,6 +71,8 @@ def ours(base: Path, config: Config, batches: Rows, out: Any) -> None:
     steps = [[[row.id for row in batch]] for batch in batches]
     turns.begin()
     log = train(model, rows, steps, methods, config, pad_id=pad_id, quiet=True)
+    adapter.mkdir(exist_ok=True)
+    save_weights(model, tokenizer, adapter, str(base))
     turns.say(losses=[entry["loss"] for entry in log])
 
 
@@ -184,7 +186,7 @@ def main(name: str, work: Path) -> None:
     batches = [[Tokens(row["id"], row["ids"], row["answers"]) for row in batch] for batch in given["batches"]]
     base, config = Path(given["base"]), Config.build(given["config"])
     if name == "treering":
-        ours(base, config, batches, out)
+        ours(base, config, batches, out, work.parent / "adapter")
     else:
         kind, _, precision = name.partition("-")
         peer(base, config, batches, out, trl=kind == "trl", bf16=precision == "bf16")

@@ -1,13 +1,14 @@
-"""`treering bench speed`: training beside the trainers that people use, on the same batches of rows, in turns.
+"""`treering bench speed`: training and scoring beside what people use for them, on the same rows, in turns.
 
-Every contestant has a process of its own (`contestant.py`), which waits while the others have their turn, so that what
-else the machine does meets all of them.
+Every contestant has a process of its own (`contestant.py`, `scorer.py`), which waits while the others have their turn,
+so that what else the machine does meets all of them.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,9 @@ OURS = "treering"
 PEERS = ("trainer-fp32", "trainer-bf16", "trl-fp32", "trl-bf16")
 """Transformers' `Trainer` and TRL's `SFTTrainer`, both with peft, in float32 and with bfloat16 weights and autocast."""
 
+SCORERS = ("generate", "lm-eval")
+"""Transformers' `generate` and lm-evaluation-harness, both with the adapter merged into bfloat16 weights."""
+
 REFERENCE = "trainer-fp32"
 """Whose losses ours are compared with, step by step."""
 
@@ -41,11 +45,15 @@ SIZE = 2048
 
 @dataclass(frozen=True)
 class Race:
-    """What is trained on: rows of `data` (a folder of tasks, or of one), `steps` batches a turn, `turns` turns."""
+    """What is trained on: rows of `data` (a folder of tasks, or of one), `steps` batches a turn, `turns` turns.
+
+    `eval_rows` of its held-out files are scored.
+    """
 
     data: Path
     steps: int = 4
     turns: int = 5
+    eval_rows: int = 96
     model: str | None = None
     overrides: tuple[str, ...] = ()
     """`key=value` settings of all, as in `treering.yaml`."""
@@ -70,7 +78,7 @@ class Race:
 
         wanted = WARM_UP_STEPS + self.steps * self.turns
         tokenizer = load_tokenizer(base)
-        rows = {example.id: encode(tokenizer, example) for example in self._examples()}
+        rows = {example.id: encode(tokenizer, example) for example in self._examples("train")}
         size = config.per_device_train_batch_size
         if len(rows) < size:
             raise UsageError(f"--data {self.data} has {len(rows)} training rows; a batch needs {size}")
@@ -79,20 +87,25 @@ class Race:
         steps = plan_steps(sorted(rows), Memory(), Methods(config), lengths, settings)
         return [[rows[id] for id in batch] for step in steps for batch in step]
 
-    def _examples(self) -> list[Example]:
+    def held_out(self) -> list[Example]:
+        """The rows that are scored; none if `data` has no held-out files."""
+        rows = self._examples("held_out")
+        return random.Random(0).sample(rows, min(len(rows), self.eval_rows))
+
+    def _examples(self, split: str) -> list[Example]:
         if not self.data.is_dir():
             raise UsageError(f"--data {self.data} is no folder; name one with files of training rows")
-        files = [file for file in find_files(self.data) if split_of(file) == "train"]
+        files = [file for file in find_files(self.data) if split_of(file) == split]
         return [row.example for file in files for row in read(file) if isinstance(row, Row)]
 
 
 class Contestant:
-    """A trainer in a process of its own."""
+    """A trainer or a scorer in a process of its own."""
 
-    def __init__(self, name: str, work: Path, log: Path) -> None:
+    def __init__(self, name: str, module: str, work: Path, log: Path) -> None:
         self.name = name
         self._log = log
-        command = [sys.executable, "-m", "treering.bench.contestant", name, str(work)]
+        command = [sys.executable, "-m", f"treering.bench.{module}", name, str(work)]
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
                 command,
@@ -104,7 +117,10 @@ class Contestant:
             )
 
     def turn(self, steps: int) -> dict[str, Any]:
-        """Let it train on the next `steps` batches; with none left, the losses. Raises `TreeringError` if it ended."""
+        """Let it train on the next `steps` batches; with none left, the losses. A scorer scores all rows.
+
+        Raises `TreeringError` if it ended.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(f"{steps}\n")
@@ -113,8 +129,10 @@ class Contestant:
         except BrokenPipeError:
             line = ""
         if not line:
-            last = self._log.read_text(errors="replace").strip().splitlines()[-1:]
-            raise TreeringError(f"{self.name} ended ({' '.join(last)}); all it said is in {self._log}")
+            last = " ".join(self._log.read_text(errors="replace").strip().splitlines()[-1:])
+            if last.startswith("ModuleNotFoundError"):
+                last += "; pip install 'treering[benchmarks]'"
+            raise TreeringError(f"{self.name} ended ({last}); all it said is in {self._log}")
         found: dict[str, Any] = json.loads(line)
         return found
 
@@ -124,27 +142,54 @@ class Contestant:
         self._process.wait()
 
 
-def run_speed(race: Race, peers: Sequence[str] = PEERS, logs: Path | None = None) -> dict[str, Any]:
-    """Train with treering and `peers` in turns; returns the medians of their speeds, memory and how losses agree.
+def run_speed(race: Race, peers: Sequence[str] = (*PEERS, *SCORERS), logs: Path | None = None) -> dict[str, Any]:
+    """Train and score with treering and `peers` in turns; returns the medians of their speeds, memory, and how
+    losses agree.
 
     Raises:
         UsageError: unknown peers, or data without rows enough.
         TreeringError: a contestant ended, say because its package is not installed.
     """
-    unknown = [name for name in peers if name not in PEERS]
+    known = (*PEERS, *SCORERS)
+    unknown = [name for name in peers if name not in known]
     if unknown:
-        raise UsageError(f"unknown peers: {', '.join(unknown)}; known: {', '.join(PEERS)}")
+        raise UsageError(f"unknown peers: {', '.join(unknown)}; known: {', '.join(known)}")
     config = race.config()
     base = resolve(config.model_name_or_path, config.trust_remote_code)
-    batches = race.batches(config, base)
+    batches, held_out = race.batches(config, base), race.held_out()
     with tempfile.TemporaryDirectory(prefix="treering-bench-") as scratch:
         folder = logs or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         work = folder / "work.json"
         rows = [[{"id": row.id, "ids": row.ids, "answers": row.answers} for row in batch] for batch in batches]
-        write_json(work, {"base": str(base), "config": config.model_dump(mode="json"), "batches": rows})
-        runs, losses, products = _race(race, [OURS, *peers], work, folder)
-    return _figures(race, batches, runs, losses, products)
+        asked = [[{"role": m.role, "content": m.content} for m in row.messages] for row in held_out]
+        given = {"base": str(base), "config": config.model_dump(mode="json"), "batches": rows, "held_out": asked}
+        write_json(work, given)
+        trainers = [OURS, *(name for name in peers if name in PEERS)]
+        runs, losses, products = _race(race, trainers, work, folder)
+        found = _figures(race, batches, runs, losses, products)
+        scorers = [OURS, *(name for name in peers if name in SCORERS)]
+        found["evaluation"] = _scoring(race, scorers, len(held_out), work, folder) if held_out else None
+    return found
+
+
+def _scoring(race: Race, names: Sequence[str], rows: int, work: Path, folder: Path) -> dict[str, Any]:
+    """Rows a second of each scorer, how many times as fast treering is, and what they find right."""
+    told: dict[str, list[Any]] = {name: [] for name in names}
+    with ExitStack() as inside, bar("scoring", (race.turns + 1) * len(names), False) as advance:
+        scorers = [inside.enter_context(_contestant(name, "scorer", work, folder)) for name in names]
+        for turn in range(race.turns + 1):
+            for scorer in scorers:
+                found = scorer.turn(1)
+                told[scorer.name] += [found] if turn else []  # The first warms up.
+                advance(1, scorer.name)
+    return {
+        "rows": rows,
+        "rows_per_second": {name: rows / statistics.median(t["seconds"] for t in ts) for name, ts in told.items()},
+        "times_faster": {name: _ratio(told[OURS], told[name]) for name in names if name != OURS},
+        "right": {name: found[-1]["right"] for name, found in told.items()},
+        "peak_memory_mb": {name: found[-1]["peak_memory_mb"] for name, found in told.items()},
+    }
 
 
 def _race(
@@ -156,7 +201,7 @@ def _race(
     with ExitStack() as inside, bar("racing", (race.turns + 1) * len(names), False) as advance:
         contestants = []
         for name in names:
-            contestants.append(inside.enter_context(_contestant(name, work, folder)))
+            contestants.append(inside.enter_context(_contestant(name, "contestant", work, folder)))
             contestants[-1].turn(WARM_UP_STEPS)
             advance(1, name)
         for _ in range(race.turns):
@@ -169,8 +214,8 @@ def _race(
 
 
 @contextmanager
-def _contestant(name: str, work: Path, folder: Path) -> Iterator[Contestant]:
-    contestant = Contestant(name, work, folder / f"{name}.log")
+def _contestant(name: str, module: str, work: Path, folder: Path) -> Iterator[Contestant]:
+    contestant = Contestant(name, module, work, folder / f"{module}-{name}.log")
     try:
         yield contestant
     finally:
@@ -246,4 +291,11 @@ def table(found: Mapping[str, Any]) -> list[str]:
     lines.append(f"{100 * found['flops_share']:.0f}% of what the machine does in a plain bfloat16 matrix product")
     if found["loss_gap"] is not None:
         lines.append(f"losses differ from {REFERENCE} by {100 * found['loss_gap']:.1f}% at most, step by step")
+    scored = found["evaluation"]
+    if scored is not None:
+        lines.append(f"scoring {scored['rows']} held-out rows:")
+        for name, speed in scored["rows_per_second"].items():
+            times = f"{scored['times_faster'][name]:.1f} x as fast" if name in scored["times_faster"] else ""
+            memory, right = scored["peak_memory_mb"][name], 100 * scored["right"][name]
+            lines.append(f"{name:14}{speed:>10.1f}{f'{right:.0f}% right':>12}{times:>16}{f'{memory:.0f} MB':>16}")
     return lines

@@ -21,15 +21,17 @@ def speed(
     peers: Annotated[str | None, typer.Option(help="Names separated by commas; all by default.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Batches of a turn.")] = 4,
     turns: Annotated[int, typer.Option(min=1, help="Turns of each; figures are their medians.")] = 5,
+    eval_rows: Annotated[int, typer.Option(min=1, help="Held-out rows that are scored.")] = 96,
     model: Annotated[str | None, typer.Option(help="Base model: a folder or a hub name.")] = None,
     logs: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep what the trainers print here.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Training beside the trainers that people use, on the same batches, in turns."""
-    from treering.bench.speed import PEERS, Race, run_speed, table
+    """Training and scoring beside what people use for them, on the same rows, in turns."""
+    from treering.bench.speed import PEERS, SCORERS, Race, run_speed, table
 
-    names = PEERS if peers is None else [name.strip() for name in peers.split(",") if name.strip()]
-    found = run_speed(Race(data, steps, turns, model, tuple(settings or ())), names, logs)
+    all_peers = (*PEERS, *SCORERS)
+    names = all_peers if peers is None else [name.strip() for name in peers.split(",") if name.strip()]
+    found = run_speed(Race(data, steps, turns, eval_rows, model, tuple(settings or ())), names, logs)
     output(found, as_json, table(found))
 
 
