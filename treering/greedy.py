@@ -2,7 +2,7 @@
 
 One pass over a prompt and a guess gives the likeliest token after each of them, so the answer is known up to the first
 token in which the guess is wrong, and that token too. Labels are guessed from those known: the right one first, then
-the most frequent of those that begin as the answer does. What no guess fits is generated, token by token.
+the most frequent of those that begin as the answer does, then the end. What has long to go is generated token by token.
 (Speculative decoding, Leviathan et al. 2022, arXiv:2211.17192, with known answers in place of a draft model.)
 """
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     from treering.config import Config
     from treering.stop import Stop
+
+SHORT = 4
+"""Tokens that are found sooner by a pass each than by `generate`, which begins with a pass of its own."""
 
 
 @dataclass
@@ -75,11 +78,16 @@ def write(
 ) -> list[str]:
     """Write all `answers` to their ends; returns their texts."""
     end, pad_id = cast(int, tokenizer.eos_token_id), cast(int, tokenizer.pad_token_id)
-    while guessed := [(a, guess) for a in answers if not a.ended and (guess := known.guess(a.written))]:
-        rows = [_with_guess(at, answer, guess) for at, (answer, guess) in enumerate(guessed)]
-        found = read(model, rows, likeliest, config, pad_id, silent, stop)
-        for (answer, guess), tokens in zip(guessed, found, strict=True):
-            answer.take(guess, tokens, end)
+
+    def guess(answer: Answer) -> Sequence[int] | None:
+        near = answer.limit - len(answer.written) <= SHORT
+        return known.guess(answer.written) or ([end] if near else None)
+
+    while guessed := [(a, found) for a in answers if not a.ended and (found := guess(a))]:
+        rows = [_with_guess(at, answer, found) for at, (answer, found) in enumerate(guessed)]
+        passed = read(model, rows, likeliest, config, pad_id, silent, stop)
+        for (answer, found), tokens in zip(guessed, passed, strict=True):
+            answer.take(found, tokens, end)
         advance(sum(answer.ended for answer, _ in guessed))
     left = sorted((a for a in answers if not a.ended), key=lambda a: len(a.prompt) + len(a.written))
     for start in range(0, len(left), config.eval.batch_size):
