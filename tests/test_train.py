@@ -97,11 +97,13 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("values", [{}, {"use_dora": True, "additional_target": "lm_head"}], ids=["plain", "dora"])
 def test_shares_of_a_batch_teach_what_the_whole_does(
-    model_folder: Path, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
 ) -> None:
     """Every loss of a step, whatever computes its rows, and the same bits each time."""
-    config = settings(model_folder, per_device_train_batch_size=8, gradient_accumulation_steps=2, num_train_epochs=2.0)
+    sizes_of_a_step = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_train_epochs": 2.0}
+    config = settings(model_folder, **sizes_of_a_step, **values)
     taught = Run(model_folder, config, mixed_lengths())
     rows = list(taught.rows.values())
     teachers = teach(taught.model, rows[:5], config, top_k=4, pad_id=taught.pad_id, quiet=True)

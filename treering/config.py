@@ -54,6 +54,15 @@ class Config(Section):
     lora_target: str = "all"
     """Modules that get adapters: `all` linear layers, or names separated by commas."""
 
+    use_dora: bool = False
+    """Learn the length of each layer's weights apart from their direction (DoRA): nearer to full, and slower."""
+
+    use_rslora: bool = False
+    """Divide the LoRA scale by the square root of the rank (rsLoRA), for large ranks."""
+
+    additional_target: str | None = None
+    """Modules that learn whole and are kept with the adapter, such as `lm_head`; names separated by commas."""
+
     freeze_trainable_layers: int = 2
     """With `freeze`: how many layers train, counted from the last (positive) or the first (negative)."""
 
@@ -134,12 +143,24 @@ class Config(Section):
     def _fits_together(self) -> Config:
         if "distill" in self.protect and "replay" not in self.protect:
             raise ValueError("protect: distill works on replayed rows; add replay or drop distill")
+        if self.finetuning_type != "lora":
+            for key in ("use_dora", "use_rslora", "additional_target"):
+                if value := getattr(self, key):
+                    raise ValueError(
+                        f"{key} is {value}, but finetuning_type is {self.finetuning_type}, which has no adapter: "
+                        "drop either"
+                    )
         return self
 
     @property
     def alpha(self) -> int:
         """LoRA scale numerator with its default filled in."""
         return 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def additional_targets(self) -> list[str]:
+        """The names in `additional_target`."""
+        return names(self.additional_target or "")
 
     def of_versions(self) -> dict[str, Any]:
         """The settings that versions depend on; those that say when updates run and how versions serve are left out."""
@@ -169,6 +190,11 @@ class Config(Section):
                 f"{source}: {len(problems)} wrong setting(s), nothing was changed:\n  " + "\n  ".join(problems)
             )
         return config
+
+
+def names(text: str) -> list[str]:
+    """What `text` lists between commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

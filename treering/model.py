@@ -215,11 +215,13 @@ def load(base: Path, config: Config, version: Version | None = None) -> PreTrain
         return load_base(version.folder, config)
     if not (version.folder / "adapter_model.safetensors").exists():
         raise VersionError(f"{version.name} has no adapter_model.safetensors; other formats are not loaded")
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
     from treering.lora_product import join
 
-    adapted = PeftModel.from_pretrained(load_base(base, config), str(version.folder), is_trainable=True)
+    made = LoraConfig.from_pretrained(str(version.folder))
+    made.lora_dropout = config.lora_dropout  # How the next update trains, whatever the last one did.
+    adapted = PeftModel.from_pretrained(load_base(base, config), str(version.folder), is_trainable=True, config=made)
     join(adapted)  # As it was trained, so that it gives the same bits.
     return cast("PreTrainedModel", adapted)
 
@@ -239,9 +241,11 @@ def save_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
         adapter.target_modules = sorted(adapter.target_modules)  # The same bytes whatever the order of a set.
     adapter.save_pretrained(str(folder))
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    write_file(
-        folder / "adapter_model.safetensors", save({k: v.detach().cpu().contiguous() for k, v in weights.items()})
-    )
+    # Copies, because embeddings that are both input and output have two names, and safetensors one name a memory.
+    copies = {
+        name: weight.detach().cpu().clone(memory_format=torch.contiguous_format) for name, weight in weights.items()
+    }
+    write_file(folder / "adapter_model.safetensors", save(copies))
 
 
 def fingerprint(folder: Path) -> str:
