@@ -18,7 +18,7 @@ from treering import train as train_module
 from treering.batches import Batch, make_batch
 from treering.config import Config
 from treering.data.example import Example
-from treering.errors import TreeringError, UpdateInterruptedError
+from treering.errors import ConfigError, TreeringError, UpdateInterruptedError
 from treering.memory import Memory, Teacher
 from treering.methods import Methods
 from treering.model import Tokens, encode, encode_prompt, load_base, load_tokenizer, logits_at
@@ -266,6 +266,39 @@ def test_only_answer_tokens_count(model_folder: Path) -> None:
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
     log = run.train(steps=[[[row.id for row in rows]]])
     assert log[0]["loss"] == pytest.approx(cross_entropy(wanted, batch.targets).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("values", [{}, {"use_dora": True}, {"finetuning_type": "full"}], ids=["lora", "dora", "full"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_layers_computed_again_teach_the_same(
+    model_folder: Path, threads: Callable[[int], None], count: int, values: dict[str, Any]
+) -> None:
+    threads(count)
+    rows = [chat(("system", "Sort these."), ("user", "x" * (1 + n)), ("assistant", f"{n}")) for n in range(8)]
+
+    def run(again: bool) -> tuple[dict[str, Tensor], list[float], int]:
+        made = Run(
+            model_folder,
+            settings(model_folder, gradient_checkpointing=again, per_device_train_batch_size=8, max_steps=3, **values),
+            rows,
+        )
+        calls: list[int] = []
+        made.model.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        log = made.train()
+        return made.weights(), [entry["loss"] for entry in log], len(calls)
+
+    (kept, losses, calls), (again, again_losses, again_calls) = run(False), run(True)
+    assert again_calls == 2 * calls
+    assert again_losses == pytest.approx(losses, rel=1e-5)
+    for name, weight in kept.items():
+        torch.testing.assert_close(again[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_gradient_checkpointing(model_folder: Path) -> None:
+    run = Run(model_folder, settings(model_folder, gradient_checkpointing=True, finetuning_type="full"))
+    run.model.supports_gradient_checkpointing = False
+    with pytest.raises(ConfigError, match=r"gradient_checkpointing is true, but Llama.* does not support"):
+        run.train()
 
 
 @pytest.mark.parametrize("padding", [0, 3])

@@ -63,6 +63,10 @@ class Config(Section):
     additional_target: str | None = None
     """Modules that learn whole and are kept with the adapter, such as `lm_head`; names separated by commas."""
 
+    quantization_bit: Literal[4, 8] | None = None
+    """Keep the base model in 4 bits (QLoRA: NF4, double quantisation) or 8 while an adapter learns on it
+    (`pip install 'treering[quantization]'`); the version is judged and served on the same."""
+
     freeze_trainable_layers: int = 2
     """With `freeze`: how many layers train, counted from the last (positive) or the first (negative)."""
 
@@ -89,6 +93,9 @@ class Config(Section):
 
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Forward passes per optimiser step."""
+
+    gradient_checkpointing: bool = False
+    """Compute each layer again in the backward pass instead of keeping what it made: less memory, a third more time."""
 
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     """Share of the steps in which the rate rises from zero."""
@@ -144,12 +151,17 @@ class Config(Section):
         if "distill" in self.protect and "replay" not in self.protect:
             raise ValueError("protect: distill works on replayed rows; add replay or drop distill")
         if self.finetuning_type != "lora":
-            for key in ("use_dora", "use_rslora", "additional_target"):
+            for key in ("use_dora", "use_rslora", "additional_target", "quantization_bit"):
                 if value := getattr(self, key):
                     raise ValueError(
-                        f"{key} is {value}, but finetuning_type is {self.finetuning_type}, which has no adapter: "
+                        f"{key} is {value}, but finetuning_type is {self.finetuning_type}, and only lora has adapters: "
                         "drop either"
                     )
+        if self.use_dora and self.quantization_bit:
+            raise ValueError(
+                f"use_dora is true and quantization_bit is {self.quantization_bit}, which do not go together "
+                "(DoRA over quantised weights does not begin at the base model): drop either"
+            )
         return self
 
     @property

@@ -48,7 +48,7 @@ def of_update(
         "config": plan.config,
         "choices": candidate.choices,
         "machine": {**plan.machine, "platform": platform.platform()},
-        "libraries": {name: library_version(name) for name in LIBRARIES},
+        "libraries": {name: library_version(name) for name in libraries(candidate.config)},
         "rows": plan.rows,
         "held_out": candidate.held_out,
         "metrics": candidate.metrics,
@@ -89,6 +89,11 @@ def of_adoption(adapter: Path, config: Config, base: str) -> dict[str, Any]:
         "verdict": Verdict(True, f"adopted from {adapter}", ()).as_dict(),
         "promote_wanted": True,
     }
+
+
+def libraries(config: Config) -> list[str]:
+    """Those whose versions the weights may depend on."""
+    return [*LIBRARIES, *(["bitsandbytes"] if config.quantization_bit else [])]
 
 
 def peak_memory_mb() -> float:

@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from treering import attention
 from treering.data.example import Example, Message
 from treering.errors import ModelError, VersionError
+from treering.extras import needed
 from treering.files import fsync_tree, sha256, write_file
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ FINGERPRINTED = (
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+for library in ("huggingface_hub", "bitsandbytes"):
+    logging.getLogger(library).setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -183,11 +185,16 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def load_base(folder: Path, config: Config) -> PreTrainedModel:
-    """The weights in `folder`, in bfloat16 where that is used (`use_bf16`), else float32, on the best device here."""
+    """The weights in `folder`, in bfloat16 where that is used (`use_bf16`), else float32, on the best device here.
+
+    With `quantization_bit` its linear layers are in 4 or 8 bits, all but the output layer.
+    """
+    quantized = _quantization(config)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=torch.bfloat16 if use_bf16(config)[0] else torch.float32,
+            dtype=_dtype(config),
+            quantization_config=quantized,
             attn_implementation=None if torch.cuda.is_available() else "eager",
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
@@ -197,7 +204,31 @@ def load_base(folder: Path, config: Config) -> PreTrainedModel:
         raise ModelError(f"{folder} holds no model that transformers can load ({_first_line(error)})") from None
     if not torch.cuda.is_available() and model._supports_attention_backend and attention.suits(model.config):
         model.set_attn_implementation(attention.NAME)
-    return cast("PreTrainedModel", cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu"))
+    if quantized is None:  # Quantised weights are made where they stay.
+        model = cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
+    return cast("PreTrainedModel", model)
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return torch.bfloat16 if use_bf16(config)[0] else torch.float32
+
+
+def _quantization(config: Config) -> BitsAndBytesConfig | None:
+    """How the base is quantised: 8 bits as Dettmers et al. 2022 (arXiv:2208.07339), 4 as in QLoRA (arXiv:2305.14314).
+
+    Raises `ConfigError` where bitsandbytes is not installed.
+    """
+    if config.quantization_bit is None:
+        return None
+    needed("bitsandbytes", "quantization", f"quantization_bit is {config.quantization_bit}")
+    if config.quantization_bit == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=_dtype(config),
+    )
 
 
 def load(base: Path, config: Config, version: Version | None = None) -> PreTrainedModel:
@@ -333,12 +364,12 @@ def logits_at(model: PreTrainedModel, ids: Tensor, mask: Tensor, at: Tensor) -> 
         places = torch.arange(width, device=ids.device).expand(rows, -1)
         inputs = {"input_ids": _flat(ids, shared), "position_ids": _flat(places, shared)}
         at = at - at // width * shared  # Each row lacks what is before all of them.
-    tokens = _PLACES.set(at), attention.LAYOUT.set(layout)
+    token = _PLACES.set(at)
     try:
-        return cast(Tensor, model(**inputs, use_cache=False).logits).float()
+        with attention.laid_out(layout):
+            return cast(Tensor, model(**inputs, use_cache=False).logits).float()
     finally:
-        _PLACES.reset(tokens[0])
-        attention.LAYOUT.reset(tokens[1])
+        _PLACES.reset(token)
 
 
 def _flat(values: Tensor, shared: int) -> Tensor:

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from treering import shares
+from treering.attention import recomputed
 from treering.batches import Batch, as_step, make_batch
 from treering.checkpoints import resume, save
-from treering.errors import TreeringError
+from treering.errors import ConfigError, TreeringError
 from treering.memory import Teacher
 from treering.methods import Methods
 from treering.model import Tokens, compute, logits_at, use_bf16
@@ -67,6 +68,8 @@ def train(
     """
     torch.manual_seed(config.seed)
     model.train()
+    if config.gradient_checkpointing:
+        _checkpoint_layers(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         list(parameters.values()), lr=peak_rate(config), weight_decay=config.weight_decay, fused=True
@@ -120,6 +123,14 @@ def train(
             if stop is not None:
                 stop.check()
     return log
+
+
+def _checkpoint_layers(model: PreTrainedModel) -> None:
+    """Gradient checkpointing (Chen et al. 2016, arXiv:1604.06174). Raises `ConfigError` where a model has none."""
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputed})
+    except ValueError as error:
+        raise ConfigError(f"gradient_checkpointing is true, but {error}; take the setting out") from None
 
 
 def _gradients(

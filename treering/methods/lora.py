@@ -51,6 +51,11 @@ class LoRA:
         settings = adapter(self.config)
         # Where input and output embeddings are one, they stay one: whichever is named, both learn.
         whole = {module for name, module in modules.items() if name.endswith(tuple(targets))}
+        if any(not weight.is_floating_point() for module in whole for weight in module.parameters()):
+            raise ConfigError(
+                f"additional_target is {self.config.additional_target}, but quantised weights cannot learn whole: "
+                "drop quantization_bit, or name modules that stay as they are, such as lm_head"
+            )
         settings.ensure_weight_tying = getattr(model.config, "tie_word_embeddings", False) and not whole.isdisjoint(
             {model.get_input_embeddings(), model.get_output_embeddings()}
         )
