@@ -94,6 +94,9 @@ class Config(Section):
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Forward passes per optimiser step."""
 
+    neftune_noise_alpha: float | None = Field(None, gt=0)
+    """Noise on the embeddings while training (NEFTune), such as 5: answers to open questions get fuller."""
+
     gradient_checkpointing: bool = False
     """Compute each layer again in the backward pass instead of keeping what it made: less memory, a third more time."""
 

@@ -34,6 +34,7 @@ from treering.files import fsync_tree, sha256, write_file
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from treering.batches import Noise
     from treering.config import Config
     from treering.registry import Version
 
@@ -347,23 +348,28 @@ _PLACES: ContextVar[Tensor | None] = ContextVar("_PLACES", default=None)
 _HOOKING = Lock()
 
 
-def logits_at(model: PreTrainedModel, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:
+def logits_at(model: PreTrainedModel, ids: Tensor, mask: Tensor, at: Tensor, noise: Noise | None = None) -> Tensor:
     """Float32 logits `[len(at), vocabulary]` at the flat positions `at` of `ids` and `mask`, both `[batch, length]`.
 
     `mask` is padded on the right. Two things make short rows cheap, and change no value. Only the hidden states at
     those positions reach the output layer: most positions are prompt, and the vocabulary is by far the widest product
     of a small model. And the tokens that all rows begin with (a system prompt) are read once, where the model's
-    attention is ours; gradients flow through them as through the rest.
+    attention is ours; gradients flow through them as through the rest. With `noise` no two rows begin alike, so nothing
+    is shared.
     """
     _pick_at(cast(torch.nn.Module, model.get_output_embeddings()))
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     layout = None
     if model.config._attn_implementation == attention.NAME:
-        shared, (rows, width) = shared_prefix(ids, mask, at), ids.shape
+        shared, (rows, width) = 0 if noise else shared_prefix(ids, mask, at), ids.shape
         layout = attention.Layout(shared, rows, width - shared)
         places = torch.arange(width, device=ids.device).expand(rows, -1)
         inputs = {"input_ids": _flat(ids, shared), "position_ids": _flat(places, shared)}
         at = at - at // width * shared  # Each row lacks what is before all of them.
+    if noise:
+        embedded = model.get_input_embeddings()(inputs.pop("input_ids"))
+        added = noise.drawn(mask, embedded.shape[-1]).view_as(embedded)
+        inputs["inputs_embeds"] = embedded + added.to(embedded.dtype)
     token = _PLACES.set(at)
     try:
         with attention.laid_out(layout):

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from treering import shares
 from treering.attention import recomputed
-from treering.batches import Batch, as_step, make_batch
+from treering.batches import Batch, as_step, make_batch, with_noise
 from treering.checkpoints import resume, save
 from treering.errors import ConfigError, TreeringError
 from treering.memory import Teacher
@@ -93,6 +93,8 @@ def train(
                     for ids in shares.dealt(batch, parts)
                 ]
             )
+            if config.neftune_noise_alpha:
+                batches = with_noise(batches, config.neftune_noise_alpha, f"{config.seed}:{number}")
             learn = partial(_gradients, model, list(parameters.values()), methods, bf16)
             losses: Counter[str] = Counter()
             for found, gradients in compute_all(learn, batches):
@@ -138,7 +140,7 @@ def _gradients(
 ) -> tuple[dict[str, float], tuple[Tensor | None, ...]]:
     """What `batch` adds to the losses of its optimiser step, and to the gradients of `parameters`."""
     with compute(bf16, batch.targets.device):
-        logits = logits_at(model, **batch.inputs, at=batch.at)
+        logits = logits_at(model, **batch.inputs, at=batch.at, noise=batch.noise)
     losses = {"loss": cross_entropy(logits, batch.targets, reduction="sum") / batch.of}
     losses |= methods.losses(model, batch, logits)
     gradients = torch.autograd.grad(torch.stack(list(losses.values())).sum(), parameters, allow_unused=True)
