@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from treering.errors import ConfigError
 from treering.methods import FINETUNING_TYPES, PROTECT
+from treering.optimizers import OPTIMIZERS
 from treering.sections import (
     AutomateConfig,
     DistillConfig,
@@ -79,6 +80,10 @@ class Config(Section):
     val_size: float = Field(0.1, ge=0, lt=1)
     """Share of a task's rows held out for judging, unless the user gives a held-out file."""
 
+    optim: str = "adamw_torch"
+    """What takes the steps: adamw_torch, adamw_8bit (less memory; `pip install 'treering[quantization]'`), muon, or
+    schedule_free_adamw (needs no falling rate; `pip install 'treering[schedulefree]'`)."""
+
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak rate; `auto` takes the measured default of the `finetuning_type`."""
 
@@ -107,7 +112,7 @@ class Config(Section):
     """How the rate falls after the warm-up."""
 
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW weight decay."""
+    """Weight decay of the optimiser."""
 
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this norm."""
@@ -133,6 +138,11 @@ class Config(Section):
     @classmethod
     def _known_type(cls, value: str) -> str:
         return _known(value, FINETUNING_TYPES)
+
+    @field_validator("optim")
+    @classmethod
+    def _known_optim(cls, value: str) -> str:
+        return _known(value, OPTIMIZERS)
 
     @field_validator("protect", mode="before")
     @classmethod
@@ -160,6 +170,11 @@ class Config(Section):
                         f"{key} is {value}, but finetuning_type is {self.finetuning_type}, and only lora has adapters: "
                         "drop either"
                     )
+        if self.optim == "schedule_free_adamw" and self.lr_scheduler_type != "constant":
+            raise ValueError(
+                f"optim is schedule_free_adamw, but lr_scheduler_type is {self.lr_scheduler_type}: "
+                "set lr_scheduler_type: constant, or take another optim"
+            )
         if self.use_dora and self.quantization_bit:
             raise ValueError(
                 f"use_dora is true and quantization_bit is {self.quantization_bit}, which do not go together "

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from treering.files import timestamp
 from treering.gate import Verdict
 from treering.metrics import Matrix, negative_flips
+from treering.optimizers import EXTRAS, OPTIMIZERS
 from treering.results import Result, task_scores
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ def of_adoption(adapter: Path, config: Config, base: str) -> dict[str, Any]:
 
 def libraries(config: Config) -> list[str]:
     """Those whose versions the weights may depend on."""
-    return [*LIBRARIES, *(["bitsandbytes"] if config.quantization_bit else [])]
+    chosen = {OPTIMIZERS[config.optim].partition(":")[0].partition(".")[0]} & EXTRAS.keys()
+    return [*LIBRARIES, *sorted(chosen | ({"bitsandbytes"} if config.quantization_bit else set()))]
 
 
 def peak_memory_mb() -> float:

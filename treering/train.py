@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from treering import shares
+from treering import optimizers, shares
 from treering.attention import recomputed
 from treering.batches import Batch, as_step, make_batch, with_noise
 from treering.checkpoints import resume, save
@@ -71,9 +71,7 @@ def train(
     if config.gradient_checkpointing:
         _checkpoint_layers(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        list(parameters.values()), lr=peak_rate(config), weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = optimizers.optimizer(config, model, peak_rate(config))
     share = rate_schedule(config, len(steps))
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     bf16 = use_bf16(config)[0]
@@ -124,6 +122,7 @@ def train(
                 save(checkpoints, number + 1, parameters, optimizer, log)
             if stop is not None:
                 stop.check()
+    optimizers.finish(optimizer)
     return log
 
 
