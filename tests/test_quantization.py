@@ -52,15 +52,18 @@ def test_linear_layers_are_quantised_and_the_rest_is_not(model_folder: Path, bit
     assert torch.corrcoef(torch.stack([logits(whole).flatten(), logits(small).flatten()]))[0, 1] > 0.7
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_an_adapter_learns_on_it(tmp_path: Path, model_folder: Path, bits: int) -> None:
-    """As peft has it at the start, and to the same bits however often it is interrupted."""
-    config = settings(model_folder, bits, protect=[], learning_rate=1e-2, max_steps=6, per_device_train_batch_size=4)
+@pytest.mark.parametrize(
+    ("bits", "values"), [(4, {}), (4, {"use_dora": True}), (8, {})], ids=["4 bits", "4 bits and DoRA", "8 bits"]
+)
+def test_an_adapter_learns_on_it(tmp_path: Path, model_folder: Path, bits: int, values: dict[str, Any]) -> None:
+    """From where the base is, and to the same bits however often it is interrupted."""
+    config = settings(
+        model_folder, bits, protect=[], learning_rate=1e-2, max_steps=6, per_device_train_batch_size=4, **values
+    )
     assert shares_module.count(config, torch.device("cpu")) == 1
     bare = logits(load_base(model_folder, config))
-    torch.testing.assert_close(
-        logits(Methods(config).prepare(load_base(model_folder, config), {})), bare, rtol=1e-3, atol=1e-3
-    )
+    prepared = Methods(config).prepare(load_base(model_folder, config), {})
+    torch.testing.assert_close(logits(prepared), bare, rtol=1e-3, atol=1e-3)
     whole = Run(model_folder, config)
     log = whole.train(checkpoints=tmp_path / "whole")
     assert log[-1]["loss"] < 0.8 * log[0]["loss"]
@@ -69,6 +72,35 @@ def test_an_adapter_learns_on_it(tmp_path: Path, model_folder: Path, bits: int) 
     last = Run(model_folder, config)
     last.train(checkpoints=tmp_path / "stopped")
     assert same_bits(whole.weights(), last.weights())
+
+
+@pytest.mark.parametrize(
+    ("bits", "values", "alike"),
+    [(4, {}, 0.9999), (4, {"use_dora": True}, 0.9999), (8, {}, 0.98)],
+    ids=["4 bits", "4 bits and DoRA", "8 bits"],
+)
+def test_gradients_are_those_of_the_rounded_model(
+    model_folder: Path, bits: int, values: dict[str, Any], alike: float
+) -> None:
+    """Also after the model was measured. With 8 bits what is multiplied is rounded as well."""
+
+    def gradients(rounded: bool) -> dict[str, Tensor]:
+        config = settings(model_folder, bits, **values)
+        base = load_base(model_folder, config)
+        if rounded:
+            base.dequantize()
+        torch.manual_seed(0)
+        model = Methods(config).prepare(base, {})
+        logits(model)
+        model.train()
+        model(input_ids=IDS).logits.square().sum().backward()
+        return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+    found, wanted = gradients(False), gradients(True)
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        if gradient.any():
+            assert torch.cosine_similarity(found[name].flatten(), gradient.flatten(), 0) > alike, name
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -136,7 +168,7 @@ def test_quantised_weights_cannot_learn_whole(model_folder: Path) -> None:
         Methods(config).prepare(load_base(model_folder, config), {})
     with pytest.raises(ConfigError, match="quantization_bit is 4, but finetuning_type is full"):
         settings(model_folder, 4, finetuning_type="full")
-    with pytest.raises(ConfigError, match="use_dora is true and quantization_bit is 8, which do not go together"):
+    with pytest.raises(ConfigError, match="use_dora is true and quantization_bit is 8, which peft"):
         settings(model_folder, 8, use_dora=True)
     with pytest.raises(ConfigError, match=r"quantization_bit: must be 4 or 8 \(got 3\)"):
         settings(model_folder, 3)

@@ -59,7 +59,7 @@ class Config(Section):
     """Learn the length of each layer's weights apart from their direction (DoRA): nearer to full, and slower."""
 
     use_rslora: bool = False
-    """Divide the LoRA scale by the square root of the rank (rsLoRA), for large ranks."""
+    """Scale by `lora_alpha` over the square root of the rank instead of over the rank (rsLoRA), for large ranks."""
 
     additional_target: str | None = None
     """Modules that learn whole and are kept with the adapter, such as `lm_head`; names separated by commas."""
@@ -175,10 +175,10 @@ class Config(Section):
                 f"optim is schedule_free_adamw, but lr_scheduler_type is {self.lr_scheduler_type}: "
                 "set lr_scheduler_type: constant, or take another optim"
             )
-        if self.use_dora and self.quantization_bit:
+        if self.use_dora and self.quantization_bit == 8:
             raise ValueError(
-                f"use_dora is true and quantization_bit is {self.quantization_bit}, which do not go together "
-                "(DoRA over quantised weights does not begin at the base model): drop either"
+                "use_dora is true and quantization_bit is 8, which peft and bitsandbytes do not compute: "
+                "set quantization_bit: 4, or drop either"
             )
         return self
 

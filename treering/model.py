@@ -207,6 +207,10 @@ def load_base(folder: Path, config: Config) -> PreTrainedModel:
         model.set_attn_implementation(attention.NAME)
     if quantized is None:  # Quantised weights are made where they stay.
         model = cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else the first pass without gradients packs 4-bit weights so that none comes through them ever after.
+            cast(Any, module).support_avx512bf16_for_cpu = False
     return cast("PreTrainedModel", model)
 
 

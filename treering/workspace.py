@@ -199,12 +199,16 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
         "lora_rank": made.get("r"),
         "lora_alpha": made.get("lora_alpha"),
         # A pattern cannot be said in settings; the adapter keeps to it all the same.
-        "lora_target": ",".join(sorted(targets)) if isinstance(targets, list) else None,
+        "lora_target": _listed(targets),
         "use_dora": made.get("use_dora"),
         "use_rslora": made.get("use_rslora"),
-        "additional_target": ",".join(sorted(made.get("modules_to_save") or ())),
+        "additional_target": _listed(made.get("modules_to_save")),
     }
     return {key: value for key, value in settings.items() if value or key in ("lora_rank", "lora_alpha")}
+
+
+def _listed(names: Any) -> str | None:
+    return ",".join(sorted(map(str, names))) if isinstance(names, list) else None
 
 
 def _settings_text(settings: Mapping[str, Any]) -> str:

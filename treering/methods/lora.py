@@ -61,9 +61,10 @@ class LoRA:
         )
         try:
             return cast(PeftModel, get_peft_model(model, settings))
-        except ValueError:
+        except ValueError as error:
             raise ConfigError(
-                f"lora_target is {self.config.lora_target}, but the model has {_kinds(modules)}"
+                f"lora_target is {self.config.lora_target}, but the model has {_kinds(modules)} "
+                f"({str(error).splitlines()[0]})"
             ) from None
 
     def _check(self, made: LoraConfig) -> None:
