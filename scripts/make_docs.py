@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from treering.config import Config
 from treering.methods import FINETUNING_TYPES, PROTECT
+from treering.optimizers import OPTIMIZERS
 from treering.sections import Section
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -36,7 +37,7 @@ Wrong settings are reported all at once, and nothing is changed. Keys that LLaMA
 
 This page is written by `scripts/make_docs.py` from `treering/config.py` and `treering/sections.py`.
 """
-NAMES = {"finetuning_type": FINETUNING_TYPES, "protect": PROTECT}
+NAMES = {"finetuning_type": FINETUNING_TYPES, "protect": PROTECT, "optim": OPTIMIZERS}
 TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "nothing"}
 BOUNDS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
 

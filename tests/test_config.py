@@ -74,6 +74,13 @@ def test_all_mistakes_are_told_at_once_with_near_names() -> None:
         ({"protect": None}, r"protect: .*\[replay, distill\].*got None"),
         ({"protect": "replya"}, "protect: unknown name, did you mean 'replay'.*got 'replya'"),
         ({"freeze_trainable_layers": 0}, "freeze_trainable_layers: 0 layers would train nothing"),
+        ({"finetuning_type": "full", "use_dora": True}, "use_dora is True, but finetuning_type is full.*drop either"),
+        ({"finetuning_type": "freeze", "additional_target": "lm_head"}, "additional_target is lm_head, but .*freeze"),
+        ({"optim": "adamw"}, "optim: unknown name, did you mean 'adamw_.*'.*known: adamw_torch.*got 'adamw'"),
+        (
+            {"optim": "schedule_free_adamw"},
+            "optim is schedule_free_adamw, but lr_scheduler_type is cosine: set lr_scheduler_type: constant",
+        ),
         ({"memory": 3}, "memory: .*memory.size.*got 3"),
         ({"gate": {"confidence": 0.5}}, "gate.confidence: .*0.5"),
         ({"distill": {"top_k": 17}}, "distill.top_k: .*16.*got 17"),

@@ -16,6 +16,7 @@ from treering.cli import run
 from treering.config import Config
 from treering.errors import ConfigError
 from treering.importers import INCREMENTAL_METHODS, SHORT_FORM, Imported, read_config
+from treering.testing import toy_rows
 
 FILES = Path(__file__).parent / "data_files"
 
@@ -176,6 +177,25 @@ def test_the_adapter_settles_its_rank(
     with pytest.raises(ConfigError, match=r"lora_rank is 16, but .* has 4: leave it out"):
         Workspace.create(tmp_path / "other", adapter=adapter, model_name_or_path=str(model_folder), lora_rank=16)
     assert not (tmp_path / "other").exists()
+
+
+def test_the_adapter_settles_what_it_is(tmp_path: Path, model_folder: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    made = LoraConfig(
+        r=4, target_modules=["v_proj", "q_proj"], use_dora=True, use_rslora=True, modules_to_save=["norm"]
+    )
+    get_peft_model(model, made).save_pretrained(str(tmp_path / "adapter"))
+    ws = Workspace.create(
+        tmp_path / "ws", adapter=tmp_path / "adapter", model_name_or_path=str(model_folder), bf16=False
+    )
+    config = ws.config()
+    assert (config.lora_target, config.additional_target) == ("q_proj,v_proj", "norm")
+    assert config.use_dora and config.use_rslora
+    ws.ingest(toy_rows("pens", 10), task="pens")
+    assert ws.update(max_steps=1) is not None
 
 
 def test_a_whole_previous_model_becomes_the_base(tmp_path: Path, model_folder: Path) -> None:

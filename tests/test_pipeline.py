@@ -168,6 +168,63 @@ def test_plain_peft_loads_a_version(three: Workspace, model_folder: Path) -> Non
     assert named == str(model_folder)
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True, "lora_rank": 16},
+    "head": {"additional_target": "lm_head"},
+    "norms": {"additional_target": "norm", "use_dora": True, "lora_dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_every_kind_of_adapter_loads_in_plain_peft_and_goes_on(
+    workspace: MakeWorkspace, model_folder: Path, variant: str, bf16: bool
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    ws = workspace(**VARIANTS[variant], bf16=bf16, learning_rate=1e-2, max_steps=3)
+    for task in ("pens", "cups"):
+        version = learned(ws, task)
+        ws.promote(version.name, force=True)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    base = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager", dtype=dtype)
+    bare = logits(base, model_folder)
+    peft = PeftModel.from_pretrained(base, str(version.folder))
+    near: Any = {"rtol": 0.1, "atol": 0.3} if bf16 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(
+        logits(peft, model_folder), logits(load(model_folder, ws.config(), version), model_folder), **near
+    )
+    assert not torch.allclose(logits(peft, model_folder), bare, atol=0.5)
+
+
+def test_an_update_goes_on_with_the_same_layers(workspace: MakeWorkspace) -> None:
+    ws = workspace(lora_target="v_proj, q_proj", **ONE_STEP)
+    learned(ws, "pens")
+    ws.promote("v1", force=True)
+    ws.ingest(toy_rows("cups", 20), task="cups")
+    with pytest.raises(
+        ConfigError, match="lora_target is all, but v1 was made with v_proj, q_proj: set lora_target: v"
+    ):
+        ws.update(lora_target="all")
+    with pytest.raises(ConfigError, match="additional_target is norm, but v1 was made with None: leave it out"):
+        ws.update(additional_target="norm")
+    assert ws.update(lora_target="q_proj,v_proj") is not None
+
+
+def test_dropout_is_a_matter_of_each_update(workspace: MakeWorkspace) -> None:
+    ws = workspace(**ONE_STEP)
+    for task, dropout in (("pens", 0.5), ("cups", 0.0), ("hats", 0.25)):
+        version = learned(ws, task, f"lora_dropout={dropout}")
+        ws.promote(version.name, force=True)
+        assert json.loads((version.folder / "adapter_config.json").read_text())["lora_dropout"] == dropout
+        model = load(Path(str(ws.config().model_name_or_path)), ws.config([f"lora_dropout={dropout}"]), version)
+        drops = {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
+        joined = any("forward" in vars(m) for m in model.modules())
+        assert (drops, joined) == (({dropout}, False) if dropout else (set(), True))
+
+
 @pytest.mark.parametrize("kind", ["full", "freeze"])
 def test_plain_transformers_loads_a_version(workspace: MakeWorkspace, model_folder: Path, kind: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer

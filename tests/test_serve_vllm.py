@@ -307,18 +307,22 @@ def test_the_same_model_in_another_folder_is_the_base(trained: Workspace, tmp_pa
     assert asyncio.run(is_base(base, "owner/name")) and not asyncio.run(is_base(base, "owner/other"))
 
 
-def test_a_version_of_all_weights_does_not_serve(
-    fake: Fake, workspace: Callable[..., Workspace], tmp_path: Path
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [({"finetuning_type": "full"}, "holds all weights"), ({"use_dora": True}, "is more than plain LoRA")],
+)
+def test_what_is_more_than_plain_lora_does_not_serve(
+    fake: Fake, workspace: Callable[..., Workspace], tmp_path: Path, values: dict[str, Any], told: str
 ) -> None:
     (tmp_path / "vllm.key").write_text("sesame")
     serve = {"engine": "vllm", "vllm_url": fake.url, "vllm_key_file": str(tmp_path / "vllm.key")}
-    ws = workspace(model_name_or_path=str(tiny_model(tmp_path / "model")), finetuning_type="full", serve=serve)
+    ws = workspace(model_name_or_path=str(tiny_model(tmp_path / "model")), serve=serve, **values)
     ws.ingest(toy_rows("a"), task="a")
     version = ws.update(max_steps=1)
     assert version is not None
     ws.promote(version.name, force=True)
     served = Served(ws, tmp_path / "serve.log")
-    assert "holds all weights" in problem(served)
+    assert told in problem(served)
     assert served.ask("base", messages=HELLO).system_fingerprint == "base"
     with pytest.raises(openai.APIStatusError, match="engine: builtin"):
         served.ask("v1")

@@ -19,6 +19,7 @@ from treering.serve.engine import BASE, Job
 from treering.serve.texts import Texts
 from treering.serve.versions import Loaded
 from treering.serve.worker import Worker
+from treering.testing import toy_rows
 
 Message = dict[str, Any]
 
@@ -89,6 +90,26 @@ def test_versions_mixed_in_a_batch_write_what_each_writes_alone(inside: Inside, 
     for name, text in wanted.items():
         assert inside.text(f"{name}-a") == text
         assert inside.text(f"{name}-b") == greedy(trained, name, LONG, 100)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"use_dora": True}, {"use_rslora": True}, {"additional_target": "lm_head"}],
+    ids=lambda values: min(values),
+)
+def test_every_kind_of_adapter_is_served(workspace: Callable[..., Workspace], values: dict[str, Any]) -> None:
+    ws = workspace(learning_rate=0.01, max_steps=3, **values)
+    ws.ingest(toy_rows("a"), task="a")
+    assert ws.update() is not None
+    inside = Inside(ws)
+    inside.put(op="load", version="v1", keep=False)
+    for version in ("base", "v1"):
+        inside.generate(version, version)
+    inside.run(2)
+    assert len(inside.worker._loaded.batches()) == (1 if "use_rslora" in values else 2)  # A model of its own.
+    for version in ("base", "v1"):
+        assert inside.text(version) == greedy(ws, version, ASK, 12)
+    assert inside.text("base") != inside.text("v1")
 
 
 def test_a_request_breaks_only_itself(inside: Inside) -> None:

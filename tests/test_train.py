@@ -15,10 +15,10 @@ from torch.nn.functional import cross_entropy
 
 from treering import shares
 from treering import train as train_module
-from treering.batches import Batch, make_batch
+from treering.batches import Batch, Noise, make_batch
 from treering.config import Config
 from treering.data.example import Example
-from treering.errors import TreeringError, UpdateInterruptedError
+from treering.errors import ConfigError, TreeringError, UpdateInterruptedError
 from treering.memory import Memory, Teacher
 from treering.methods import Methods
 from treering.model import Tokens, encode, encode_prompt, load_base, load_tokenizer, logits_at
@@ -97,11 +97,13 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("values", [{}, {"use_dora": True, "additional_target": "lm_head"}], ids=["plain", "dora"])
 def test_shares_of_a_batch_teach_what_the_whole_does(
-    model_folder: Path, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
 ) -> None:
     """Every loss of a step, whatever computes its rows, and the same bits each time."""
-    config = settings(model_folder, per_device_train_batch_size=8, gradient_accumulation_steps=2, num_train_epochs=2.0)
+    sizes_of_a_step = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_train_epochs": 2.0}
+    config = settings(model_folder, **sizes_of_a_step, **values)
     taught = Run(model_folder, config, mixed_lengths())
     rows = list(taught.rows.values())
     teachers = teach(taught.model, rows[:5], config, top_k=4, pad_id=taught.pad_id, quiet=True)
@@ -149,8 +151,9 @@ def test_a_share_has_rows_enough(model_folder: Path, threads: Callable[[int], No
         (2, {"per_device_train_batch_size": 4}),
         (1, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "lora_dropout": 0.3}),
         (1, {"per_device_train_batch_size": 4, "finetuning_type": "freeze", "freeze_trainable_layers": 1}),
+        (2, {"per_device_train_batch_size": 4, "neftune_noise_alpha": 5.0, "use_dora": True}),
     ],
-    ids=["plain", "shares", "accumulation and dropout", "freeze"],
+    ids=["plain", "shares", "accumulation and dropout", "freeze", "noise"],
 )
 def test_an_interrupted_run_ends_in_the_same_bits(
     tmp_path: Path,
@@ -264,6 +267,82 @@ def test_only_answer_tokens_count(model_folder: Path) -> None:
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
     log = run.train(steps=[[[row.id for row in rows]]])
     assert log[0]["loss"] == pytest.approx(cross_entropy(wanted, batch.targets).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("values", [{}, {"use_dora": True}, {"finetuning_type": "full"}], ids=["lora", "dora", "full"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_layers_computed_again_teach_the_same(
+    model_folder: Path, threads: Callable[[int], None], count: int, values: dict[str, Any]
+) -> None:
+    threads(count)
+    rows = [chat(("system", "Sort these."), ("user", "x" * (1 + n)), ("assistant", f"{n}")) for n in range(8)]
+
+    def run(again: bool) -> tuple[dict[str, Tensor], list[float], int]:
+        made = Run(
+            model_folder,
+            settings(model_folder, gradient_checkpointing=again, per_device_train_batch_size=8, max_steps=3, **values),
+            rows,
+        )
+        calls: list[int] = []
+        made.model.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        log = made.train()
+        return made.weights(), [entry["loss"] for entry in log], len(calls)
+
+    (kept, losses, calls), (again, again_losses, again_calls) = run(False), run(True)
+    assert again_calls == 2 * calls
+    assert again_losses == pytest.approx(losses, rel=1e-5)
+    for name, weight in kept.items():
+        torch.testing.assert_close(again[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_is_as_large_as_the_row_is_short() -> None:
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0]])
+    noise = Noise(alpha=5, seed=1).drawn(mask, 32)
+    assert noise.shape == (2, 8, 32)
+    for row, length in enumerate((8, 2)):
+        bound = 5 / math.sqrt(length * 32)
+        assert 0.9 * bound < noise[row].max() <= bound and -bound <= noise[row].min() < -0.9 * bound
+        assert abs(noise[row].mean()) < 0.1 * bound
+    assert torch.equal(noise, Noise(5, 1).drawn(mask, 32)) and not torch.equal(noise, Noise(5, 2).drawn(mask, 32))
+
+
+@pytest.mark.parametrize("implementation", ["treering", "eager"])
+def test_noise_is_added_to_the_embeddings(model_folder: Path, implementation: str) -> None:
+    """Row by row what the model makes of embeddings plus noise, though all rows begin alike."""
+    rows = [chat(("system", "Sort these."), ("user", "x" * (1 + 3 * n)), ("assistant", f"{n}")) for n in range(3)]
+    run = Run(model_folder, settings(model_folder), rows)
+    run.model.set_attn_implementation(implementation)
+    batch = make_batch(list(run.rows.values()), run.pad_id)
+    noise = Noise(5, seed=3)
+    found = logits_at(run.model, **batch.inputs, at=batch.at, noise=noise)
+    added = noise.drawn(batch.inputs["mask"], 64)
+    wanted = []
+    for row, tokens in enumerate(run.rows.values()):
+        embedded = run.model.get_input_embeddings()(torch.tensor([tokens.ids[:-1]]))
+        logits = run.model(inputs_embeds=embedded + added[row, : len(tokens.ids) - 1]).logits[0]
+        wanted.append(logits[[at - 1 for at in tokens.answers]])
+    torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, logits_at(run.model, **batch.inputs, at=batch.at), atol=0.1)
+
+
+def test_noise_is_of_training_alone(model_folder: Path) -> None:
+    """Every step, every batch and every seed has its own; the loss of a model that learns nothing shows it."""
+
+    def losses(**values: Any) -> list[float]:
+        run = Run(model_folder, settings(model_folder, learning_rate=1e-30, **values))
+        first = list(run.rows)[:4]
+        return [entry["loss"] for entry in run.train(steps=[[first, first]] * 3)]
+
+    plain, noisy = losses(), losses(neftune_noise_alpha=5.0)
+    assert len(set(plain)) == 1 and len(set(noisy)) == 3 and not set(noisy) & set(plain)
+    assert losses(neftune_noise_alpha=5.0) == noisy != losses(neftune_noise_alpha=5.0, seed=1)
+
+
+def test_a_model_without_gradient_checkpointing(model_folder: Path) -> None:
+    run = Run(model_folder, settings(model_folder, gradient_checkpointing=True, finetuning_type="full"))
+    run.model.supports_gradient_checkpointing = False
+    with pytest.raises(ConfigError, match=r"gradient_checkpointing is true, but Llama.* does not support"):
+        run.train()
 
 
 @pytest.mark.parametrize("padding", [0, 3])

@@ -6,6 +6,8 @@ its rows begin with are there once, and every row sees them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
@@ -29,6 +31,21 @@ class Layout:
 
 LAYOUT: ContextVar[Layout | None] = ContextVar("LAYOUT", default=None)
 """How the sequence of this forward pass is laid out; None: a batch as usual, with a mask."""
+
+
+@contextmanager
+def laid_out(layout: Layout | None) -> Iterator[None]:
+    """What is computed inside is laid out so."""
+    token = LAYOUT.set(layout)
+    try:
+        yield
+    finally:
+        LAYOUT.reset(token)
+
+
+def recomputed() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For `torch.utils.checkpoint`: what runs again in the backward pass, on whatever thread, is laid out as before."""
+    return nullcontext(), laid_out(LAYOUT.get())
 
 
 def suits(config: Any) -> bool:

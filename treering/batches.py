@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -26,6 +28,30 @@ class Taught:
     of: int
 
 
+class Inputs(TypedDict, total=False):
+    """What the model reads: token `ids` and their `mask`, both `[rows, length]`."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Noise:
+    """NEFTune (Jain et al. 2023, arXiv:2310.05914): uniform noise on the embeddings; the same for the same `seed`."""
+
+    alpha: float
+    seed: int
+
+    def drawn(self, mask: Tensor, size: int) -> Tensor:
+        """For embeddings of `size` of the tokens in `mask`, `[rows, length]`: `[rows, length, size]`, on its device.
+
+        Each number lies within `alpha / sqrt(length of its row * size)` of zero.
+        """
+        generator = torch.Generator().manual_seed(self.seed)  # On the processor, whatever the device: the same bits.
+        noise = torch.rand(*mask.shape, size, generator=generator).to(mask.device) * 2 - 1
+        return noise * (self.alpha / (mask.sum(1) * size).sqrt())[:, None, None]
+
+
 @dataclass(frozen=True)
 class Batch:
     """One forward pass.
@@ -33,16 +59,18 @@ class Batch:
     `inputs`: `ids` and `mask`, `[rows, length]`. `at`: `[answer tokens]` flat positions whose logits predict `targets`
     `[answer tokens]`; `of` is how many the whole optimiser step has, so that a sum over a batch, divided by it, is the
     batch's part of a mean over the step. `teacher`: what the memory has stored of replayed rows. `parent`: what the
-    version before makes of new rows. `counts` has how many answer tokens each row has.
+    version before makes of new rows. `noise`: what is added to the embeddings. `counts` has how many answer tokens each
+    row has.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: Inputs
     at: Tensor
     targets: Tensor
     of: int
     counts: list[int]
     teacher: Taught | None = None
     parent: Taught | None = None
+    noise: Noise | None = None
 
 
 def make_batch(
@@ -83,6 +111,12 @@ def as_step(batches: Sequence[Batch]) -> list[Batch]:
         )
         for batch in batches
     ]
+
+
+def with_noise(batches: Sequence[Batch], alpha: float, seed: str) -> list[Batch]:
+    """The same batches, each with noise of its own; the same for the same `seed`."""
+    draw = random.Random(seed)
+    return [replace(batch, noise=Noise(alpha, draw.getrandbits(63))) for batch in batches]
 
 
 def _taught(rows: Sequence[Tokens], teachers: Mapping[str, Teacher], device: torch.device | str) -> Taught | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from treering.batches import make_batch
+from treering.config import names
 from treering.errors import ConfigError
 from treering.evaluate import conditions, evaluate
 from treering.files import fsync_tree, write_file
@@ -109,10 +110,12 @@ class Candidate:
             stop=self.stop,
             quiet=self.quiet,
         )
-        if not hasattr(self.model, "peft_config") and use_bf16(self.config)[0]:
-            # As it will be saved, so that what is measured is what serves; buffers (rotary frequencies) stay float32.
-            for parameter in self.model.parameters():
-                parameter.data = parameter.data.bfloat16()
+        if use_bf16(self.config)[0]:
+            # As it will be saved, so that what is measured is what serves; buffers (rotary frequencies) and LoRA's
+            # matrices stay float32.
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad and "lora_" not in name:
+                    parameter.data = parameter.data.bfloat16()
         self.train_seconds = time.perf_counter() - started
         return log
 
@@ -204,7 +207,7 @@ class Candidate:
 
 
 def _check_kind(parent: Version | None, config: Config) -> None:
-    """Raise `ConfigError` where an adapter would have to grow on a whole model, or the other way round."""
+    """Raise `ConfigError` where an adapter would have to grow on a whole model or on other layers, or the reverse."""
     if parent is None:
         return
     adapter = (parent.folder / "adapter_config.json").exists()
@@ -215,6 +218,13 @@ def _check_kind(parent: Version | None, config: Config) -> None:
             f"finetuning_type is {config.finetuning_type}, but {parent.name} is {what}: "
             f"set finetuning_type: {kind}, or start a new workspace"
         )
+    for key in ("lora_target", "additional_target") if adapter else ():
+        wanted, found = getattr(config, key), parent.manifest["config"].get(key)
+        if set(names(wanted or "")) != set(names(found or "")):
+            way_out = f"set {key}: {found}" if found else "leave it out"
+            raise ConfigError(
+                f"{key} is {wanted}, but {parent.name} was made with {found}: {way_out}, or start a new workspace"
+            )
 
 
 def _memory(parent: Version | None, config: Config) -> Memory:

@@ -6,20 +6,21 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from treering.files import fsync_folder, fsync_tree, write_file, write_json
+from treering.optimizers import Optimizer
 
 
 def save(
     folder: Path,
     step: int,
     parameters: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     log: list[dict[str, float]],
 ) -> None:
     """A checkpoint appears under its name whole; the one before goes away after it."""
@@ -31,10 +32,9 @@ def save(
         tensors["cuda_rng"] = torch.cuda.get_rng_state()
     for name, parameter in parameters.items():
         tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}.{name}"] = cast(Tensor, value).detach().cpu().contiguous()
+    state = {"step": step, "log": log, "optimizer": _packed(optimizer.state_dict(), tensors, {})}
     write_file(partial / "state.safetensors", safetensors.torch.save(tensors))
-    write_json(partial / "state.json", {"step": step, "log": log})
+    write_json(partial / "state.json", state)
     fsync_tree(partial)
     shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
     partial.rename(folder / f"step-{step}")
@@ -45,7 +45,7 @@ def save(
 
 
 def resume(
-    folder: Path, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+    folder: Path, parameters: Mapping[str, torch.nn.Parameter], optimizer: Optimizer
 ) -> tuple[int, list[dict[str, float]]]:
     """Steps done and their log, with weights, optimiser and random state as they were; (0, []) without a checkpoint."""
     found = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
@@ -58,10 +58,27 @@ def resume(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"weight.{name}"])
-            # A weight that has had no gradient yet (an expert never chosen) has no such state.
-            if f"step.{name}" in tensors:
-                optimizer.state[parameter] = {
-                    key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
-                }
     state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+    optimizer.load_state_dict(_unpacked(state["optimizer"], tensors))
     return state["step"], state["log"]
+
+
+def _packed(value: Any, tensors: dict[str, Tensor], seen: dict[int, str]) -> Any:
+    """`value` as JSON has it; what is a tensor goes into `tensors`, once however often it occurs."""
+    if isinstance(value, Tensor):
+        name = seen.setdefault(id(value), f"optimizer.{len(seen)}")
+        tensors[name] = value.detach().cpu().contiguous()
+        return {"tensor": name}
+    if isinstance(value, Mapping):  # In pairs, because keys may be numbers.
+        return {"items": [[key, _packed(each, tensors, seen)] for key, each in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_packed(each, tensors, seen) for each in value]
+    return value
+
+
+def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict) and "tensor" in value:
+        return tensors[value["tensor"]]
+    if isinstance(value, dict):
+        return {key: _unpacked(each, tensors) for key, each in value["items"]}
+    return [_unpacked(each, tensors) for each in value] if isinstance(value, list) else value

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from treering.errors import ConfigError
 from treering.methods import FINETUNING_TYPES, PROTECT
+from treering.optimizers import OPTIMIZERS
 from treering.sections import (
     AutomateConfig,
     DistillConfig,
@@ -54,6 +55,19 @@ class Config(Section):
     lora_target: str = "all"
     """Modules that get adapters: `all` linear layers, or names separated by commas."""
 
+    use_dora: bool = False
+    """Learn the length of each layer's weights apart from their direction (DoRA): nearer to full, and slower."""
+
+    use_rslora: bool = False
+    """Scale by `lora_alpha` over the square root of the rank instead of over the rank (rsLoRA), for large ranks."""
+
+    additional_target: str | None = None
+    """Modules that learn whole and are kept with the adapter, such as `lm_head`; names separated by commas."""
+
+    quantization_bit: Literal[4, 8] | None = None
+    """Keep the base model in 4 bits (QLoRA: NF4, double quantisation) or 8 while an adapter learns on it
+    (`pip install 'treering[quantization]'`); the version is judged and served on the same."""
+
     freeze_trainable_layers: int = 2
     """With `freeze`: how many layers train, counted from the last (positive) or the first (negative)."""
 
@@ -65,6 +79,10 @@ class Config(Section):
 
     val_size: float = Field(0.1, ge=0, lt=1)
     """Share of a task's rows held out for judging, unless the user gives a held-out file."""
+
+    optim: str = "adamw_torch"
+    """What takes the steps: adamw_torch, adamw_8bit (less memory; `pip install 'treering[quantization]'`), muon, or
+    schedule_free_adamw (needs no falling rate; `pip install 'treering[schedulefree]'`)."""
 
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak rate; `auto` takes the measured default of the `finetuning_type`."""
@@ -81,6 +99,12 @@ class Config(Section):
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Forward passes per optimiser step."""
 
+    neftune_noise_alpha: float | None = Field(None, gt=0)
+    """Noise on the embeddings while training (NEFTune), such as 5: answers to open questions get fuller."""
+
+    gradient_checkpointing: bool = False
+    """Compute each layer again in the backward pass instead of keeping what it made: less memory, a third more time."""
+
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     """Share of the steps in which the rate rises from zero."""
 
@@ -88,7 +112,7 @@ class Config(Section):
     """How the rate falls after the warm-up."""
 
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW weight decay."""
+    """Weight decay of the optimiser."""
 
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this norm."""
@@ -115,6 +139,11 @@ class Config(Section):
     def _known_type(cls, value: str) -> str:
         return _known(value, FINETUNING_TYPES)
 
+    @field_validator("optim")
+    @classmethod
+    def _known_optim(cls, value: str) -> str:
+        return _known(value, OPTIMIZERS)
+
     @field_validator("protect", mode="before")
     @classmethod
     def _known_protect(cls, value: object) -> object:
@@ -134,12 +163,34 @@ class Config(Section):
     def _fits_together(self) -> Config:
         if "distill" in self.protect and "replay" not in self.protect:
             raise ValueError("protect: distill works on replayed rows; add replay or drop distill")
+        if self.finetuning_type != "lora":
+            for key in ("use_dora", "use_rslora", "additional_target", "quantization_bit"):
+                if value := getattr(self, key):
+                    raise ValueError(
+                        f"{key} is {value}, but finetuning_type is {self.finetuning_type}, and only lora has adapters: "
+                        "drop either"
+                    )
+        if self.optim == "schedule_free_adamw" and self.lr_scheduler_type != "constant":
+            raise ValueError(
+                f"optim is schedule_free_adamw, but lr_scheduler_type is {self.lr_scheduler_type}: "
+                "set lr_scheduler_type: constant, or take another optim"
+            )
+        if self.use_dora and self.quantization_bit == 8:
+            raise ValueError(
+                "use_dora is true and quantization_bit is 8, which peft and bitsandbytes do not compute: "
+                "set quantization_bit: 4, or drop either"
+            )
         return self
 
     @property
     def alpha(self) -> int:
         """LoRA scale numerator with its default filled in."""
         return 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def additional_targets(self) -> list[str]:
+        """The names in `additional_target`."""
+        return names(self.additional_target or "")
 
     def of_versions(self) -> dict[str, Any]:
         """The settings that versions depend on; those that say when updates run and how versions serve are left out."""
@@ -169,6 +220,11 @@ class Config(Section):
                 f"{source}: {len(problems)} wrong setting(s), nothing was changed:\n  " + "\n  ".join(problems)
             )
         return config
+
+
+def names(text: str) -> list[str]:
+    """What `text` lists between commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

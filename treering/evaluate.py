@@ -35,7 +35,8 @@ METRICS = {"exact_match": exact_match, "token_f1": token_f1}
 
 def conditions(config: Config) -> dict[str, Any]:
     """What scores depend on besides model and rows; only results with the same are compared."""
-    return {"metric_version": METRIC_VERSION, "max_new_tokens": config.eval.max_new_tokens}
+    found = {"metric_version": METRIC_VERSION, "max_new_tokens": config.eval.max_new_tokens}
+    return found | ({"quantization_bit": config.quantization_bit} if config.quantization_bit else {})
 
 
 def evaluate(

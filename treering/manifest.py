@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from treering.files import timestamp
 from treering.gate import Verdict
 from treering.metrics import Matrix, negative_flips
+from treering.optimizers import EXTRAS, OPTIMIZERS
 from treering.results import Result, task_scores
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def of_update(
         "config": plan.config,
         "choices": candidate.choices,
         "machine": {**plan.machine, "platform": platform.platform()},
-        "libraries": {name: library_version(name) for name in LIBRARIES},
+        "libraries": {name: library_version(name) for name in libraries(candidate.config)},
         "rows": plan.rows,
         "held_out": candidate.held_out,
         "metrics": candidate.metrics,
@@ -89,6 +90,12 @@ def of_adoption(adapter: Path, config: Config, base: str) -> dict[str, Any]:
         "verdict": Verdict(True, f"adopted from {adapter}", ()).as_dict(),
         "promote_wanted": True,
     }
+
+
+def libraries(config: Config) -> list[str]:
+    """Those whose versions the weights may depend on."""
+    chosen = {OPTIMIZERS[config.optim].partition(":")[0].partition(".")[0]} & EXTRAS.keys()
+    return [*LIBRARIES, *sorted(chosen | ({"bitsandbytes"} if config.quantization_bit else set()))]
 
 
 def peak_memory_mb() -> float:

@@ -22,17 +22,19 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from treering import attention
 from treering.data.example import Example, Message
 from treering.errors import ModelError, VersionError
+from treering.extras import needed
 from treering.files import fsync_tree, sha256, write_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from treering.batches import Noise
     from treering.config import Config
     from treering.registry import Version
 
@@ -59,7 +61,8 @@ FINGERPRINTED = (
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+for library in ("huggingface_hub", "bitsandbytes"):
+    logging.getLogger(library).setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -183,11 +186,16 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def load_base(folder: Path, config: Config) -> PreTrainedModel:
-    """The weights in `folder`, in bfloat16 where that is used (`use_bf16`), else float32, on the best device here."""
+    """The weights in `folder`, in bfloat16 where that is used (`use_bf16`), else float32, on the best device here.
+
+    With `quantization_bit` its linear layers are in 4 or 8 bits, all but the output layer.
+    """
+    quantized = _quantization(config)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=torch.bfloat16 if use_bf16(config)[0] else torch.float32,
+            dtype=_dtype(config),
+            quantization_config=quantized,
             attn_implementation=None if torch.cuda.is_available() else "eager",
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
@@ -197,7 +205,35 @@ def load_base(folder: Path, config: Config) -> PreTrainedModel:
         raise ModelError(f"{folder} holds no model that transformers can load ({_first_line(error)})") from None
     if not torch.cuda.is_available() and model._supports_attention_backend and attention.suits(model.config):
         model.set_attn_implementation(attention.NAME)
-    return cast("PreTrainedModel", cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu"))
+    if quantized is None:  # Quantised weights are made where they stay.
+        model = cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else the first pass without gradients packs 4-bit weights so that none comes through them ever after.
+            cast(Any, module).support_avx512bf16_for_cpu = False
+    return cast("PreTrainedModel", model)
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return torch.bfloat16 if use_bf16(config)[0] else torch.float32
+
+
+def _quantization(config: Config) -> BitsAndBytesConfig | None:
+    """How the base is quantised: 8 bits as Dettmers et al. 2022 (arXiv:2208.07339), 4 as in QLoRA (arXiv:2305.14314).
+
+    Raises `ConfigError` where bitsandbytes is not installed.
+    """
+    if config.quantization_bit is None:
+        return None
+    needed("bitsandbytes", "quantization", f"quantization_bit is {config.quantization_bit}")
+    if config.quantization_bit == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=_dtype(config),
+    )
 
 
 def load(base: Path, config: Config, version: Version | None = None) -> PreTrainedModel:
@@ -215,11 +251,13 @@ def load(base: Path, config: Config, version: Version | None = None) -> PreTrain
         return load_base(version.folder, config)
     if not (version.folder / "adapter_model.safetensors").exists():
         raise VersionError(f"{version.name} has no adapter_model.safetensors; other formats are not loaded")
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
     from treering.lora_product import join
 
-    adapted = PeftModel.from_pretrained(load_base(base, config), str(version.folder), is_trainable=True)
+    made = LoraConfig.from_pretrained(str(version.folder))
+    made.lora_dropout = config.lora_dropout  # How the next update trains, whatever the last one did.
+    adapted = PeftModel.from_pretrained(load_base(base, config), str(version.folder), is_trainable=True, config=made)
     join(adapted)  # As it was trained, so that it gives the same bits.
     return cast("PreTrainedModel", adapted)
 
@@ -239,9 +277,11 @@ def save_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
         adapter.target_modules = sorted(adapter.target_modules)  # The same bytes whatever the order of a set.
     adapter.save_pretrained(str(folder))
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    write_file(
-        folder / "adapter_model.safetensors", save({k: v.detach().cpu().contiguous() for k, v in weights.items()})
-    )
+    # Copies, because embeddings that are both input and output have two names, and safetensors one name a memory.
+    copies = {
+        name: weight.detach().cpu().clone(memory_format=torch.contiguous_format) for name, weight in weights.items()
+    }
+    write_file(folder / "adapter_model.safetensors", save(copies))
 
 
 def fingerprint(folder: Path) -> str:
@@ -312,29 +352,34 @@ _PLACES: ContextVar[Tensor | None] = ContextVar("_PLACES", default=None)
 _HOOKING = Lock()
 
 
-def logits_at(model: PreTrainedModel, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:
+def logits_at(model: PreTrainedModel, ids: Tensor, mask: Tensor, at: Tensor, noise: Noise | None = None) -> Tensor:
     """Float32 logits `[len(at), vocabulary]` at the flat positions `at` of `ids` and `mask`, both `[batch, length]`.
 
     `mask` is padded on the right. Two things make short rows cheap, and change no value. Only the hidden states at
     those positions reach the output layer: most positions are prompt, and the vocabulary is by far the widest product
     of a small model. And the tokens that all rows begin with (a system prompt) are read once, where the model's
-    attention is ours; gradients flow through them as through the rest.
+    attention is ours; gradients flow through them as through the rest. With `noise` no two rows begin alike, so nothing
+    is shared.
     """
     _pick_at(cast(torch.nn.Module, model.get_output_embeddings()))
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     layout = None
     if model.config._attn_implementation == attention.NAME:
-        shared, (rows, width) = shared_prefix(ids, mask, at), ids.shape
+        shared, (rows, width) = 0 if noise else shared_prefix(ids, mask, at), ids.shape
         layout = attention.Layout(shared, rows, width - shared)
         places = torch.arange(width, device=ids.device).expand(rows, -1)
         inputs = {"input_ids": _flat(ids, shared), "position_ids": _flat(places, shared)}
         at = at - at // width * shared  # Each row lacks what is before all of them.
-    tokens = _PLACES.set(at), attention.LAYOUT.set(layout)
+    if noise:
+        embedded = model.get_input_embeddings()(inputs.pop("input_ids"))
+        added = noise.drawn(mask, embedded.shape[-1]).view_as(embedded)
+        inputs["inputs_embeds"] = embedded + added.to(embedded.dtype)
+    token = _PLACES.set(at)
     try:
-        return cast(Tensor, model(**inputs, use_cache=False).logits).float()
+        with attention.laid_out(layout):
+            return cast(Tensor, model(**inputs, use_cache=False).logits).float()
     finally:
-        _PLACES.reset(tokens[0])
-        attention.LAYOUT.reset(tokens[1])
+        _PLACES.reset(token)
 
 
 def _flat(values: Tensor, shared: int) -> Tensor:

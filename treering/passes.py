@@ -38,7 +38,8 @@ def read(
     order = sorted(range(len(rows)), key=lambda at: (len(rows[at].ids), rows[at].id))
     size, bf16 = config.eval.batch_size, use_bf16(config)[0]
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    at_once = torch.get_num_threads() if model.device.type == "cpu" else 1
+    # Quantised layers keep notes of the pass they are in.
+    at_once = torch.get_num_threads() if model.device.type == "cpu" and not config.quantization_bit else 1
     found: dict[int, R] = {}
 
     @torch.no_grad()

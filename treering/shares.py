@@ -27,9 +27,10 @@ def count(config: Config, device: torch.device) -> int:
     """Into how many shares the rows of a batch are dealt: as many as there are threads, if each has rows enough.
 
     One where it would cost more than it gains: on an accelerator, and where all weights learn, for each share has
-    gradients of its own. One for dropout as well: threads that draw from the same numbers draw in any order.
+    gradients of its own. One for dropout as well: threads that draw from the same numbers draw in any order. And one
+    for quantised layers, which keep notes of the pass they are in.
     """
-    if device.type != "cpu" or config.finetuning_type != "lora" or config.lora_dropout:
+    if device.type != "cpu" or config.finetuning_type != "lora" or config.lora_dropout or config.quantization_bit:
         return 1
     return max(1, min(torch.get_num_threads(), config.per_device_train_batch_size // LEAST_ROWS))
 

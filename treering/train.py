@@ -16,10 +16,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from treering import shares
-from treering.batches import Batch, as_step, make_batch
+from treering import optimizers, shares
+from treering.attention import recomputed
+from treering.batches import Batch, as_step, make_batch, with_noise
 from treering.checkpoints import resume, save
-from treering.errors import TreeringError
+from treering.errors import ConfigError, TreeringError
 from treering.memory import Teacher
 from treering.methods import Methods
 from treering.model import Tokens, compute, logits_at, use_bf16
@@ -68,10 +69,10 @@ def train(
     """
     torch.manual_seed(config.seed)
     model.train()
+    if config.gradient_checkpointing:
+        _checkpoint_layers(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        list(parameters.values()), lr=peak_rate(config), weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = optimizers.optimizer(config, model, peak_rate(config))
     share = rate_schedule(config, len(steps))
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     bf16 = use_bf16(config)[0]
@@ -91,6 +92,8 @@ def train(
                     for ids in shares.dealt(batch, parts)
                 ]
             )
+            if config.neftune_noise_alpha:
+                batches = with_noise(batches, config.neftune_noise_alpha, f"{config.seed}:{number}")
             learn = partial(_gradients, model, list(parameters.values()), methods, bf16)
             losses: Counter[str] = Counter()
             for found, gradients in compute_all(learn, batches):
@@ -120,7 +123,16 @@ def train(
                 save(checkpoints, number + 1, parameters, optimizer, log)
             if stop is not None:
                 stop.check()
+    optimizers.finish(optimizer)
     return log
+
+
+def _checkpoint_layers(model: PreTrainedModel) -> None:
+    """Gradient checkpointing (Chen et al. 2016, arXiv:1604.06174). Raises `ConfigError` where a model has none."""
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputed})
+    except ValueError as error:
+        raise ConfigError(f"gradient_checkpointing is true, but {error}; take the setting out") from None
 
 
 def _gradients(
@@ -128,7 +140,7 @@ def _gradients(
 ) -> tuple[dict[str, float], tuple[Tensor | None, ...]]:
     """What `batch` adds to the losses of its optimiser step, and to the gradients of `parameters`."""
     with compute(bf16, batch.targets.device):
-        logits = logits_at(model, **batch.inputs, at=batch.at)
+        logits = logits_at(model, **batch.inputs, at=batch.at, noise=batch.noise)
     losses = {"loss": cross_entropy(logits, batch.targets, reduction="sum") / batch.of}
     losses |= methods.losses(model, batch, logits)
     gradients = torch.autograd.grad(torch.stack(list(losses.values())).sum(), parameters, allow_unused=True)

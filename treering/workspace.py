@@ -181,8 +181,8 @@ def _holder(descriptor: int) -> str:
         return "another process"
 
 
-def adapter_settings(folder: Path) -> dict[str, int]:
-    """Rank and scale of a LoRA folder, which updates must go on with. Raises `UsageError` for any other folder."""
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """What a LoRA folder settles for the updates that go on with it. Raises `UsageError` for any other folder."""
     from treering.adopt import ADAPTER_FILES
 
     for name in ADAPTER_FILES:
@@ -190,12 +190,25 @@ def adapter_settings(folder: Path) -> dict[str, int]:
             raise UsageError(f"--adapter {folder}: no {name} in it; name a PEFT folder with safetensors weights")
     try:
         made = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        kind, rank, alpha = made["peft_type"], made.get("r"), made.get("lora_alpha")
+        kind, targets = made["peft_type"], made.get("target_modules")
     except (ValueError, KeyError, AttributeError, RecursionError) as error:
         raise UsageError(f"--adapter {folder}: its adapter_config.json cannot be read ({error})") from None
     if kind != "LORA":
         raise UsageError(f"--adapter {folder} is of type {kind}; updates can go on with LORA adapters only")
-    return {"lora_rank": rank, "lora_alpha": alpha}
+    settings = {
+        "lora_rank": made.get("r"),
+        "lora_alpha": made.get("lora_alpha"),
+        # A pattern cannot be said in settings; the adapter keeps to it all the same.
+        "lora_target": _listed(targets),
+        "use_dora": made.get("use_dora"),
+        "use_rslora": made.get("use_rslora"),
+        "additional_target": _listed(made.get("modules_to_save")),
+    }
+    return {key: value for key, value in settings.items() if value or key in ("lora_rank", "lora_alpha")}
+
+
+def _listed(names: Any) -> str | None:
+    return ",".join(sorted(map(str, names))) if isinstance(names, list) else None
 
 
 def _settings_text(settings: Mapping[str, Any]) -> str:

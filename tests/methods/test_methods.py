@@ -87,6 +87,55 @@ def test_lora_goes_on_with_the_parents_adapter(model_folder: Path) -> None:
         LoRA(settings(model_folder, lora_rank=4, lora_alpha=64)).prepare(model, {})
 
 
+def test_the_variants_of_lora(model_folder: Path) -> None:
+    plain = prepared(model_folder, lora_rank=4)
+    dora = prepared(model_folder, lora_rank=4, use_dora=True)
+    added = trained(dora).keys() - trained(plain).keys()
+    assert len(added) == 2 * LORA_TARGETS and all("lora_magnitude_vector" in name for name in added)
+    root = prepared(model_folder, lora_rank=4, use_rslora=True)
+    assert {m.scaling["default"] for m in root.modules() if hasattr(m, "lora_A")} == {8 / 4**0.5}
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "lm_head, embed_tokens", "norm"])
+def test_additional_modules_learn_whole_in_float32(model_folder: Path, target: str) -> None:
+    config = settings(model_folder, additional_target=target, bf16=True)
+    model: Any = Methods(config).prepare(load_base(model_folder, config), {})
+    learns = trained(model)
+    whole = {name for name in learns if "lora_" not in name}
+    # Input and output embeddings of this model are one.
+    assert len(whole) == (5 if target == "norm" else 1)
+    assert {weight.dtype for weight in learns.values()} == {torch.float32}
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) or target == "norm"
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"lora_target": "nowhere"}, "lora_target is nowhere, but the model has .*q_proj"),
+        ({"additional_target": "norm,nowhere"}, "additional_target names 'nowhere', but the model has .*lm_head"),
+    ],
+)
+def test_modules_that_the_model_lacks(model_folder: Path, values: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        prepared(model_folder, **values)
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted", "told"),
+    [
+        ({"use_dora": True}, {}, "use_dora is False, but .* was made with True: set use_dora: True"),
+        ({}, {"use_rslora": True}, "use_rslora is True, but .* was made with False: set use_rslora: False"),
+    ],
+)
+def test_another_kind_of_adapter_is_refused(
+    model_folder: Path, made: dict[str, Any], wanted: dict[str, Any], told: str
+) -> None:
+    model = prepared(model_folder, **made)
+    assert LoRA(settings(model_folder, **made)).prepare(model, {}) is model
+    with pytest.raises(ConfigError, match=told):
+        LoRA(settings(model_folder, **wanted)).prepare(model, {})
+
+
 def test_full_trains_everything_in_float32(model_folder: Path) -> None:
     model = load_base(model_folder, settings(model_folder)).bfloat16()
     Full(Config()).prepare(model, {})

@@ -113,7 +113,8 @@ class _Group:
         self.shapes = [_shape(layer) for layer in layers]
         self._slots = slots
         self._sizes = [size for _, size in self.shapes]
-        places = layers[0].weight.new_zeros(slots.count, len(names), 0, 0)
+        like = next(weight for weight in slots.model.parameters() if weight.is_floating_point())  # Not quantised.
+        places = like.new_zeros(slots.count, len(names), 0, 0)
         self._a, self._b = pad(places, (0, layers[0].in_features)), pad(places, (0, sum(self._sizes)))
         self._base = product(layers)
         self._input: Tensor | None = None

@@ -131,6 +131,12 @@ class Adapters:
                 f"{name} holds all weights, and vLLM loads adapters only; train with finetuning_type: lora, "
                 "or serve it with serve.engine: builtin"
             )
+        made = json.loads((version.folder / CONFIG).read_text(encoding="utf-8"))
+        if made.get("use_dora") or made.get("modules_to_save"):
+            raise _unavailable(
+                f"{name} is more than plain LoRA (use_dora or additional_target), which vLLM does not load; "
+                "serve it with serve.engine: builtin"
+            )
         return version
 
 
