@@ -21,7 +21,7 @@ from treering import shares as shares_module
 from treering.config import Config
 from treering.data.example import Message
 from treering.errors import ConfigError, UpdateInterruptedError
-from treering.evaluate import generate
+from treering.greedy import generate
 from treering.methods import Methods
 from treering.model import load, load_base, load_tokenizer
 from treering.testing import toy_rows
