@@ -20,7 +20,7 @@ from treering.manifest import peak_memory_mb
 from treering.methods import Methods
 from treering.methods.lora import adapter
 from treering.model import Tokens, load_base, load_tokenizer, save_weights, shared_prefix
-from treering.train import train
+from treering.train import teach, train
 
 Rows = list[list[Tokens]]
 
@@ -58,8 +58,11 @@ class Turns:
         self._out.flush()
 
 
-def ours(base: Path, config: Config, batches: Rows, out: Any, adapter: Path) -> None:
-    """The loop that is measured here; what it learned goes to the folder `adapter`."""
+def ours(base: Path, config: Config, batches: Rows, out: Any, adapter: Path | None) -> None:
+    """The loop that is measured here; what it learned goes to the folder `adapter`.
+
+    With distillation among the methods every row has a teacher's stored logits, as replayed rows have.
+    """
     tokenizer = load_tokenizer(base)
     pad_id = tokenizer.pad_token_id
     assert isinstance(pad_id, int)
@@ -68,11 +71,15 @@ def ours(base: Path, config: Config, batches: Rows, out: Any, adapter: Path) -> 
     model = methods.prepare(load_base(base, config), {})
     turns = methods.by_name["turns"] = Turns(out, list(_flops(model, batches, config, pad_id)))
     rows = {row.id: row for batch in batches for row in batch}
+    teachers = None
+    if "distill" in config.protect:
+        teachers = teach(model, list(rows.values()), config, top_k=config.distill.top_k, pad_id=pad_id, quiet=True)
     steps = [[[row.id for row in batch]] for batch in batches]
     turns.begin()
-    log = train(model, rows, steps, methods, config, pad_id=pad_id, quiet=True)
-    adapter.mkdir(exist_ok=True)
-    save_weights(model, tokenizer, adapter, str(base))
+    log = train(model, rows, steps, methods, config, pad_id=pad_id, teachers=teachers, quiet=True)
+    if adapter is not None:
+        adapter.mkdir(exist_ok=True)
+        save_weights(model, tokenizer, adapter, str(base))
     turns.say(losses=[entry["loss"] for entry in log])
 
 
@@ -187,6 +194,8 @@ def main(name: str, work: Path) -> None:
     base, config = Path(given["base"]), Config.build(given["config"])
     if name == "treering":
         ours(base, config, batches, out, work.parent / "adapter")
+    elif name == "distillation":
+        ours(base, config.model_copy(update={"protect": ("distill",)}), batches, out, None)
     else:
         kind, _, precision = name.partition("-")
         peer(base, config, batches, out, trl=kind == "trl", bf16=precision == "bf16")

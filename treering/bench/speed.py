@@ -29,6 +29,9 @@ from treering.model import Tokens, encode, load_tokenizer, resolve
 from treering.progress import bar
 
 OURS = "treering"
+DISTILLATION = "distillation"
+"""Ours, with a teacher's stored logits for every row: what they cost."""
+
 PEERS = ("trainer-fp32", "trainer-bf16", "trl-fp32", "trl-bf16")
 """Transformers' `Trainer` and TRL's `SFTTrainer`, both with peft, in float32 and with bfloat16 weights and autocast."""
 
@@ -165,7 +168,7 @@ def run_speed(race: Race, peers: Sequence[str] = (*PEERS, *SCORERS), logs: Path 
         asked = [[{"role": m.role, "content": m.content} for m in row.messages] for row in held_out]
         given = {"base": str(base), "config": config.model_dump(mode="json"), "batches": rows, "held_out": asked}
         write_json(work, given)
-        trainers = [OURS, *(name for name in peers if name in PEERS)]
+        trainers = [OURS, DISTILLATION, *(name for name in peers if name in PEERS)]
         runs, losses, products = _race(race, trainers, work, folder)
         found = _figures(race, batches, runs, losses, products)
         scorers = [OURS, *(name for name in peers if name in SCORERS)]
@@ -255,7 +258,8 @@ def _figures(
     ours = runs[OURS]
     shares = [turn["flops"] / turn["seconds"] / flops for turn, flops in zip(ours, products, strict=True)]
     found["flops_share"] = statistics.median(shares)
-    peers = [name for name in runs if name != OURS]
+    peers = [name for name in runs if name in PEERS]
+    found["distillation_cost"] = _ratio(ours, runs[DISTILLATION])
     found["times_faster"] = {name: _ratio(ours, runs[name]) for name in peers}
     found["losses"] = losses
     found["loss_gap"] = _gap(losses[OURS], losses[REFERENCE]) if REFERENCE in runs else None
@@ -288,6 +292,7 @@ def table(found: Mapping[str, Any]) -> list[str]:
         times = f"{found['times_faster'][name]:.1f} x as fast" if name in found["times_faster"] else ""
         tokens, memory = found["tokens_per_second"][name], found["peak_memory_mb"][name]
         lines.append(f"{name:14}{speed:>10.1f}{tokens:>12.0f}{times:>16}{f'{memory:.0f} MB':>16}")
+    lines.append(f"with stored logits for every row it takes {found['distillation_cost']:.2f} times as long")
     lines.append(f"{100 * found['flops_share']:.0f}% of what the machine does in a plain bfloat16 matrix product")
     if found["loss_gap"] is not None:
         lines.append(f"losses differ from {REFERENCE} by {100 * found['loss_gap']:.1f}% at most, step by step")
