@@ -483,7 +483,11 @@ def test_bench_speed(cli: Runner, tmp_path: Path, model_folder: Path) -> None:
     write_rows(tmp_path / "data" / "test.jsonl", rows[40:])
     options = ["bf16=false", "per_device_train_batch_size=4", "--data", tmp_path / "data", "--model", model_folder]
     found = cli.json("bench", "speed", *options, "--peers", "trainer-fp32,generate", "--turns", 2, "--steps", 3)
-    assert set(found["examples_per_second"]) == set(found["peak_memory_mb"]) == {"treering", "distillation", "trainer-fp32"}
+    assert (
+        set(found["examples_per_second"])
+        == set(found["peak_memory_mb"])
+        == {"treering", "distillation", "trainer-fp32"}
+    )
     assert all(speed > 0 for speed in found["examples_per_second"].values())
     assert found["batches"]["rows"] == 2 * 3 * 4 and found["times_faster"].keys() == {"trainer-fp32"}
     assert [len(losses) for losses in found["losses"].values()] == [8, 8, 8]

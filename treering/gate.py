@@ -194,8 +194,9 @@ def _fit(
 def _chance(task: str, results: Sequence[Result], labels: Sequence[str], config: GateConfig, seed: int) -> Judgement:
     """Whether the answers have to do with the questions, as no answers learned from shuffled labels have.
 
-    Asked in full where the rows are enough to see a candidate that gets `_LEARNED` of what chance leaves right; from
-    half as many on it has to be ahead of the most frequent label; fewer rows tell nothing.
+    Asked in full where the rows are enough to see a candidate that gets `_LEARNED` of what chance leaves right; with
+    fewer rows more luck is let pass, down to half as many, where being ahead of the most frequent label is enough; fewer
+    tell nothing.
     """
     name = f"{task} against chance"
     texts = [normalise(text) for text in (*(result.prediction for result in results), *labels)]
@@ -211,11 +212,11 @@ def _chance(task: str, results: Sequence[Result], labels: Sequence[str], config:
         reason += f"; {len(right)} held-out rows are too few, or too much alike, to tell"
     elif found["change"] <= 0:
         passed = False
-    elif len(right) >= needed:
+    else:
         rng = np.random.default_rng([seed, *name.encode()])
         dealt = np.asarray([np.sum(given == rng.permutation(right)) for _ in range(config.resamples)])
         share = float(np.mean(dealt >= np.sum(given == right)))
-        passed = share <= _LUCK
+        passed = share <= _LUCK ** min(1.0, 2 * len(right) / needed - 1)
         reason += f"; its own answers, dealt out at random, have as much in {100 * share:.1f}% of the draws"
     if not passed:
         reason += ": no better than guessing, as with labels that were shuffled"
