@@ -2,8 +2,8 @@
 
     python benchmarks/updates.py --data DIR [--updates 20] [--rows 64] [--json FILE]
 
-`DIR` has a folder a task with training rows, all of them shuffled together here: every update gets as many new rows of the
-same kind. Each update, and each training on everything so far, is a process of its own in a workspace of its own.
+`DIR` has a folder a task with training rows, all of them shuffled together here: every update gets as many new rows of
+the same kind. Each update, and each training on everything so far, is a process of its own in a workspace of its own.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def learn(ws: Workspace, new: list[Any]) -> dict[str, float]:
     manifest = version.manifest
     return {
         "seconds": round(seconds, 1),
-        "train_seconds": round(manifest["train_seconds"], 1),
-        "peak_memory_mb": manifest["peak_memory_mb"],
+        "train_seconds": round(manifest["cost"]["seconds"], 1),
+        "peak_memory_mb": round(manifest["cost"]["peak_memory_mb"]),
         "measured": sum(map(len, manifest["held_out"].values())),
     }
 

@@ -194,9 +194,9 @@ def _fit(
 def _chance(task: str, results: Sequence[Result], labels: Sequence[str], config: GateConfig, seed: int) -> Judgement:
     """Whether the answers have to do with the questions, as no answers learned from shuffled labels have.
 
-    Asked in full where the rows are enough to see a candidate that gets `_LEARNED` of what chance leaves right; with
-    fewer rows more luck is let pass, down to half as many, where being ahead of the most frequent label is enough; fewer
-    tell nothing.
+    Asked in full where the rows are enough to see a candidate that gets `_LEARNED` of what chance leaves right. With
+    fewer rows more luck is let pass, down to half as many, where being ahead of the most frequent label is enough;
+    fewer still tell nothing.
     """
     name = f"{task} against chance"
     texts = [normalise(text) for text in (*(result.prediction for result in results), *labels)]
