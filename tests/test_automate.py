@@ -759,7 +759,7 @@ def test_a_killed_update_is_resumed(workspace: MakeWorkspace, monkeypatch: pytes
         auto.look()
     failure = events.history(ws)[-1]
     assert failure["event"] == "update.failed" and "SIGKILL" in failure["reason"] and "memory" in failure["reason"]
-    assert [path.name for path in ws.versions.glob(".staging-*/checkpoints/*")] == ["step-2"]
+    assert {path.name for path in ws.versions.glob(".staging-*/checkpoints/*")} == {"step-0", "step-2"}
     clock.on(minutes=1)
     auto._perform = Steps(ws)  # In this process: another start of Python shows nothing more.
     auto.look()
