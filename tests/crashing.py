@@ -7,6 +7,7 @@ such a pass, until it is released.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -196,14 +197,16 @@ def watch_passes(folder: Path, kill_in: int, pause_in: int) -> list[int]:
     """Kill this process, or have it wait, in one of training's forward passes; returns the list that counts them."""
     from treering import train
 
+    numbers = itertools.count(1)
     seen: list[int] = []
     plain = train.cross_entropy
 
     def loss(*arguments: Any, **options: Any) -> Any:
-        seen.append(len(seen) + 1)  # Safe in several threads: each sees one number, and one of them the number asked.
-        if seen[-1] == kill_in:
+        number = next(numbers)  # Of its own in each thread.
+        seen.append(number)
+        if number == kill_in:
             os.kill(os.getpid(), signal.SIGKILL)
-        if seen[-1] == pause_in:
+        if number == pause_in:
             wait_in(folder)
         return plain(*arguments, **options)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.training import Counted, KillAt, KilledError, Run, chat, examples, same_bits, settings
+from tests.training import Counted, KillAt, KilledError, Run, StopAt, chat, examples, same_bits, settings
 from treering import shares
 from treering import train as loop
 from treering.checkpoints import Checkpoints
-from treering.errors import TreeringError, no_memory
+from treering.errors import TreeringError, UpdateInterruptedError, no_memory
 from treering.model import logits_at
 from treering.recovery import MOST_ROWS, LossError, Recovery, check_loss, worst
 
@@ -116,6 +119,59 @@ def test_it_is_halved_until_it_fits(
     whole = Run(model_folder, config, growing())
     monkeypatch.setattr(loop, "logits_at", logits_at)
     assert [e["loss"] for e in whole.train()] == pytest.approx([e["loss"] for e in log], rel=1e-4)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import torch
+from tests.test_recovery import long_rows
+from tests.training import Run
+
+torch.set_num_threads(1)
+folder, checkpoints = map(Path, sys.argv[1:])
+long_rows(folder, rows=2).train()  # What torch takes once.
+run = long_rows(folder)
+now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 150 * 2**20, resource.RLIM_INFINITY))
+print([entry["loss"] for entry in run.train(checkpoints=checkpoints)])
+"""
+
+
+def long_rows(folder: Path, rows: int = 16) -> Run:
+    """Three steps of 16 rows, which take 300 MB; one of 4 takes 100 MB."""
+    texts = [chat(("user", chr(97 + n) + "x" * 500), ("assistant", str(n))) for n in range(rows)]
+    return Run(folder, settings(folder, max_steps=3), texts)
+
+
+def test_a_process_with_a_limit_of_its_own(tmp_path: Path, model_folder: Path) -> None:
+    """The allocator's real error, in the middle of real passes; what a failed pass took is there again for the next."""
+    program = [sys.executable, "-c", LIMITED, str(model_folder), str(tmp_path)]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    assert 2 <= recorded(tmp_path)["splits"][-1]["pieces"] <= 8
+    assert "out of memory at step 1 ([enforce fail" in done.stderr
+    log = long_rows(model_folder).train()
+    assert json.loads(done.stdout) == pytest.approx([entry["loss"] for entry in log], rel=1e-4)
+
+
+@pytest.mark.parametrize("part", [0.1, 0.3, 0.45, 0.7])
+def test_a_pass_that_failed_holds_no_memory(model_folder: Path, part: float) -> None:
+    """However far it came, forward or backward."""
+    run, counted = long_rows(model_folder), Counted()
+    run.train(steps=run.steps[:1], stop=counted)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(one.numel() for one in gc.get_objects() if isinstance(one, Tensor))
+
+    before = tensors()
+    stop = StopAt(int(part * counted.looks))
+    with pytest.raises(UpdateInterruptedError):
+        run.train(steps=run.steps[:1], stop=stop)
+    # A group of layers may keep its last input and outputs, until the next pass.
+    run.train(steps=run.steps[:1])
+    assert tensors() <= before
 
 
 def test_no_memory_for_one_row(tmp_path: Path, model_folder: Path, little_memory: Callable[[int], None]) -> None:

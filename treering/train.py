@@ -187,7 +187,7 @@ def _gradients(
 
     def look(tensor: Tensor) -> Tensor:
         stop.check()
-        return tensor
+        return tensor.detach()  # As it is, it would hold on to the graph that holds on to it, and a failed pass to all.
 
     with saved_tensors_hooks(look, look):
         losses = losses_of(batch)
