@@ -7,6 +7,7 @@ such a pass, until it is released.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -195,7 +196,7 @@ def wait_in(folder: Path) -> None:
 
 def watch_passes(folder: Path, kill_in: int, pause_in: int) -> list[int]:
     """Kill this process, or have it wait, in one of training's forward passes; returns the list that counts them."""
-    from treering import train
+    train: Any = importlib.import_module("treering.train")
 
     numbers = itertools.count(1)
     seen: list[int] = []

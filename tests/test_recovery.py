@@ -158,7 +158,7 @@ def test_a_process_with_a_limit_of_its_own(tmp_path: Path, model_folder: Path) -
 @pytest.mark.parametrize("part", [0.1, 0.3, 0.45, 0.7])
 def test_a_pass_that_failed_holds_no_memory(model_folder: Path, part: float) -> None:
     """However far it came, forward or backward."""
-    run, counted = long_rows(model_folder), Counted()
+    run, counted = long_rows(model_folder, rows=2), Counted()
     run.train(steps=run.steps[:1], stop=counted)
 
     def tensors() -> int:
