@@ -1,11 +1,14 @@
 """Processes to be killed: a server that has imported all that is slow forks one for each command.
 
 A process can be told to kill itself at its n-th change to the disk, as the power would (what was not fsynced is then
-cut in half), or to wait at a change of a given name until it is released.
+cut in half), or in the middle of its n-th forward pass while it trains; or to wait at a change of a given name, or in
+such a pass, until it is released.
 """
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import os
 import signal
@@ -50,6 +53,11 @@ class Process:
         found: list[str] = json.loads((self.folder / "changes").read_text())
         return found
 
+    @property
+    def passes(self) -> int:
+        """The forward passes that it trained with; known once it has ended by itself."""
+        return int((self.folder / "passes").read_text())
+
     def until_paused(self) -> None:
         """Wait until it has come to the change it was to pause at."""
         deadline = time.monotonic() + DEADLINE
@@ -75,7 +83,15 @@ class Server:
             env=environment,
         )
 
-    def start(self, *arguments: str, kill_at: int = 0, pause_at: str = "") -> Process:
+    def start(
+        self,
+        *arguments: str,
+        kill_at: int = 0,
+        pause_at: str = "",
+        kill_in_pass: int = 0,
+        pause_in_pass: int = 0,
+        threads: int = 1,
+    ) -> Process:
         """Run `treering *arguments` on the workspace."""
         self.count += 1
         folder = self.scratch / str(self.count)
@@ -86,6 +102,9 @@ class Server:
             "folder": str(folder),
             "kill_at": kill_at,
             "pause_at": pause_at,
+            "kill_in_pass": kill_in_pass,
+            "pause_in_pass": pause_in_pass,
+            "threads": threads,
         }
         return Process(self, int(self.ask({"start": order})), folder)
 
@@ -153,9 +172,7 @@ class Disk:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.pause_at and self.pause_at in name:
             self.pause_at = ""
-            (self.folder / "paused").touch()
-            while not (self.folder / "go").exists():
-                time.sleep(0.01)
+            wait_in(self.folder)
 
     def _lose_what_was_not_synced(self) -> None:
         for path in self._files():
@@ -170,8 +187,38 @@ class Disk:
         return [path for path in found if ".db" not in path and not os.path.islink(path)]
 
 
+def wait_in(folder: Path) -> None:
+    """Say that this process waits, and wait until it is released."""
+    (folder / "paused").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.01)
+
+
+def watch_passes(folder: Path, kill_in: int, pause_in: int) -> list[int]:
+    """Kill this process, or have it wait, in one of training's forward passes; returns the list that counts them."""
+    train: Any = importlib.import_module("treering.train")
+
+    numbers = itertools.count(1)
+    seen: list[int] = []
+    plain = train.cross_entropy
+
+    def loss(*arguments: Any, **options: Any) -> Any:
+        number = next(numbers)  # Of its own in each thread.
+        seen.append(number)
+        if number == kill_in:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number == pause_in:
+            wait_in(folder)
+        return plain(*arguments, **options)
+
+    train.cross_entropy = loss
+    return seen
+
+
 def serve(model: Path) -> None:
     """Fork what standard input asks for, one JSON object a line; answer with process ids and wait statuses."""
+    import torch
+
     import treering.candidate
     import treering.data.intake
     import treering.gate
@@ -206,6 +253,8 @@ def serve(model: Path) -> None:
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
         disk = Disk(order["root"], folder, order["kill_at"], order["pause_at"])
         disk.watch()
+        passes = watch_passes(folder, order["kill_in_pass"], order["pause_in_pass"])
+        torch.set_num_threads(order["threads"])
         code = 70
         try:
             code = run(order["arguments"])
@@ -216,6 +265,7 @@ def serve(model: Path) -> None:
         finally:
             disk.kill_at, disk.pause_at = 0, ""
             (folder / "changes").write_text(json.dumps(disk.changes))
+            (folder / "passes").write_text(str(len(passes)))
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)

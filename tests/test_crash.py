@@ -190,6 +190,58 @@ def test_an_ingest_is_whole_or_nothing(whole: Whole) -> None:
         assert server.json("status") == after
 
 
+WAYS: dict[str, tuple[int, list[str]]] = {
+    "plain": (1, []),
+    "threads": (2, ["per_device_train_batch_size=8"]),
+    "accumulation": (1, ["per_device_train_batch_size=2", "gradient_accumulation_steps=2", "lora_dropout=0.2"]),
+    "threads and accumulation": (2, ["per_device_train_batch_size=8", "gradient_accumulation_steps=2"]),
+}
+"""Threads that torch has, and settings: from eight rows on each of two threads computes its share of a batch."""
+
+
+def kill_in_steps(whole: Whole, way: str, rounds: int) -> None:
+    """SIGKILL update after update in the middle of a step, until one comes to its end; that is one round."""
+    threads, settings = WAYS[way]
+    rng = random.Random(way)
+    server = whole.restore("second")
+    passes = server.run("update", *settings, threads=threads).passes
+    wanted = outcome(server.root)
+    for _ in range(rounds):
+        server = whole.restore("second")
+        code, killed = -signal.SIGKILL, 0
+        while code == -signal.SIGKILL:
+            code = server.start("update", *settings, threads=threads, kill_in_pass=rng.randint(2, passes)).wait()
+            killed += code == -signal.SIGKILL
+        assert (code, look(server)) == (0, (2, "v2"))
+        assert killed > 0
+        assert outcome(server.root) == wanted
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_killed_in_steps(whole: Whole, way: str) -> None:
+    kill_in_steps(whole, way, 1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("way", WAYS)
+def test_killed_in_many_steps(whole: Whole, way: str) -> None:
+    kill_in_steps(whole, way, 25)
+
+
+def test_a_signal_within_a_step_keeps_where_it_began(whole: Whole) -> None:
+    """Between two batches of the third step, which is not finished."""
+    settings = WAYS["accumulation"][1]
+    server = whole.restore("second")
+    process = server.start("update", *settings, pause_in_pass=6)
+    process.until_paused()
+    process.kill(signal.SIGTERM)
+    process.release()
+    assert process.wait() == 1
+    assert process.passes == 6
+    assert {p.name for p in server.root.glob("versions/.staging-*/checkpoints/*")} == {"step-0", "step-2"}
+    assert server.run("update", *settings).passes > 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_keeps_the_checkpoint(whole: Whole, number: signal.Signals) -> None:
     server = whole.restore("second")
@@ -200,7 +252,7 @@ def test_a_signal_keeps_the_checkpoint(whole: Whole, number: signal.Signals) -> 
     assert process.wait() == 1
     assert "run `treering update` again to resume" in process.err
     assert "Traceback" not in process.err
-    assert [p.name for p in server.root.glob("versions/.staging-*/checkpoints/*")] == ["step-4"]
+    assert {p.name for p in server.root.glob("versions/.staging-*/checkpoints/*")} == {"step-0", "step-2", "step-4"}
     assert server.json("status")["interrupted"]
     resumed = server.run("update")
     assert not any("step-2" in change.split("/") for change in resumed.changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,17 @@ def test_small_steps_are_not_lost_in_bfloat16(model_folder: Path) -> None:
 
     assert kept(change(True, joined=True)) == pytest.approx(1, abs=0.1)
     assert kept(change(True, joined=False)) < 0.1
+
+
+def test_a_pass_that_failed_leaves_nothing_to_the_next(model_folder: Path) -> None:
+    """Between two layers of a group its outputs wait, and with them the graph before: the next group drops them."""
+    model = adapted(model_folder)
+    join(model)
+    first, second = (layer.mlp for layer in model.base_model.model.model.layers)
+    x = torch.randn(3, first.gate_proj.in_features, requires_grad=True)
+    first.gate_proj(x)  # And `up_proj` is never asked.
+    left = weakref.ref(x)
+    del x
+    assert left() is not None
+    second.down_proj(torch.randn(3, second.down_proj.in_features))
+    assert left() is None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.training import Counted, StopAt
 from treering import Workspace, pipeline, registry
 from treering.candidate import Candidate
 from treering.config import Config
@@ -22,7 +24,6 @@ from treering.methods import PROTECT
 from treering.model import load, load_tokenizer
 from treering.registry import Version
 from treering.results import Result, read_results
-from treering.stop import Stop
 from treering.testing import tiny_model, toy_rows
 
 MakeWorkspace = Callable[..., Workspace]
@@ -257,29 +258,42 @@ def test_the_same_seed_gives_the_same_bytes(workspace: MakeWorkspace) -> None:
     assert one[0] != other[0]
 
 
+def asked_first(measure: Callable[[Candidate], Any]) -> Callable[[Candidate], Any]:
+    def asked(candidate: Candidate) -> Any:
+        assert candidate.stop is not None
+        candidate.stop.asked = True
+        return measure(candidate)
+
+    return asked
+
+
 def test_an_interrupted_update_ends_in_the_same_bytes(
     workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"num_train_epochs": 1.0, "per_device_train_batch_size": 4, "lora_dropout": 0.2}
-    whole = learned(workspace("whole", **settings), "pens")
+    counted = Counted()
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "stop_on_signals", lambda: nullcontext(counted))
+        whole = learned(workspace("whole", **settings), "pens")
     ws = workspace("stopped", **settings)
     ws.ingest(toy_rows("pens", 20), task="pens")
-    # While the parent is measured, after step 1, 3 and 5, and while the candidate is measured.
-    for checks, kept in ((2, None), (3, "step-1"), (2, "step-3"), (2, "step-5"), (2, "step-5")):
-        left = iter(range(checks, -1, -1))
-
-        def check(stop: Stop, left: Iterator[int] = left) -> None:
-            if stop.asked:
-                raise UpdateInterruptedError("resume")
-            stop.asked = next(left) == 1
-
+    # While the parent is measured; then within steps of the training, further on each time.
+    newest = []
+    for looks in (2, *[counted.looks // 3] * 3):
         with monkeypatch.context() as patch:
-            patch.setattr(Stop, "check", check)
+            patch.setattr(pipeline, "stop_on_signals", lambda looks=looks: nullcontext(StopAt(looks)))
             with pytest.raises(UpdateInterruptedError):
                 ws.update()
-        assert [path.name for path in ws.versions.glob(".staging-*/checkpoints/*")] == ([kept] if kept else [])
+        newest.append(max((int(p.name[5:]) for p in ws.versions.glob(".staging-*/checkpoints/*")), default=None))
         assert names(ws) == []
         torch.rand(3)
+    assert newest == [None, 1, 2, 3]
+    # Once the training has ended, while the candidate is measured.
+    with monkeypatch.context() as patch:
+        patch.setattr(Candidate, "measure", asked_first(Candidate.measure))
+        with pytest.raises(UpdateInterruptedError):
+            ws.update()
+    assert list(ws.versions.glob(".staging-*/checkpoints/step-5"))
     # What came since waits for the next update.
     ws.ingest(toy_rows("cups", 20), task="cups")
     version = ws.update()

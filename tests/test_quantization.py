@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.conftest import QUICK
 from tests.serving import ASK
 from tests.test_serve_worker import Inside
-from tests.test_train import Run, StopAfter, same_bits
+from tests.training import Counted, Run, StopAt, same_bits
 from treering import Workspace, registry
 from treering import shares as shares_module
 from treering.config import Config
@@ -65,10 +65,11 @@ def test_an_adapter_learns_on_it(tmp_path: Path, model_folder: Path, bits: int, 
     prepared = Methods(config).prepare(load_base(model_folder, config), {})
     torch.testing.assert_close(logits(prepared), bare, rtol=1e-3, atol=1e-3)
     whole = Run(model_folder, config)
-    log = whole.train(checkpoints=tmp_path / "whole")
+    counted = Counted()
+    log = whole.train(checkpoints=tmp_path / "whole", stop=counted)
     assert log[-1]["loss"] < 0.8 * log[0]["loss"]
     with pytest.raises(UpdateInterruptedError):
-        Run(model_folder, config).train(checkpoints=tmp_path / "stopped", stop=StopAfter(3))
+        Run(model_folder, config).train(checkpoints=tmp_path / "stopped", stop=StopAt(counted.looks // 2))
     last = Run(model_folder, config)
     last.train(checkpoints=tmp_path / "stopped")
     assert same_bits(whole.weights(), last.weights())

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,88 +12,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from tests.training import Run, StopAt, chat, examples, same_bits, settings
 from treering import shares
 from treering import train as train_module
 from treering.batches import Batch, Noise, make_batch
 from treering.config import Config
 from treering.data.example import Example
-from treering.errors import ConfigError, TreeringError, UpdateInterruptedError
+from treering.errors import ConfigError, UpdateInterruptedError
 from treering.memory import Memory, Teacher
 from treering.methods import Methods
-from treering.model import Tokens, encode, encode_prompt, load_base, load_tokenizer, logits_at
-from treering.schedule import Step, passes, plan_steps, rate_schedule
-from treering.stop import Stop, stop_on_signals
-from treering.testing import toy_rows
-from treering.train import teach, train
+from treering.model import Tokens, encode, encode_prompt, load_tokenizer, logits_at
+from treering.schedule import passes, plan_steps, rate_schedule
+from treering.stop import stop_on_signals
+from treering.train import teach
 
 RECORDED = [6.26756, 4.77819, 3.45686, 2.24950, 1.56761]
 """First five losses of `test_recorded_losses`, float32 on CPU."""
-
-
-def settings(folder: Path, **values: Any) -> Config:
-    return Config.build({"model_name_or_path": str(folder), "bf16": False, "protect": [], **values})
-
-
-def chat(*turns: tuple[str, str]) -> Example:
-    return Example.of([{"role": role, "content": content} for role, content in turns])
-
-
-def examples(count: int = 24, system: str | None = None) -> list[Example]:
-    head = [("system", system)] if system else []
-    return [chat(*head, ("user", row["text"]), ("assistant", row["label"])) for row in toy_rows("pens", count)]
-
-
-class Run:
-    """One update's worth of training, up to but not including `train`."""
-
-    def __init__(self, folder: Path, config: Config, rows: Sequence[Example] | None = None) -> None:
-        self.config = config
-        self.tokenizer = load_tokenizer(folder)
-        self.methods = Methods(config)
-        torch.manual_seed(config.seed)
-        self.model = self.methods.prepare(load_base(folder, config), {})
-        self.rows = {row.id: encode(self.tokenizer, row) for row in (examples() if rows is None else rows)}
-        lengths = {id: len(row.ids) for id, row in self.rows.items()}
-        self.steps = plan_steps(list(self.rows), Memory(), self.methods, lengths, config)
-
-    @property
-    def pad_id(self) -> int:
-        assert isinstance(self.tokenizer.pad_token_id, int)
-        return self.tokenizer.pad_token_id
-
-    def train(self, **options: Any) -> list[dict[str, float]]:
-        steps: list[Step] = options.pop("steps", self.steps)
-        return train(self.model, self.rows, steps, self.methods, self.config, pad_id=self.pad_id, quiet=True, **options)
-
-    def weights(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
-
-
-def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-class StopAfter(Stop):
-    """Asks to stop once `steps` steps are done."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    @property
-    def asked(self) -> bool:  # type: ignore[override]
-        return self.left <= 1
-
-    def check(self) -> None:
-        super().check()
-        self.left -= 1
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    """Sets the threads that torch uses, until the test is over."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("values", [{}, {"use_dora": True, "additional_target": "lm_head"}], ids=["plain", "dora"])
@@ -142,68 +75,6 @@ def test_a_share_has_rows_enough(model_folder: Path, threads: Callable[[int], No
     for values in ({"lora_dropout": 0.1}, {"finetuning_type": "full"}):
         assert shares.count(settings(model_folder, per_device_train_batch_size=64, **values), cpu) == 1
     assert shares.count(settings(model_folder, per_device_train_batch_size=64), torch.device("cuda")) == 1
-
-
-@pytest.mark.parametrize(
-    ("count", "values"),
-    [
-        (1, {"per_device_train_batch_size": 4}),
-        (2, {"per_device_train_batch_size": 4}),
-        (1, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "lora_dropout": 0.3}),
-        (1, {"per_device_train_batch_size": 4, "finetuning_type": "freeze", "freeze_trainable_layers": 1}),
-        (2, {"per_device_train_batch_size": 4, "neftune_noise_alpha": 5.0, "use_dora": True}),
-    ],
-    ids=["plain", "shares", "accumulation and dropout", "freeze", "noise"],
-)
-def test_an_interrupted_run_ends_in_the_same_bits(
-    tmp_path: Path,
-    model_folder: Path,
-    threads: Callable[[int], None],
-    monkeypatch: pytest.MonkeyPatch,
-    count: int,
-    values: dict[str, Any],
-) -> None:
-    threads(count)
-    monkeypatch.setattr(shares, "LEAST_ROWS", 2)
-    config = settings(model_folder, num_train_epochs=1.0, **values)
-    assert shares.count(config, torch.device("cpu")) == count
-    whole = Run(model_folder, config)
-    log = whole.train(checkpoints=tmp_path / "whole")
-    assert len(log) == 6
-    for stops in ((1,), (2, 3), (5,), (1, 1, 1, 1, 1, 1)):
-        folder = tmp_path / str(stops)
-        for steps in stops:
-            with pytest.raises(UpdateInterruptedError, match="resume"):
-                Run(model_folder, config).train(checkpoints=folder, stop=StopAfter(steps))
-            # Whatever random numbers other code draws in between do not matter.
-            torch.manual_seed(12345)
-        last = Run(model_folder, config)
-        resumed = last.train(checkpoints=folder)
-        assert same_bits(whole.weights(), last.weights())
-        assert [(e["loss"], e["lr"]) for e in resumed] == [(e["loss"], e["lr"]) for e in log]
-
-
-def test_a_checkpoint_that_was_not_finished_is_not_used(tmp_path: Path, model_folder: Path) -> None:
-    config = settings(model_folder, num_train_epochs=1.0, per_device_train_batch_size=4)
-    whole = Run(model_folder, config)
-    whole.train()
-    with pytest.raises(UpdateInterruptedError):
-        Run(model_folder, config).train(checkpoints=tmp_path, stop=StopAfter(2))
-    shutil.copytree(tmp_path / "step-2", tmp_path / ".step-5")
-    (tmp_path / ".step-5" / "state.safetensors").write_bytes(b"half")
-    last = Run(model_folder, config)
-    last.train(checkpoints=tmp_path)
-    assert same_bits(whole.weights(), last.weights())
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("step")) == ["step-6"]
-
-
-def test_checkpoints_come_every_save_steps(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved: list[int] = []
-    monkeypatch.setattr("treering.train.save", lambda folder, step, *_: saved.append(step))
-    Run(model_folder, settings(model_folder, per_device_train_batch_size=4, max_steps=5, save_steps=2)).train(
-        checkpoints=tmp_path
-    )
-    assert saved == [2, 4, 5]
 
 
 def test_accumulation_equals_one_large_batch(model_folder: Path) -> None:
@@ -410,20 +281,10 @@ def test_the_tiny_model_learns(model_folder: Path) -> None:
     assert log[0].keys() >= {"step", "loss", "lr", "tokens_per_second"}
 
 
-def test_a_loss_that_is_not_finite_names_the_rows(model_folder: Path) -> None:
-    run = Run(model_folder, settings(model_folder, finetuning_type="full", per_device_train_batch_size=4))
-    with torch.no_grad():
-        next(run.model.parameters()).fill_(float("nan"))
-    with pytest.raises(TreeringError, match=r"not finite at step 1 .* lower learning_rate than 5e-05") as caught:
-        run.train()
-    assert all(id in str(caught.value) for ids in run.steps[0] for id in ids)
-    assert run.steps[1][0][0] not in str(caught.value)
-
-
 def test_training_warns_of_nothing(tmp_path: Path, model_folder: Path, recwarn: pytest.WarningsRecorder) -> None:
     config = settings(model_folder, max_steps=3)
     with pytest.raises(UpdateInterruptedError):
-        Run(model_folder, config).train(checkpoints=tmp_path, stop=StopAfter(1))
+        Run(model_folder, config).train(checkpoints=tmp_path, stop=StopAt(1))
     Run(model_folder, config).train(checkpoints=tmp_path)
     assert [str(w.message) for w in recwarn if not issubclass(w.category, FutureWarning | DeprecationWarning)] == []
 

@@ -21,6 +21,7 @@ from treering.methods import Methods
 from treering.methods.lwf import TOP_K
 from treering.metrics import metric_for
 from treering.model import Tokens, encode, load, load_tokenizer, save_weights, use_bf16
+from treering.recovery import Recovery
 from treering.registry import Version
 from treering.results import Result, read_results, write_results
 from treering.schedule import passes, peak_rate, plan_steps
@@ -106,7 +107,7 @@ class Candidate:
             pad_id=self._pad_id,
             teachers=self.memory.teachers if "distill" in self.config.protect else None,
             parents=self._parent_on(rows) if self.parent and "lwf" in self.config.protect else None,
-            checkpoints=self.staging / "checkpoints",
+            checkpoints=self._checkpoints,
             stop=self.stop,
             quiet=self.quiet,
         )
@@ -156,6 +157,10 @@ class Candidate:
         return self.staging / "version"
 
     @property
+    def _checkpoints(self) -> Path:
+        return self.staging / "checkpoints"
+
+    @property
     def choices(self) -> dict[str, dict[str, Any]]:
         """What was chosen automatically, and why."""
         rate = "as set" if self.config.learning_rate != "auto" else f"default for {self.config.finetuning_type}"
@@ -169,7 +174,7 @@ class Candidate:
             few = "short answers, each used at least twice on average"
             reason = few if self.metrics[task] == "exact_match" else "answers are no small label set"
             found[f"metric of {task}"] = {"value": self.metrics[task], "reason": reason}
-        return found
+        return found | Recovery(self._checkpoints).choices(peak_rate(self.config))
 
     @property
     def _length(self) -> str:
@@ -197,7 +202,7 @@ class Candidate:
         return self._logits([rows[id] for id in self.plan.row_ids], TOP_K)
 
     def _logits(self, rows: Sequence[Tokens], top_k: int) -> dict[str, Teacher]:
-        return teach(self.model, rows, self.config, top_k=top_k, pad_id=self._pad_id, quiet=self.quiet)
+        return teach(self.model, rows, self.config, top_k=top_k, pad_id=self._pad_id, stop=self.stop, quiet=self.quiet)
 
     def _score(self, rows: Sequence[tuple[str, str]], title: str) -> list[Result]:
         pairs = [(self.examples[id], task) for id, task in rows]

@@ -1,12 +1,16 @@
-"""Where a running update stands: weights, optimiser, random state and log, in safetensors and JSON."""
+"""Where a running update stands: weights, optimiser, random state and log, in safetensors and JSON.
+
+What else there is to know follows from the number of steps done: the rows of the next step and its rate.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import safetensors.torch
 import torch
@@ -14,53 +18,126 @@ from torch import Tensor
 
 from treering.files import fsync_folder, fsync_tree, write_file, write_json
 from treering.optimizers import Optimizer
+from treering.recovery import Recovery
+
+if TYPE_CHECKING:
+    from treering.config import Config
+
+Log = list[dict[str, float]]
 
 
-def save(
-    folder: Path,
-    step: int,
-    parameters: Mapping[str, Tensor],
-    optimizer: Optimizer,
-    log: list[dict[str, float]],
-) -> None:
-    """A checkpoint appears under its name whole; the one before goes away after it."""
-    partial = folder / f".step-{step}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors = {"rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["cuda_rng"] = torch.cuda.get_rng_state()
-    for name, parameter in parameters.items():
-        tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
-    state = {"step": step, "log": log, "optimizer": _packed(optimizer.state_dict(), tensors, {})}
-    write_file(partial / "state.safetensors", safetensors.torch.save(tensors))
-    write_json(partial / "state.json", state)
-    fsync_tree(partial)
-    shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
-    partial.rename(folder / f"step-{step}")
-    fsync_folder(folder)
-    for other in folder.glob("step-*"):
-        if other.name != f"step-{step}":
-            shutil.rmtree(other)
+def random_state() -> dict[str, Tensor]:
+    """Where torch's random numbers stand."""
+    state = {"rng": torch.get_rng_state()}
+    return state | {"cuda_rng": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
 
 
-def resume(
-    folder: Path, parameters: Mapping[str, torch.nn.Parameter], optimizer: Optimizer
-) -> tuple[int, list[dict[str, float]]]:
-    """Steps done and their log, with weights, optimiser and random state as they were; (0, []) without a checkpoint."""
-    found = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-    if not found:
-        return 0, []
-    tensors = safetensors.torch.load_file(found[-1] / "state.safetensors")
-    torch.set_rng_state(tensors["rng"])
-    if "cuda_rng" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda_rng"])
-    with torch.no_grad():
-        for name, parameter in parameters.items():
+def set_random_state(state: Mapping[str, Tensor]) -> None:
+    """Have torch's random numbers go on from `random_state`."""
+    torch.set_rng_state(state["rng"])
+    if "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"])
+
+
+class Checkpoints:
+    """The checkpoints of one update, `step-N` in `folder` after N steps; with no folder there are none.
+
+    Three kinds stay: the first of all, for which nothing was learned yet; the last two at a multiple of `save_steps`;
+    and the newest, whatever it was made for. Training goes back to those of the first two kinds alone, when a loss runs
+    away, so that no clock decides what becomes of it.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        parameters: Mapping[str, torch.nn.Parameter],
+        optimizer: Optimizer,
+        config: Config,
+        recovery: Recovery,
+    ) -> None:
+        self._folder, self._parameters, self._optimizer, self._recovery = folder, parameters, optimizer, recovery
+        self._every, self._seconds = config.save_steps, 60 * config.save_minutes
+        self._saved = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether there is to be a checkpoint after `step` steps, by their number or by the clock."""
+        return step % self._every == 0 or time.monotonic() - self._saved >= self._seconds
+
+    def save(self, log: Log) -> None:
+        """Keep where training stands after the steps in `log`. It appears under its name whole; older ones go then."""
+        step = len(log)
+        if self._folder is None or step in self._steps():
+            return
+        partial = self._folder / f".step-{step}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tensors = random_state()
+        for name, parameter in self._parameters.items():
+            tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
+        state = {"step": step, "retries": len(self._recovery.retries), "log": log}
+        state["optimizer"] = _packed(self._optimizer.state_dict(), tensors, {})
+        write_file(partial / "state.safetensors", safetensors.torch.save(tensors))
+        write_json(partial / "state.json", state)
+        fsync_tree(partial)
+        partial.rename(self._folder / f"step-{step}")
+        fsync_folder(self._folder)
+        self._saved = time.monotonic()
+        steps = self._steps()
+        counted = [step for step in steps if step % self._every == 0]
+        for other in set(steps) - {0, *counted[-2:], steps[-1]}:
+            self._remove(other)
+
+    def resume(self) -> Log:
+        """Put weights, optimiser and random state where the newest checkpoint has them; returns the log up to there.
+
+        Those that a retry has left behind go first. With none, there is one of the beginning now.
+        """
+        if self._folder is None:
+            return []
+        for partial in self._folder.glob(".step-*"):
+            shutil.rmtree(partial)
+        for step in self._steps():
+            if not self._recovery.holds(step, self._state(step)["retries"]):
+                self._remove(step)
+        self.save([])
+        return self._load(self._steps()[-1])
+
+    def last_good(self, step: int) -> int | None:
+        """The step of the checkpoint to go back to once the one after `step` has failed; None: there is none.
+
+        It is the newest by count with steps after it that can be taken otherwise. After a retry it has to have been
+        made since, for those from before did not help, or it is the first.
+        """
+        if self._folder is None or step == 0:
+            return None
+        retries = len(self._recovery.retries)
+        made = [found for found in self._steps() if found < step and found % self._every == 0]
+        return max([0, *(found for found in made if self._state(found)["retries"] == retries)])
+
+    @torch.no_grad()
+    def _load(self, step: int) -> Log:
+        state, tensors = self._state(step), safetensors.torch.load_file(self._path(step) / "state.safetensors")
+        set_random_state(tensors)
+        for name, parameter in self._parameters.items():
             parameter.copy_(tensors[f"weight.{name}"])
-    state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
-    optimizer.load_state_dict(_unpacked(state["optimizer"], tensors))
-    return state["step"], state["log"]
+        self._optimizer.load_state_dict(_unpacked(state["optimizer"], tensors))
+        return cast(Log, state["log"])
+
+    def _steps(self) -> list[int]:
+        assert self._folder is not None
+        return sorted(int(path.name.removeprefix("step-")) for path in self._folder.glob("step-*"))
+
+    def _state(self, step: int) -> dict[str, Any]:
+        return cast("dict[str, Any]", json.loads((self._path(step) / "state.json").read_text(encoding="utf-8")))
+
+    def _remove(self, step: int) -> None:
+        """It loses its name before its files, so that none is ever half there."""
+        gone = self._path(step).rename(self._path(step).with_name(f".step-{step}"))
+        shutil.rmtree(gone)
+
+    def _path(self, step: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"step-{step}"
 
 
 def _packed(value: Any, tensors: dict[str, Tensor], seen: dict[int, str]) -> Any:

@@ -118,7 +118,13 @@ class Config(Section):
     """Gradients are clipped to this norm."""
 
     save_steps: int = Field(50, ge=1)
-    """Steps between checkpoints of a running update."""
+    """Steps between checkpoints of a running update; to one of these it goes back when the loss runs away."""
+
+    save_minutes: float = Field(10.0, gt=0)
+    """Minutes after which there is a checkpoint in any case."""
+
+    max_loss_retries: int = Field(3, ge=0)
+    """Times that an update goes back to a checkpoint, with half the rate, when the loss is not finite or runs away."""
 
     bf16: bool | Literal["auto"] = "auto"
     """Compute in bfloat16; `auto`: where the machine has it in hardware."""
@@ -193,8 +199,11 @@ class Config(Section):
         return names(self.additional_target or "")
 
     def of_versions(self) -> dict[str, Any]:
-        """The settings that versions depend on; those that say when updates run and how versions serve are left out."""
-        return self.model_dump(mode="json", exclude={"automate", "serve"})
+        """The settings that versions depend on; those that say when updates run and how versions serve are left out.
+
+        So are those that say how an update gets to its end, not to which: changed, they let it be resumed.
+        """
+        return self.model_dump(mode="json", exclude={"automate", "serve", "save_minutes", "max_loss_retries"})
 
     @classmethod
     def load(cls, path: Path, overrides: Iterable[str] = ()) -> Config:

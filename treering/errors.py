@@ -54,6 +54,15 @@ _TEXTS = {
 }
 
 
+def no_memory(error: Exception) -> bool:
+    """Whether `error` is a device's or the process's way to say that memory has run out."""
+    import torch
+
+    # On CPU it is known by its text alone: the allocator's own, or what C++ says where a library asked for memory.
+    texts = ("allocate memory", "bad_alloc")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
+
+
 @contextmanager
 def full_disk_is_clear(folder: Path) -> Iterator[None]:
     """Turn "disk full" out of any library into a `TreeringError` that names `folder`."""

@@ -49,25 +49,30 @@ def _plain(layer: nn.Module) -> bool:
 
 
 class _Group:
-    """Layers of the same input. The first that is asked computes all; each thread has passes of its own."""
+    """Layers of the same input. The first that is asked computes all; each thread has passes of its own.
+
+    What it computed waits in one place for all groups, so that the next pass drops what one that failed has left there:
+    with it goes the graph of that pass, which is large.
+    """
+
+    _pass = threading.local()
 
     def __init__(self, layers: Sequence[Linear]) -> None:
         self._layers = layers
         self._sizes = [layer.out_features for layer in layers]
         weights = [cast(Tensor, layer.base_layer.weight) for layer in layers]
         self._weight = torch.cat([weight.detach() for weight in weights])
-        self._pass = threading.local()
         for at, (layer, weight, part) in enumerate(zip(layers, weights, self._weight.split(self._sizes), strict=True)):
             weight.data = part  # Only one copy stays.
             layer.forward = partial(self._output, at)  # type: ignore[method-assign]
 
     def _output(self, at: int, x: Tensor) -> Tensor:
         own = self._pass
-        if getattr(own, "input", None) is not x:
-            own.input, own.outputs = x, self._compute(x).split(self._sizes, -1)
+        if getattr(own, "group", None) is not self or own.input is not x:
+            own.group, own.input, own.outputs = self, x, self._compute(x).split(self._sizes, -1)
         found: Tensor = own.outputs[at]
         if at == len(self._layers) - 1:
-            own.input = own.outputs = None
+            own.group = own.input = own.outputs = None
         return found
 
     def _compute(self, x: Tensor) -> Tensor:

@@ -26,6 +26,9 @@ SHADES = 21
 RAMPS = {"light": ("#f0f5fb", "#0a4286"), "dark": ("#1b2733", "#9fcdfb")}
 """Colours of score 0 and 100: one hue, so that it reads the same to every eye, and on paper."""
 
+NO_LOSSES = {"step", "lr", "grad_norm", "tokens_per_second"}
+"""What the log has beside losses."""
+
 MOST_POINTS = 2000
 """Longer curves are thinned: a screen shows no more, and the file stays small."""
 
@@ -112,7 +115,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _plots(log: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
     """The curves, plot by plot; how they look is the template's."""
-    terms = dict.fromkeys(term for entry in log for term in entry if term not in {"step", "lr", "tokens_per_second"})
+    terms = dict.fromkeys(term for entry in log for term in entry if term not in NO_LOSSES)
     return [
         _plot(log, "Loss", "loss", {term: "cross entropy" if term == "loss" else term for term in terms}),
         _plot(log, "Learning rate", "learning rate", {"lr": "learning rate"}),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,18 +13,21 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 
 from treering import optimizers, shares
 from treering.attention import recomputed
 from treering.batches import Batch, as_step, make_batch, with_noise
-from treering.checkpoints import resume, save
-from treering.errors import ConfigError, TreeringError
+from treering.checkpoints import Checkpoints, Log, random_state, set_random_state
+from treering.errors import ConfigError, UpdateInterruptedError, no_memory
 from treering.memory import Teacher
 from treering.methods import Methods
 from treering.model import Tokens, compute, logits_at, use_bf16
+from treering.optimizers import Optimizer
 from treering.passes import read
 from treering.progress import bar
+from treering.recovery import LossError, Recovery, check_loss, worst
 from treering.schedule import Step, peak_rate, rate_schedule
 from treering.stop import Stop
 
@@ -63,9 +65,14 @@ def train(
     """Train the weights that require gradients, in place, over `steps`; returns one log entry a step.
 
     Loss: cross entropy averaged over the answer tokens of the optimiser step, plus what the methods add.
-    With `checkpoints` (a folder) the state is saved every `save_steps` and an earlier run there is resumed to the
-    same bits. Raises `UpdateInterruptedError` (after a checkpoint) when `stop` was asked, `TreeringError` on a loss
-    that is not finite.
+    With `checkpoints` (a folder) the state is kept there now and then, and an earlier run is resumed to the same bits.
+    Where memory runs out, the step is taken again in smaller pieces; where its loss is no good (`check_loss`), training
+    goes back to a checkpoint, and on from there at a lower rate.
+
+    Raises:
+        UpdateInterruptedError: `stop` was asked; there is a checkpoint of where the step under way began.
+        LossError: the loss was no good once more than `max_loss_retries` times, or there is nowhere to go back to.
+        TreeringError: there is no memory for one row.
     """
     torch.manual_seed(config.seed)
     model.train()
@@ -75,42 +82,35 @@ def train(
     optimizer = optimizers.optimizer(config, model, peak_rate(config))
     share = rate_schedule(config, len(steps))
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    bf16 = use_bf16(config)[0]
-    log: list[dict[str, float]] = []
-    done = 0
-    if checkpoints is not None:
-        done, log = resume(checkpoints, parameters, optimizer)
     parts = shares.count(config, accelerator.device)
+    collate = partial(make_batch, pad_id=pad_id, device=accelerator.device, teachers=teachers, parents=parents)
+    losses_of = partial(_losses, model, methods, use_bf16(config)[0])
+    gradients_of = partial(_gradients, losses_of, list(parameters.values()), stop or Stop())
+    recovery = Recovery(checkpoints)
+    kept = Checkpoints(checkpoints, parameters, optimizer, config, recovery)
+    log = kept.resume()
     with bar("training", len(steps), quiet) as advance, shares.side_by_side(parts) as compute_all:
-        advance(done)
-        for number in range(done, len(steps)):
+        advance(len(log))
+        while len(log) < len(steps):
             started = time.perf_counter()
-            batches = as_step(
-                [
-                    make_batch([rows[id] for id in ids], pad_id, accelerator.device, teachers=teachers, parents=parents)
-                    for batch in steps[number]
-                    for ids in shares.dealt(batch, parts)
-                ]
-            )
-            if config.neftune_noise_alpha:
-                batches = with_noise(batches, config.neftune_noise_alpha, f"{config.seed}:{number}")
-            learn = partial(_gradients, model, list(parameters.values()), methods, bf16)
-            losses: Counter[str] = Counter()
-            for found, gradients in compute_all(learn, batches):
-                losses.update(found)
-                for parameter, gradient in zip(parameters.values(), gradients, strict=True):
-                    if gradient is not None:
-                        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-            entry = {"step": float(number + 1), **losses}
-            if not all(math.isfinite(value) for value in entry.values()):
-                raise TreeringError(
-                    f"the loss is not finite at step {number + 1} ({entry}); set a lower learning_rate than "
-                    f"{peak_rate(config):g}. Rows of the step: {', '.join(id for ids in steps[number] for id in ids)}"
-                )
-            entry["lr"] = peak_rate(config) * share(number)
+            step = len(log) + 1
+            dealt = [ids for batch in steps[step - 1] for ids in shares.dealt(batch, parts * recovery.pieces(step))]
+            pieces = [[rows[id] for id in ids] for ids in dealt]
+            try:
+                with _undone_on_failure(optimizer):
+                    batches = as_step([collate(piece) for piece in pieces])
+                    if config.neftune_noise_alpha:
+                        batches = with_noise(batches, config.neftune_noise_alpha, f"{config.seed}:{step}")
+                    entry = {"step": float(step), **_add_up(compute_all(gradients_of, batches), parameters.values())}
+                    entry["grad_norm"] = float(accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm))
+                    check_loss(entry, log, model.get_output_embeddings().weight.shape[0])
+            except Exception as error:
+                log = _after(error, pieces, log, kept, recovery, config, partial(_loss_alone, losses_of, collate))
+                advance(len(log) - step + 1)
+                continue
+            entry["lr"] = peak_rate(config) * share(step - 1) * recovery.rate
             for group in optimizer.param_groups:
                 group["lr"] = entry["lr"]
-            accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             methods.after_step(model)
@@ -118,11 +118,8 @@ def train(
             entry["tokens_per_second"] = sum(int(b.inputs["mask"].sum()) for b in batches) / seconds
             log.append(entry)
             advance(1, f"loss {entry['loss']:.3f}  {entry['tokens_per_second']:.0f} tokens/s")
-            asked = stop is not None and stop.asked
-            if checkpoints is not None and (asked or (number + 1) % config.save_steps == 0 or number + 1 == len(steps)):
-                save(checkpoints, number + 1, parameters, optimizer, log)
-            if stop is not None:
-                stop.check()
+            if kept.due(step) or step == len(steps):
+                kept.save(log)
     optimizers.finish(optimizer)
     return log
 
@@ -135,22 +132,113 @@ def _checkpoint_layers(model: PreTrainedModel) -> None:
         raise ConfigError(f"gradient_checkpointing is true, but {error}; take the setting out") from None
 
 
+@contextmanager
+def _undone_on_failure(optimizer: Optimizer) -> Iterator[None]:
+    """What fails inside leaves no gradients, and random numbers where they were: as if it had not begun."""
+    before = random_state()
+    try:
+        yield
+    except BaseException:
+        set_random_state(before)
+        optimizer.zero_grad()
+        raise
+
+
+def _after(
+    error: Exception,
+    pieces: Sequence[Sequence[Tokens]],
+    log: Log,
+    kept: Checkpoints,
+    recovery: Recovery,
+    config: Config,
+    loss_alone: Callable[[Tokens], float],
+) -> Log:
+    """What to go on from once the step after `log`, computed in `pieces`, has failed with `error`.
+
+    Raises `error` itself where it is none of those that training survives, and else as `train` does.
+    """
+    step = len(log) + 1
+    if isinstance(error, UpdateInterruptedError):
+        kept.save(log)
+    elif no_memory(error):
+        recovery.split(step, max(map(len, pieces)), error)
+        return log
+    elif isinstance(error, LossError):
+        back_to = kept.last_good(len(log))
+        if back_to is not None and len(recovery.retries) < config.max_loss_retries:
+            recovery.retry(step, back_to, str(error))
+            return kept.resume()
+        losses = {row.id: loss_alone(row) for piece in pieces for row in piece}
+        raise LossError(
+            f"{error} at step {step}, after {len(recovery.retries)} retries at lower rates (max_loss_retries is "
+            f"{config.max_loss_retries}; a first step has none). Set a learning_rate below "
+            f"{peak_rate(config) * recovery.rate:g}, or see to the rows of the step; {worst(losses)}"
+        ) from None
+    raise error
+
+
+def _add_up(
+    computed: Iterable[tuple[dict[str, float], tuple[Tensor | None, ...]]], parameters: Iterable[Tensor]
+) -> Counter[str]:
+    """The losses of a step from those of its batches; `parameters` get the gradients, always in the same order."""
+    parameters = list(parameters)
+    losses: Counter[str] = Counter()
+    for found, gradients in computed:
+        losses.update(found)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+    return losses
+
+
 def _gradients(
-    model: PreTrainedModel, parameters: Sequence[Tensor], methods: Methods, bf16: bool, batch: Batch
+    losses_of: Callable[[Batch], dict[str, Tensor]], parameters: Sequence[Tensor], stop: Stop, batch: Batch
 ) -> tuple[dict[str, float], tuple[Tensor | None, ...]]:
-    """What `batch` adds to the losses of its optimiser step, and to the gradients of `parameters`."""
-    with compute(bf16, batch.targets.device):
-        logits = logits_at(model, **batch.inputs, at=batch.at, noise=batch.noise)
-    losses = {"loss": cross_entropy(logits, batch.targets, reduction="sum") / batch.of}
-    losses |= methods.losses(model, batch, logits)
+    """What `batch` adds to the losses of its optimiser step, and to the gradients of `parameters`.
+
+    `stop` is looked at many times in every layer, forward and backward: a batch of long rows takes minutes.
+    """
+
+    def look(tensor: Tensor) -> Tensor:
+        stop.check()
+        return tensor.detach()  # As it is, it would hold on to the graph that holds on to it, and a failed pass to all.
+
+    with saved_tensors_hooks(look, look):
+        losses = losses_of(batch)
     gradients = torch.autograd.grad(torch.stack(list(losses.values())).sum(), parameters, allow_unused=True)
     return {name: float(loss.detach()) for name, loss in losses.items()}, gradients
 
 
+def _losses(model: PreTrainedModel, methods: Methods, bf16: bool, batch: Batch) -> dict[str, Tensor]:
+    """What `batch` adds to the losses of its optimiser step: cross entropy, and those of the methods by name."""
+    with compute(bf16, batch.targets.device):
+        logits = logits_at(model, **batch.inputs, at=batch.at, noise=batch.noise)
+    losses = {"loss": cross_entropy(logits, batch.targets, reduction="sum") / batch.of}
+    return losses | methods.losses(model, batch, logits)
+
+
+@torch.no_grad()
+def _loss_alone(
+    losses_of: Callable[[Batch], dict[str, Tensor]], collate: Callable[[Sequence[Tokens]], Batch], row: Tokens
+) -> float:
+    """All losses of a step that consists of `row` alone."""
+    return float(sum(losses_of(collate([row])).values()))
+
+
 def teach(
-    model: PreTrainedModel, rows: Sequence[Tokens], config: Config, *, top_k: int, pad_id: int, quiet: bool = False
+    model: PreTrainedModel,
+    rows: Sequence[Tokens],
+    config: Config,
+    *,
+    top_k: int,
+    pad_id: int,
+    stop: Stop | None = None,
+    quiet: bool = False,
 ) -> dict[str, Teacher]:
-    """The model's `top_k` highest logits at every answer token of `rows`."""
+    """The model's `top_k` highest logits at every answer token of `rows`.
+
+    Raises `UpdateInterruptedError` when `stop` was asked.
+    """
     model.eval()
 
     def highest(batch: Batch, logits: Tensor) -> list[Teacher]:
@@ -160,5 +248,5 @@ def teach(
         return [Teacher(row_ids.clone(), row_logits.clone()) for row_ids, row_logits in pairs]
 
     with bar("taking logits", len(rows), quiet) as advance:
-        found = read(model, rows, highest, config, pad_id, advance)
+        found = read(model, rows, highest, config, pad_id, advance, stop)
     return {row.id: teacher for row, teacher in zip(rows, found, strict=True)}

@@ -25,7 +25,7 @@ import torch
 
 from treering import model as models
 from treering.config import Config
-from treering.errors import TreeringError
+from treering.errors import TreeringError, no_memory
 from treering.serve.batch import Batch, Row
 from treering.serve.engine import EngineError, Job, Piece, Token
 from treering.serve.prompts import Prompts
@@ -228,7 +228,7 @@ class Worker:
         try:
             rows, logits = batch.read(self._share())
         except Exception as error:
-            if _no_memory(error) and batch.forget():
+            if no_memory(error) and batch.forget():
                 return
             gone = batch.reading
             self._give_up(gone, error)
@@ -252,7 +252,7 @@ class Worker:
         try:
             rows, logits = batch.step()
         except Exception as error:
-            if not _no_memory(error):
+            if not no_memory(error):
                 raise
             if batch.forget():
                 return
@@ -339,14 +339,9 @@ def _fatal(error: Exception) -> bool:
     return isinstance(error, BrokenPipeError | torch.AcceleratorError)
 
 
-def _no_memory(error: Exception) -> bool:
-    # On CPU it is known by its text alone.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
-
-
 def _failure(error: Exception) -> EngineError:
     """What the client is told of an error that nobody foresaw."""
-    if not _no_memory(error):
+    if not no_memory(error):
         return EngineError(f"this request cannot be answered ({type(error).__name__}: {error})")
     return EngineError(
         f"there is no memory for this request beside the others ({error}); try again, or lower serve.max_batch_size",

@@ -1,0 +1,395 @@
+"""Memory that runs out and losses that run away: training goes on, says so, and ends in the same bits if killed."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.training import Counted, KillAt, KilledError, Run, StopAt, chat, examples, same_bits, settings
+from treering import shares
+from treering import train as loop
+from treering.checkpoints import Checkpoints
+from treering.errors import TreeringError, UpdateInterruptedError, no_memory
+from treering.model import logits_at
+from treering.recovery import MOST_ROWS, LossError, Recovery, check_loss, worst
+
+NO_MEMORY = (
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 123456789 bytes. Error code 12 (Cannot allocate memory)"
+)
+"""What torch says on a CPU."""
+
+RATE = 1e-3
+
+
+def recorded(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = json.loads((folder / "recovery.json").read_text())
+    return found
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Passes over more tokens than that, padding included, find no memory. A stand-in for the allocator's own error."""
+
+    def limit(tokens: int) -> None:
+        def forward(model: Any, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:
+            torch.rand(1)  # As dropout would.
+            if ids.numel() > tokens:
+                raise RuntimeError(NO_MEMORY)
+            return logits_at(model, ids, mask, at)
+
+        monkeypatch.setattr(loop, "logits_at", forward)
+
+    return limit
+
+
+@pytest.fixture
+def too_fast(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, float], None]:
+    """The loss of a step is NaN if the one before was at a higher rate than that. A stand-in for real divergence."""
+
+    def limit(step: int, rate: float) -> None:
+        def check(entry: Mapping[str, float], log: Sequence[Mapping[str, float]], vocabulary: int) -> None:
+            if entry["step"] == step and log and log[-1]["lr"] > rate:
+                entry = {**entry, "loss": math.nan}
+            check_loss(entry, log, vocabulary)
+
+        monkeypatch.setattr(loop, "check_loss", check)
+
+    return limit
+
+
+def constant(folder: Path, **values: Any) -> Any:
+    rate = {"learning_rate": RATE, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+    return settings(folder, **{**rate, "per_device_train_batch_size": 4, "num_train_epochs": 2.0, **values})
+
+
+def growing() -> list[Any]:
+    """Rows of which the later ones are longer."""
+    return [chat(("user", "x" * (5 + 3 * number)), ("assistant", f"{number}")) for number in range(16)]
+
+
+def test_memory_that_runs_out_changes_nothing_but_rounding(
+    tmp_path: Path, model_folder: Path, little_memory: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = constant(model_folder)
+    whole = Run(model_folder, config, growing())
+    log = whole.train()
+    widest = max(len(row.ids) for row in whole.rows.values()) - 1
+    little_memory(2 * widest)
+    halved = Run(model_folder, config, growing())
+    halved_log = halved.train(checkpoints=tmp_path)
+    found = recorded(tmp_path)["splits"]
+    assert [split["pieces"] for split in found] == [2]
+    step = found[0]["step"]
+    assert f"out of memory at step {step} ([enforce fail" in found[0]["reason"]
+    assert f"out of memory at step {step}" in (said := capsys.readouterr().err) and "in 2 pieces" in said
+    assert [e["loss"] for e in halved_log] == pytest.approx([e["loss"] for e in log], rel=1e-4)
+    for name, weight in whole.weights().items():
+        torch.testing.assert_close(halved.weights()[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_it_is_halved_until_it_fits(
+    tmp_path: Path,
+    model_folder: Path,
+    little_memory: Callable[[int], None],
+    threads: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With threads and accumulation too; not a row is left out or seen twice."""
+    threads(2)
+    monkeypatch.setattr(shares, "LEAST_ROWS", 2)
+    config = constant(model_folder, gradient_accumulation_steps=2, num_train_epochs=1.0)
+    run = Run(model_folder, config, growing())
+    little_memory(max(len(row.ids) for row in run.rows.values()) - 1)
+    log = run.train(checkpoints=tmp_path)
+    assert len(log) == len(run.steps)
+    # In two threads from the start, so that two pieces are rows alone.
+    assert [split["pieces"] for split in recorded(tmp_path)["splits"]] == [2]
+    whole = Run(model_folder, config, growing())
+    monkeypatch.setattr(loop, "logits_at", logits_at)
+    assert [e["loss"] for e in whole.train()] == pytest.approx([e["loss"] for e in log], rel=1e-4)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import torch
+from tests.test_recovery import long_rows
+from tests.training import Run
+
+torch.set_num_threads(1)
+folder, checkpoints = map(Path, sys.argv[1:])
+long_rows(folder, rows=2).train()  # What torch takes once.
+run = long_rows(folder)
+now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 150 * 2**20, resource.RLIM_INFINITY))
+print([entry["loss"] for entry in run.train(checkpoints=checkpoints)])
+"""
+
+
+def long_rows(folder: Path, rows: int = 16) -> Run:
+    """Three steps of 16 rows, which take 300 MB; one of 4 takes 100 MB."""
+    texts = [chat(("user", chr(97 + n) + "x" * 500), ("assistant", str(n))) for n in range(rows)]
+    return Run(folder, settings(folder, max_steps=3), texts)
+
+
+def test_a_process_with_a_limit_of_its_own(tmp_path: Path, model_folder: Path) -> None:
+    """The allocator's real error, in the middle of real passes; what a failed pass took is there again for the next."""
+    program = [sys.executable, "-c", LIMITED, str(model_folder), str(tmp_path)]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    assert 2 <= recorded(tmp_path)["splits"][-1]["pieces"] <= 8
+    assert "out of memory at step 1 ([enforce fail" in done.stderr
+    log = long_rows(model_folder).train()
+    assert json.loads(done.stdout) == pytest.approx([entry["loss"] for entry in log], rel=1e-4)
+
+
+@pytest.mark.parametrize("part", [0.1, 0.3, 0.45, 0.7])
+def test_a_pass_that_failed_holds_no_memory(model_folder: Path, part: float) -> None:
+    """However far it came, forward or backward."""
+    run, counted = long_rows(model_folder, rows=2), Counted()
+    run.train(steps=run.steps[:1], stop=counted)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(one.numel() for one in gc.get_objects() if isinstance(one, Tensor))
+
+    before = tensors()
+    stop = StopAt(int(part * counted.looks))
+    with pytest.raises(UpdateInterruptedError):
+        run.train(steps=run.steps[:1], stop=stop)
+    # A group of layers may keep its last input and outputs, until the next pass.
+    run.train(steps=run.steps[:1])
+    assert tensors() <= before
+
+
+def test_no_memory_for_one_row(tmp_path: Path, model_folder: Path, little_memory: Callable[[int], None]) -> None:
+    little_memory(5)
+    with pytest.raises(TreeringError, match=r"out of memory at step 1 .* one row at a time\. Lower cutoff_len"):
+        Run(model_folder, constant(model_folder)).train(checkpoints=tmp_path)
+    assert [split["pieces"] for split in recorded(tmp_path)["splits"]] == [2, 4]
+
+
+def test_what_is_no_memory() -> None:
+    for error in (RuntimeError(NO_MEMORY), torch.OutOfMemoryError("CUDA out of memory."), MemoryError()):
+        assert no_memory(error)
+    assert no_memory(RuntimeError("std::bad_alloc"))
+    assert not no_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_other_errors_are_not_survived(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*_: Any, **__: Any) -> Tensor:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(loop, "logits_at", forward)
+    with pytest.raises(RuntimeError, match="a bug"):
+        Run(model_folder, constant(model_folder)).train()
+
+
+def test_a_lower_rate_from_the_last_good_checkpoint(
+    tmp_path: Path, model_folder: Path, too_fast: Callable[[int, float], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first retry goes to the newest checkpoint by count, the next, as that did not help, to the beginning."""
+    too_fast(8, 0.3 * RATE)
+    config = constant(model_folder, save_steps=3, save_minutes=1e-9)
+    log = Run(model_folder, config).train(checkpoints=tmp_path)
+    found = recorded(tmp_path)["retries"]
+    assert [(retry["step"], retry["back_to"]) for retry in found] == [(8, 6), (8, 0)]
+    assert all("loss is nan" in retry["reason"] for retry in found)
+    assert [entry["step"] for entry in log] == list(range(1, 13))
+    assert [entry["lr"] for entry in log] == pytest.approx([RATE / 4] * 12)
+    said = capsys.readouterr().err
+    assert "loss is nan at step 8; going back to step 6, with 0.5 of the learning rate" in said
+    assert "going back to step 0, with 0.25" in said
+    choices = Recovery(tmp_path).choices(RATE)
+    assert choices["learning_rate of retry 2"]["value"] == RATE / 4
+    assert "from step 0 again" in choices["learning_rate of retry 2"]["reason"]
+
+
+def test_what_went_before_the_retry_stays(
+    tmp_path: Path, model_folder: Path, too_fast: Callable[[int, float], None]
+) -> None:
+    config = constant(model_folder, save_steps=3)
+    whole = Run(model_folder, config).train()
+    too_fast(8, 0.6 * RATE)
+    log = Run(model_folder, config).train(checkpoints=tmp_path)
+    assert [e["loss"] for e in log[:7]] == [e["loss"] for e in whole[:7]]
+    assert log[8]["loss"] != whole[8]["loss"]
+    assert [e["lr"] for e in log] == pytest.approx([RATE] * 6 + [RATE / 2] * 6)
+
+
+def test_a_failure_right_after_a_checkpoint(
+    tmp_path: Path, model_folder: Path, too_fast: Callable[[int, float], None]
+) -> None:
+    """From there nothing could be taken otherwise; the one before is still there."""
+    too_fast(7, 0.6 * RATE)
+    Run(model_folder, constant(model_folder, save_steps=3)).train(checkpoints=tmp_path)
+    assert [retry["back_to"] for retry in recorded(tmp_path)["retries"]] == [3]
+
+
+def test_it_ends_with_the_rows_once_the_retries_are_used_up(
+    tmp_path: Path, model_folder: Path, too_fast: Callable[[int, float], None]
+) -> None:
+    too_fast(8, 0.0)
+    config = constant(model_folder, save_steps=3, max_loss_retries=2)
+    run = Run(model_folder, config)
+    for _ in range(2):  # Run again, it says the same.
+        with pytest.raises(LossError) as caught:
+            Run(model_folder, config).train(checkpoints=tmp_path)
+        said = str(caught.value)
+        assert "loss is nan at step 8, after 2 retries at lower rates (max_loss_retries is 2" in said
+        assert f"Set a learning_rate below {RATE / 4:g}" in said
+        assert all(id in said for ids in run.steps[7] for id in ids)
+        assert not any(id in said for ids in run.steps[6] for id in ids if id not in run.steps[7][0])
+    assert len(recorded(tmp_path)["retries"]) == 2
+    with pytest.raises(LossError, match="after 3 retries"):  # More of them are taken up where it ended.
+        Run(model_folder, constant(model_folder, save_steps=3)).train(checkpoints=tmp_path)
+
+
+def test_a_real_nan(tmp_path: Path, model_folder: Path) -> None:
+    """At such a rate every weight overflows; half of it, and half of that, is no better."""
+    with pytest.raises(LossError, match=r"loss is nan.* at step 2, after 3 retries"):
+        Run(model_folder, constant(model_folder, learning_rate=1e38)).train(checkpoints=tmp_path)
+    assert [(retry["step"], retry["back_to"]) for retry in recorded(tmp_path)["retries"]] == [(2, 0)] * 3
+
+
+def test_a_first_step_has_no_retry(tmp_path: Path, model_folder: Path) -> None:
+    run = Run(model_folder, constant(model_folder, finetuning_type="full"))
+    with torch.no_grad():
+        next(run.model.parameters()).fill_(float("nan"))
+    with pytest.raises(LossError, match="loss is nan, grad_norm is nan at step 1, after 0 retries"):
+        run.train(checkpoints=tmp_path)
+    assert not (tmp_path / "recovery.json").exists()
+
+
+def test_a_real_spike(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All weights at a rate far too high, judged by the first step alone."""
+    monkeypatch.setattr("treering.recovery.FIRST_STEPS", 1)
+    config = constant(model_folder, finetuning_type="full", learning_rate=30.0, max_loss_retries=0)
+    with pytest.raises(LossError, match=r"above twice the highest of the first 1 steps .* after 0 retries"):
+        Run(model_folder, config).train(checkpoints=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("loss", "first", "bad"),
+    [
+        (2.9, 1.4, True),  # Half of ln(256) is 2.77.
+        (2.7, 0.1, False),  # Far above the first steps, and still far from guessing.
+        (2.9, 1.5, False),  # Hard rows, but no harder than twice the first ones.
+        (9.0, 5.0, False),
+        (11.0, 5.0, True),
+        (math.inf, 5.0, True),
+    ],
+)
+def test_what_is_a_spike(loss: float, first: float, bad: bool) -> None:
+    log = [{"loss": first / 2}, {"loss": first}, *[{"loss": 0.1}] * 8]
+
+    def is_bad(log: list[dict[str, float]]) -> bool:
+        try:
+            check_loss({"loss": loss, "grad_norm": 1.0}, log, 256)
+        except LossError as error:
+            return str(loss) in str(error) or f"{loss:.4g}" in str(error)
+        return False
+
+    assert is_bad([*log, {"loss": 99.0}]) is bad  # Later ones do not raise the bar.
+    assert is_bad(log[:9]) is (not math.isfinite(loss))  # Too early to tell.
+    with pytest.raises(LossError, match="grad_norm is inf"):
+        check_loss({"loss": 1.0, "grad_norm": math.inf}, [], 256)
+
+
+def test_the_worst_rows_come_first() -> None:
+    assert worst({"a": 1.0, "b": math.nan, "c": 3.0}) == "worst first: b (loss nan), c (loss 3), a (loss 1)"
+    many = worst({f"row{n:02}": float(n) for n in range(20)})
+    assert many.startswith("worst first: row19 (loss 19), row18") and many.endswith(f", and {20 - MOST_ROWS} more")
+
+
+def adapting(folder: Path) -> Run:
+    """Training that has to split its batches and to go back twice."""
+    config = constant(folder, save_steps=3, lora_dropout=0.2)
+    return Run(folder, config, [*growing(), *examples(8)])
+
+
+@pytest.mark.parametrize("minutes", [1e-9, 1e9])
+def test_killed_anywhere_it_repeats_what_it_adapted(
+    tmp_path: Path,
+    model_folder: Path,
+    little_memory: Callable[[int], None],
+    too_fast: Callable[[int, float], None],
+    minutes: float,
+) -> None:
+    """Whatever checkpoints the clock adds: the same bits, splits and retries."""
+    little_memory(2 * max(len(row.ids) for row in adapting(model_folder).rows.values()))
+    too_fast(8, 0.3 * RATE)
+    whole, counted = adapting(model_folder), Counted()
+    log = whole.train(checkpoints=tmp_path / "whole", stop=counted)
+    found = recorded(tmp_path / "whole")
+    assert len(found["splits"]) >= 1 and [retry["back_to"] for retry in found["retries"]] == [6, 0]
+    rng = random.Random(minutes)
+    killed = 0
+    for _ in range(100):
+        last = adapting(model_folder)
+        last.config = last.config.model_copy(update={"save_minutes": minutes})
+        try:
+            again = last.train(checkpoints=tmp_path / "killed", stop=KillAt(rng.randint(1, counted.looks // 2)))
+        except KilledError:
+            killed += 1
+        else:
+            break
+    assert killed >= 2
+    assert same_bits(whole.weights(), last.weights())
+    assert recorded(tmp_path / "killed") == found
+    assert [e["loss"] for e in again] == [e["loss"] for e in log]
+
+
+def test_memory_that_is_there_again_changes_nothing(
+    tmp_path: Path, model_folder: Path, little_memory: Callable[[int], None]
+) -> None:
+    """A run that met its limit, was killed and resumed with all the memory it wants, still follows what is recorded."""
+    little_memory(2 * max(len(row.ids) for row in adapting(model_folder).rows.values()))
+    whole, counted = adapting(model_folder), Counted()
+    whole.train(checkpoints=tmp_path / "whole", stop=counted)
+    with pytest.raises(KilledError):
+        adapting(model_folder).train(checkpoints=tmp_path / "killed", stop=KillAt(counted.looks - 1))
+    assert recorded(tmp_path / "killed") == recorded(tmp_path / "whole")
+    little_memory(10**9)
+    for name, checkpoints in (("resumed", tmp_path / "killed"), ("fresh", tmp_path / "fresh")):
+        last = adapting(model_folder)
+        last.train(checkpoints=checkpoints)
+        assert same_bits(whole.weights(), last.weights()) is (name == "resumed")
+
+
+def test_killed_between_the_record_and_the_way_back(
+    tmp_path: Path, model_folder: Path, too_fast: Callable[[int, float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints of the way that was given up lie around still; they are not used."""
+    too_fast(8, 0.6 * RATE)
+    config = constant(model_folder, save_steps=3, save_minutes=1e-9)
+    whole = Run(model_folder, config)
+    whole.train(checkpoints=tmp_path / "whole")
+    resume = Checkpoints.resume
+
+    def dies(self: Checkpoints) -> Any:
+        if (tmp_path / "killed" / "recovery.json").exists():
+            raise KilledError
+        return resume(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "resume", dies)
+        with pytest.raises(KilledError):
+            Run(model_folder, config).train(checkpoints=tmp_path / "killed")
+    assert (tmp_path / "killed" / "step-7").exists()
+    last = Run(model_folder, config)
+    last.train(checkpoints=tmp_path / "killed")
+    assert same_bits(whole.weights(), last.weights())
+    assert recorded(tmp_path / "killed") == recorded(tmp_path / "whole")
