@@ -128,8 +128,8 @@ def _tokens(step: Step, tokens: Mapping[str, int]) -> int:
 
 
 def _typical_rows(candidate: Candidate) -> set[str]:
-    """Whole batches of held-out rows, as they are scored together: the shortest, those in the middle, the longest."""
-    size = candidate.config.eval.batch_size
+    """Held-out rows as they are scored at once, a batch a thread: the shortest, those in the middle, the longest."""
+    size = candidate.config.eval.batch_size * candidate.plan.machine["threads"]
     ids = [id for ids in candidate.held_out.values() for id in ids]
     ids.sort(key=lambda id: sum(len(turn.content) for turn in candidate.examples[id].messages))
     middle = max(0, (len(ids) - size) // 2)
