@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -98,8 +98,11 @@ class Candidate:
         lengths = {id: len(row.ids) for id, row in self.rows.items()}
         self.steps = plan_steps(self.plan.row_ids, self.memory, self.methods, lengths, self.config)
 
-    def learn(self) -> list[dict[str, float]]:
-        """Train over `steps`: the new rows and what the methods mix in; returns the log, an entry a step."""
+    def learn(self, track: Callable[[Mapping[str, float]], None] | None = None) -> list[dict[str, float]]:
+        """Train over `steps`: the new rows and what the methods mix in; returns the log, an entry a step.
+
+        `track` is given each entry when it is finished.
+        """
         started = time.perf_counter()
         log = train(
             self.model,
@@ -112,6 +115,7 @@ class Candidate:
             parents=self._parents() if self.parent and "lwf" in self.config.protect else None,
             checkpoints=self.staging / "checkpoints",
             stop=self.stop,
+            track=track,
             quiet=self.quiet,
         )
         if not hasattr(self.model, "peft_config") and use_bf16(self.config)[0]:

@@ -26,6 +26,9 @@ from treering.sections import (
     ServeConfig,
 )
 
+TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
+"""What `report_to` may name."""
+
 
 class Config(Section):
     """All settings of a workspace."""
@@ -99,6 +102,9 @@ class Config(Section):
     bf16: bool | Literal["auto"] = "auto"
     """Compute in bfloat16; `auto`: where the machine has it in hardware."""
 
+    report_to: tuple[str, ...] = ()
+    """Trackers that are sent the training log and the scores; any subset, or `none`."""
+
     seed: int = Field(42, ge=0)
     """Seed of everything random."""
 
@@ -109,6 +115,14 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     serve: ServeConfig = ServeConfig()
     automate: AutomateConfig = AutomateConfig()
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _known_trackers(cls, value: object) -> object:
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list | tuple):
+            raise ValueError("write none, a name, or a list such as [tensorboard, mlflow]")
+        return () if list(names) in (["none"], []) else tuple(_known(name, TRACKERS) for name in names)
 
     @field_validator("finetuning_type")
     @classmethod
@@ -142,8 +156,8 @@ class Config(Section):
         return 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
 
     def of_versions(self) -> dict[str, Any]:
-        """The settings that versions depend on; those that say when updates run and how versions serve are left out."""
-        return self.model_dump(mode="json", exclude={"automate", "serve"})
+        """The settings that versions depend on: not when updates run, who is told of them, how versions serve."""
+        return self.model_dump(mode="json", exclude={"automate", "report_to", "serve"})
 
     @classmethod
     def load(cls, path: Path, overrides: Iterable[str] = ()) -> Config:

@@ -46,12 +46,13 @@ def update(
     """
     config = ws.config(overrides)
     with ws.lock("update", "update"), full_disk_is_clear(ws.root), stop_on_signals() as stop:
-        from treering import forecast, gate
+        from treering import forecast, gate, trackers
         from treering.candidate import Candidate
         from treering.data.intake import ingest
         from treering.model import fingerprint, resolve
         from treering.plan import clear, make_plan, stage, taken_up
 
+        trackers.check(config.report_to)
         base = resolve(config.model_name_or_path, config.trust_remote_code)
         taken = ingest(ws, config=config, quiet=quiet) if inbox else None
         with ws.changing("update"):
@@ -71,12 +72,14 @@ def update(
             candidate = Candidate(ws, plan, parent, base, config, staging, stop=stop, quiet=quiet)
             before = candidate.measure_parent()
             candidate.prepare()
-            log = candidate.learn()
         except (UsageError, ModelError, VersionError):
             registry.discard(staging)  # It could not begin, so there is nothing to resume.
             raise
-        clear(ws, keep=staging)
-        after = candidate.measure()
+        with trackers.of_update(ws, plan, config) as tracked:
+            log = candidate.learn(tracked.log)
+            clear(ws, keep=staging)
+            after = candidate.measure()
+            tracked.scores(after, len(candidate.steps))
         candidate.remember()
         answers = {id: candidate.examples[id].answer for id in plan.fresh_ids}
         verdict = gate.judge(before, after, candidate.metrics, plan.fresh_ids, config.gate, config.seed, answers)

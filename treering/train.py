@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -57,10 +57,12 @@ def train(
     parents: Mapping[str, Teacher] | None = None,
     checkpoints: Path | None = None,
     stop: Stop | None = None,
+    track: Callable[[Mapping[str, float]], None] | None = None,
     quiet: bool = False,
 ) -> list[dict[str, float]]:
     """Train the weights that require gradients, in place, over `steps`; returns one log entry a step.
 
+    Each is given to `track` when it is finished; those of steps that an earlier run did are not.
     Loss: cross entropy averaged over the answer tokens of the optimiser step, plus what the methods add.
     With `checkpoints` (a folder) the state is saved every `save_steps` and an earlier run there is resumed to the
     same bits. Raises `UpdateInterruptedError` (after a checkpoint) when `stop` was asked, `TreeringError` on a loss
@@ -114,6 +116,8 @@ def train(
             seconds = time.perf_counter() - started
             entry["tokens_per_second"] = sum(int(b.inputs["mask"].sum()) for b in batches) / seconds
             log.append(entry)
+            if track is not None:
+                track(entry)
             advance(1, f"loss {entry['loss']:.3f}  {entry['tokens_per_second']:.0f} tokens/s")
             asked = stop is not None and stop.asked
             if checkpoints is not None and (asked or (number + 1) % config.save_steps == 0 or number + 1 == len(steps)):
