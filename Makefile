@@ -1,8 +1,8 @@
-# make setup | demo | test | soak | vllm | format | build
+# make setup | demo | test | soak | vllm | mlflow | format | build
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: setup demo test soak vllm format build clean
+.PHONY: setup demo test soak vllm mlflow format build clean
 
 setup: .venv/ready
 
@@ -26,6 +26,9 @@ soak: setup
 vllm: setup
 	PYTHON=$(PYTHON) scripts/vllm
 
+mlflow: setup
+	PYTHON=$(PYTHON) scripts/mlflow
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -34,4 +37,4 @@ build: setup
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv .vllm-venv .demo build dist *.egg-info
+	rm -rf .venv .vllm-venv .mlflow-venv .demo build dist *.egg-info

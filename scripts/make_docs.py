@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_orig
 
 from pydantic.fields import FieldInfo
 
-from treering.config import Config
+from treering.config import TRACKERS, Config
 from treering.methods import FINETUNING_TYPES, PROTECT
 from treering.optimizers import OPTIMIZERS
 from treering.sections import Section
@@ -37,7 +37,12 @@ Wrong settings are reported all at once, and nothing is changed. Keys that LLaMA
 
 This page is written by `scripts/make_docs.py` from `treering/config.py` and `treering/sections.py`.
 """
-NAMES = {"finetuning_type": FINETUNING_TYPES, "protect": PROTECT, "optim": OPTIMIZERS}
+NAMES = {
+    "finetuning_type": FINETUNING_TYPES,
+    "protect": PROTECT,
+    "optim": OPTIMIZERS,
+    "report_to": TRACKERS,
+}
 TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "nothing"}
 BOUNDS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
 

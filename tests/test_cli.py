@@ -279,12 +279,24 @@ def test_ingest_counts(cli: Runner, shop: Path, tmp_path: Path) -> None:
     assert (found["accepted"], found["held_out"], found["duplicates"]) == (10, 4, 4)
 
 
-def test_update_plans_promotes_and_finds_nothing_new(cli: Runner, shop: Path) -> None:
-    before = sorted(path.name for path in (shop / "versions").iterdir())
-    planned = cli.json("update", "--dry-run", "memory.size=3", "-w", shop)
-    assert (planned["status"], planned["plan"]["rows"]) == ("planned", {"hats": 9})
-    assert planned["plan"]["config"]["memory"]["size"] == 3
-    assert sorted(path.name for path in (shop / "versions").iterdir()) == before
+def test_plan_says_what_update_then_does(cli: Runner, shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, _ = cli.text("plan", "-w", shop)
+    assert out.startswith("an update of v2\n  hats: 9 new rows\n2 steps, ")
+    assert "\nneeds: " in out and "\nfree: " in out
+    monkeypatch.setattr("treering.room.room", lambda _: {"memory_mb": 100.0, "disk_mb": 1e6})
+    planned = cli.json("plan", "-w", shop, code=1)
+    assert planned["problems"][0].startswith("memory: ")
+    assert (planned["parent"], planned["rows"], planned["held_out"]["hats"]) == ("v2", {"hats": 9}, 1)
+    assert "it will not fit: memory: " in cli.text("plan", "-w", shop, code=1)[0]
+    assert "will not fit" in cli.json("update", "-w", shop, code=1)["error"]
+    monkeypatch.undo()
+    found = cli.json("update", "gate.floor=1.0", "-w", shop, code=0)
+    assert found["estimate"] is None and found["cost"]["steps"] == 2
+    assert cli.json("plan", "-w", shop)["estimate"] is None
+    assert cli.text("plan", "-w", shop)[0].startswith("nothing new: ")
+
+
+def test_update_promotes_and_finds_nothing_new(cli: Runner, shop: Path) -> None:
     found = cli.json("update", "memory.size=3", "gate.floor=0.5", "eval.max_new_tokens=3", "-w", shop)
     assert (found["status"], found["version"], set(found["scores"])) == ("promoted", "v3", {"pens", "cups", "hats"})
     assert Path(found["report"]).is_file()

@@ -386,17 +386,6 @@ def test_without_promote_current_stays(workspace: MakeWorkspace) -> None:
     assert current(ws) == "v1"
 
 
-def test_a_dry_run_writes_nothing(copied: Workspace) -> None:
-    copied.ingest(toy_rows("mugs", 20), task="mugs")
-    before = snapshot(copied.root)
-    outcome = pipeline.update(copied, ["max_steps=1"], dry_run=True, quiet=True)
-    assert outcome.status == "planned"
-    assert outcome.plan["parent"] == "v3"
-    assert (outcome.plan["rows"], outcome.plan["held_out"]) == ({"mugs": 18}, {"mugs": 2})
-    assert outcome.plan["config"]["max_steps"] == 1
-    assert snapshot(copied.root) == before
-
-
 def test_the_inbox_is_taken_in(workspace: MakeWorkspace) -> None:
     ws = workspace(**ONE_STEP)
     (ws.inbox / "pens").mkdir()

@@ -112,11 +112,14 @@ def make_manifest(
         "memory": dict.fromkeys(matrix.tasks, 28),
         "cost": {
             "seconds": 228.4,
+            "total_seconds": 301.5,
             "steps": 120,
             "rows_trained": 7440,
             "trainable_parameters": 2442240,
             "peak_memory_mb": 1843.2,
+            "peak_gpu_memory_mb": None,
         },
+        "estimate": None,
     }
 
 

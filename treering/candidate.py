@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -57,6 +57,7 @@ class Candidate:
         stop: Stop | None = None,
         quiet: bool = False,
     ) -> None:
+        self.started = time.perf_counter()
         self.plan, self.parent, self.config, self.staging = plan, parent, config, staging
         self.stop, self.quiet = stop, quiet
         torch.set_num_threads(plan.machine["threads"])
@@ -75,40 +76,48 @@ class Candidate:
         self.metrics: dict[str, str] = dict(parent.manifest["metrics"]) if parent else {}
         for task, ids in plan.rows.items():
             self.metrics.setdefault(task, metric_for([self.examples[id].label for id in ids]))
+        self.rows: dict[str, Tokens] = {}
         self.steps: list[Step] = []
         self.train_seconds = 0.0
 
     def measure_parent(self) -> list[Result]:
         """The parent's results on every held-out row: those it was made with, and the fresh ones scored now."""
-        known: list[Result] = []
-        if self.parent is not None and self.parent.manifest["evaluation"] == conditions(self.config):
-            known = read_results(self.parent.folder / RESULTS)
-        done = {result.id for result in known}
         kept = self.staging / PARENT_RESULTS
         if not kept.exists():
-            missing = [(id, task) for task, ids in self.held_out.items() for id in ids if id not in done]
-            write_results(kept, self._score(missing, "measuring the parent"))
-        return known + read_results(kept)
+            write_results(kept, self._score(self.unmeasured(), "measuring the parent"))
+        return self._known() + read_results(kept)
 
-    def learn(self) -> list[dict[str, float]]:
-        """Train on the new rows and what the methods mix in; returns the log, an entry a step."""
-        started = time.perf_counter()
+    def unmeasured(self) -> list[tuple[str, str]]:
+        """The held-out rows, each with its task, that the parent was not scored on when it was made."""
+        done = {result.id for result in self._known()}
+        return [(id, task) for task, ids in self.held_out.items() for id in ids if id not in done]
+
+    def prepare(self) -> None:
+        """Make the model ready to learn, and decide what it is taught at each step."""
         torch.manual_seed(self.config.seed)  # New adapters begin at random.
         self.model = self.methods.prepare(self.model, _state(self.parent))
-        rows = {id: encode(self.tokenizer, self.examples[id]) for id in [*self.plan.row_ids, *self.memory.rows]}
-        lengths = {id: len(row.ids) for id, row in rows.items()}
+        self.rows = {id: self._tokens(id) for id in [*self.plan.row_ids, *self.memory.rows]}
+        lengths = {id: len(row.ids) for id, row in self.rows.items()}
         self.steps = plan_steps(self.plan.row_ids, self.memory, self.methods, lengths, self.config)
+
+    def learn(self, track: Callable[[Mapping[str, float]], None] | None = None) -> list[dict[str, float]]:
+        """Train over `steps`: the new rows and what the methods mix in; returns the log, an entry a step.
+
+        `track` is given each entry when it is finished.
+        """
+        started = time.perf_counter()
         log = train(
             self.model,
-            rows,
+            self.rows,
             self.steps,
             self.methods,
             self.config,
             pad_id=self._pad_id,
             teachers=self.memory.teachers if "distill" in self.config.protect else None,
-            parents=self._parent_on(rows) if self.parent and "lwf" in self.config.protect else None,
+            parents=self._parents() if self.parent and "lwf" in self.config.protect else None,
             checkpoints=self._checkpoints,
             stop=self.stop,
+            track=track,
             quiet=self.quiet,
         )
         if use_bf16(self.config)[0]:
@@ -197,9 +206,15 @@ class Candidate:
     def _tokens(self, id: str) -> Tokens:
         return encode(self.tokenizer, self.examples[id])
 
-    def _parent_on(self, rows: Mapping[str, Tokens]) -> dict[str, Teacher]:
+    def _known(self) -> list[Result]:
+        """The results that the parent was made with, as far as they can be compared with today's."""
+        if self.parent is None or self.parent.manifest["evaluation"] != conditions(self.config):
+            return []
+        return read_results(self.parent.folder / RESULTS)
+
+    def _parents(self) -> dict[str, Teacher]:
         """What the parent makes of the new rows; to be asked before the first step changes the model."""
-        return self._logits([rows[id] for id in self.plan.row_ids], TOP_K)
+        return self._logits([self.rows[id] for id in self.plan.row_ids], TOP_K)
 
     def _logits(self, rows: Sequence[Tokens], top_k: int) -> dict[str, Teacher]:
         return teach(self.model, rows, self.config, top_k=top_k, pad_id=self._pad_id, stop=self.stop, quiet=self.quiet)

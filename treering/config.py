@@ -27,6 +27,9 @@ from treering.sections import (
     ServeConfig,
 )
 
+TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
+"""What `report_to` may name."""
+
 
 class Config(Section):
     """All settings of a workspace."""
@@ -129,6 +132,9 @@ class Config(Section):
     bf16: bool | Literal["auto"] = "auto"
     """Compute in bfloat16; `auto`: where the machine has it in hardware."""
 
+    report_to: tuple[str, ...] = ()
+    """Trackers that are sent the training log and the scores; any subset, or `none`."""
+
     seed: int = Field(42, ge=0)
     """Seed of everything random."""
 
@@ -139,6 +145,14 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     serve: ServeConfig = ServeConfig()
     automate: AutomateConfig = AutomateConfig()
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _known_trackers(cls, value: object) -> object:
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list | tuple):
+            raise ValueError("write none, a name, or a list such as [tensorboard, mlflow]")
+        return () if list(names) in (["none"], []) else tuple(_known(name, TRACKERS) for name in names)
 
     @field_validator("finetuning_type")
     @classmethod
@@ -199,11 +213,12 @@ class Config(Section):
         return names(self.additional_target or "")
 
     def of_versions(self) -> dict[str, Any]:
-        """The settings that versions depend on; those that say when updates run and how versions serve are left out.
+        """The settings that versions depend on: not when updates run, who is told of them, how versions serve.
 
-        So are those that say how an update gets to its end, not to which: changed, they let it be resumed.
+        Nor those that say how an update gets to its end, not to which: changed, they let it be resumed.
         """
-        return self.model_dump(mode="json", exclude={"automate", "serve", "save_minutes", "max_loss_retries"})
+        apart = {"automate", "report_to", "serve", "save_minutes", "max_loss_retries"}
+        return self.model_dump(mode="json", exclude=apart)
 
     @classmethod
     def load(cls, path: Path, overrides: Iterable[str] = ()) -> Config:

@@ -36,6 +36,10 @@ class LockError(TreeringError):
     """Another process is changing the workspace."""
 
 
+class RoomError(TreeringError):
+    """Memory or disk will not do; nothing was begun."""
+
+
 class UpdateInterruptedError(TreeringError):
     """An update was asked to stop; its checkpoint is kept and the next update resumes it."""
 

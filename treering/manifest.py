@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-import resource
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version as library_version
@@ -16,8 +16,10 @@ from treering.gate import Verdict
 from treering.metrics import Matrix, negative_flips
 from treering.optimizers import EXTRAS, OPTIMIZERS
 from treering.results import Result, task_scores
+from treering.room import peak_gpu_memory_mb, peak_memory_mb
 
 if TYPE_CHECKING:
+    from treering.calibrate import Estimate
     from treering.candidate import Candidate
     from treering.config import Config
 
@@ -25,9 +27,18 @@ LIBRARIES = ("accelerate", "peft", "safetensors", "tokenizers", "torch", "transf
 
 
 def of_update(
-    candidate: Candidate, before: Sequence[Result], after: Sequence[Result], verdict: Verdict, promote: bool
+    candidate: Candidate,
+    before: Sequence[Result],
+    after: Sequence[Result],
+    verdict: Verdict,
+    *,
+    promote: bool,
+    estimate: Estimate | None,
 ) -> dict[str, Any]:
-    """The manifest of a finished update, all but what `registry.commit` adds. `promote`: whether that was wanted."""
+    """The manifest of a finished update, all but what `registry.commit` adds.
+
+    `promote`: whether that was wanted. `estimate`: what `treering plan` had said of this very update.
+    """
     from treering.evaluate import conditions
 
     plan, parent = candidate.plan, candidate.parent
@@ -63,11 +74,14 @@ def of_update(
         "memory": candidate.memory.by_task(),
         "cost": {
             "seconds": candidate.train_seconds,
+            "total_seconds": time.perf_counter() - candidate.started,
             "steps": len(candidate.steps),
             "rows_trained": sum(len(ids) for step in candidate.steps for ids in step),
             "trainable_parameters": candidate.trainable_parameters,
             "peak_memory_mb": peak_memory_mb(),
+            "peak_gpu_memory_mb": peak_gpu_memory_mb(),
         },
+        "estimate": asdict(estimate) if estimate else None,
     }
 
 
@@ -96,11 +110,6 @@ def libraries(config: Config) -> list[str]:
     """Those whose versions the weights may depend on."""
     chosen = {OPTIMIZERS[config.optim].partition(":")[0].partition(".")[0]} & EXTRAS.keys()
     return [*LIBRARIES, *sorted(chosen | ({"bitsandbytes"} if config.quantization_bit else set()))]
-
-
-def peak_memory_mb() -> float:
-    """The most memory this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def base_name(config: Config) -> str:

@@ -387,9 +387,11 @@ def _flat(values: Tensor, shared: int) -> Tensor:
     return torch.cat([values[0, :shared], values[:, shared:].flatten()])[None]
 
 
-def _pick(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+def _pick(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     places, hidden = _PLACES.get(), arguments[0]
-    return None if places is None else (hidden.reshape(-1, hidden.shape[-1])[places], *arguments[1:])
+    # Of a slice, such as the last token of each prompt, torch makes a product with a copy of frozen weights a row.
+    picked = hidden.contiguous() if places is None else hidden.reshape(-1, hidden.shape[-1])[places]
+    return (picked, *arguments[1:])
 
 
 def _pick_at(head: torch.nn.Module) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from treering import overview, registry, report
+from treering import registry, report
 from treering.errors import ModelError, UsageError, VersionError, full_disk_is_clear
 from treering.manifest import base_name, of_update
 from treering.registry import Version
@@ -21,12 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an update ended: `status` is `promoted`, `held`, `nothing new` or `planned` (a dry run)."""
+    """How an update ended: `status` is `promoted`, `held` or `nothing new`."""
 
     status: str
     reason: str
     version: Version | None = None
-    plan: dict[str, Any] = field(default_factory=dict)
     ingested: Ingested | None = None
 
 
@@ -35,46 +34,52 @@ def update(
     overrides: Iterable[str] = (),
     *,
     promote: bool = True,
-    dry_run: bool = False,
     inbox: bool = True,
     file: str | None = None,
     quiet: bool = False,
 ) -> Outcome:
     """Train a candidate on everything new, judge it, keep it as a version, make it current if it is no worse.
 
-    With `promote=False` the candidate keeps its verdict and `current` stays. With `dry_run` nothing is written. With
-    `inbox=False` only rows that were ingested before are new, with `file` only those that came from that file.
+    With `promote=False` the candidate keeps its verdict and `current` stays. With `inbox=False` only rows that were
+    ingested before are new, with `file` only those that came from that file. Raises `RoomError` where memory or disk
+    will surely not do.
     """
     config = ws.config(overrides)
     with ws.lock("update", "update"), full_disk_is_clear(ws.root), stop_on_signals() as stop:
-        from treering import gate
+        from treering import forecast, gate, trackers
         from treering.candidate import Candidate
         from treering.data.intake import ingest
         from treering.model import fingerprint, resolve
-        from treering.plan import clear, make_plan, stage
+        from treering.plan import clear, make_plan, stage, taken_up
 
+        trackers.check(config.report_to)
         base = resolve(config.model_name_or_path, config.trust_remote_code)
-        taken = ingest(ws, config=config, quiet=quiet) if inbox and not dry_run else None
+        taken = ingest(ws, config=config, quiet=quiet) if inbox else None
         with ws.changing("update"):
             parent = registry.current(ws)
         plan = make_plan(ws, parent, config, fingerprint(base), file)
-        done = _nothing_to_train(ws, plan, promote, dry_run)
+        done = _nothing_to_train(ws, plan, promote)
         if done is not None:
             return replace(done, ingested=taken)
-        newest = plan
-        plan, staging = stage(ws, plan)
+        newest, plan = plan, taken_up(ws, plan)
+        estimate = forecast.kept(ws, plan)
+        forecast.refuse(ws, base, config, estimate)
+        staging = stage(ws, plan)
         later = len(newest.row_ids) - len(plan.row_ids)
         stop.check()
 
         try:
             candidate = Candidate(ws, plan, parent, base, config, staging, stop=stop, quiet=quiet)
             before = candidate.measure_parent()
-            log = candidate.learn()
+            candidate.prepare()
         except (UsageError, ModelError, VersionError):
             registry.discard(staging)  # It could not begin, so there is nothing to resume.
             raise
-        clear(ws, keep=staging)
-        after = candidate.measure()
+        with trackers.of_update(ws, plan, config) as tracked:
+            log = candidate.learn(tracked.log)
+            clear(ws, keep=staging)
+            after = candidate.measure()
+            tracked.scores(after, len(candidate.steps))
         candidate.remember()
         answers = {id: candidate.examples[id].answer for id in plan.fresh_ids}
         verdict = gate.judge(before, after, candidate.metrics, plan.fresh_ids, config.gate, config.seed, answers)
@@ -82,7 +87,7 @@ def update(
         candidate.write(base_name(config), after, log)
         with ws.changing("update"):
             verdict = _still_valid(ws, plan) or verdict
-            manifest = of_update(candidate, before, after, verdict, promote)
+            manifest = of_update(candidate, before, after, verdict, promote=promote, estimate=estimate)
             report.write(candidate.folder, registry.next_name(ws), manifest, log)
             version = registry.commit(ws, candidate.folder, manifest)
             if verdict.promote and promote:
@@ -94,15 +99,10 @@ def update(
     )
 
 
-def _nothing_to_train(ws: Workspace, plan: Plan, promote: bool, dry_run: bool) -> Outcome | None:
-    """How the update ends if it need not train: nothing new, a dry run, or done before. None: train."""
+def _nothing_to_train(ws: Workspace, plan: Plan, promote: bool) -> Outcome | None:
+    """How the update ends if it need not train: nothing new, or done before. None: train."""
     from treering.plan import clear
 
-    if dry_run and plan.rows:
-        return Outcome("planned", "nothing was written", plan=plan.as_dict())
-    if dry_run:
-        unread = len(overview.unread(ws))
-        return Outcome("nothing new", f"every ingested row has been learned; {unread} inbox files are not ingested yet")
     if not plan.rows:
         clear(ws)
         return Outcome("nothing new", "every training row has been learned; put new files into the inbox")

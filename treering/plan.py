@@ -45,7 +45,7 @@ class Plan:
         return {id for task in self.rows for id in self.fresh.get(task, ())}
 
     def as_dict(self) -> dict[str, Any]:
-        """What a dry run shows: counts instead of ids."""
+        """What people are shown of it: counts instead of ids."""
         return {
             "parent": self.parent,
             "rows": {task: len(ids) for task, ids in self.rows.items()},
@@ -82,11 +82,11 @@ def make_plan(ws: Workspace, parent: Version | None, config: Config, base: str, 
     return Plan(parent.name if parent else None, base, config.of_versions(), rows, fresh, machine)
 
 
-def stage(ws: Workspace, plan: Plan) -> tuple[Plan, Path]:
-    """The plan to follow, and the folder to work in.
+def taken_up(ws: Workspace, plan: Plan) -> Plan:
+    """The plan to follow: that of an interrupted update that can go on, or else `plan`.
 
-    An interrupted update with the same parent, base and settings whose rows all still wait is taken up again, with its
-    own rows (what came since waits for the next update). `clear` removes any other remains.
+    One with the same parent, base and settings whose rows all still wait can, with its own rows; what came since waits
+    for the next update.
     """
     waiting = set(plan.row_ids)
     for folder in sorted(ws.versions.glob(".staging-*")):
@@ -97,12 +97,18 @@ def stage(ws: Workspace, plan: Plan) -> tuple[Plan, Path]:
             and found.machine == plan.machine
             and waiting.issuperset(found.row_ids)
         ):
-            return found, folder
+            return found
+    return plan
+
+
+def stage(ws: Workspace, plan: Plan) -> Path:
+    """The folder to work in: what an interrupted update with this plan left, or a new one."""
     folder = registry.staging_folder(ws, plan.digest)
-    registry.discard(folder)
-    folder.mkdir()
-    write_json(folder / PLAN, asdict(plan))
-    return plan, folder
+    if _read(folder / PLAN) != plan:
+        registry.discard(folder)
+        folder.mkdir()
+        write_json(folder / PLAN, asdict(plan))
+    return folder
 
 
 def clear(ws: Workspace, keep: Path | None = None) -> None:

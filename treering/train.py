@@ -60,10 +60,12 @@ def train(
     parents: Mapping[str, Teacher] | None = None,
     checkpoints: Path | None = None,
     stop: Stop | None = None,
+    track: Callable[[Mapping[str, float]], None] | None = None,
     quiet: bool = False,
 ) -> list[dict[str, float]]:
     """Train the weights that require gradients, in place, over `steps`; returns one log entry a step.
 
+    Each is given to `track` when it is finished; those of steps that an earlier run did are not.
     Loss: cross entropy averaged over the answer tokens of the optimiser step, plus what the methods add.
     With `checkpoints` (a folder) the state is kept there now and then, and an earlier run is resumed to the same bits.
     Where memory runs out, the step is taken again in smaller pieces; where its loss is no good (`check_loss`), training
@@ -117,6 +119,8 @@ def train(
             seconds = time.perf_counter() - started
             entry["tokens_per_second"] = sum(int(b.inputs["mask"].sum()) for b in batches) / seconds
             log.append(entry)
+            if track is not None:
+                track(entry)
             advance(1, f"loss {entry['loss']:.3f}  {entry['tokens_per_second']:.0f} tokens/s")
             if kept.due(step) or step == len(steps):
                 kept.save(log)

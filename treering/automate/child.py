@@ -14,11 +14,13 @@ import sys
 import threading
 import traceback
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from treering.automate import culprit
 from treering.errors import TreeringError, full_disk_is_clear
+from treering.registry import PLAN
 from treering.workspace import Workspace
 
 COUNTS = ("rows", "accepted", "duplicates", "quarantined", "held_out", "reasons")
@@ -26,19 +28,32 @@ COUNTS = ("rows", "accepted", "duplicates", "quarantined", "held_out", "reasons"
 
 
 def perform(ws: Workspace, order: dict[str, Any]) -> dict[str, Any]:
-    """Take in files, or update; returns what came of it in plain values."""
+    """Take in files, update, or try an update in miniature; returns what came of it in plain values."""
     if order["step"] == "ingest":
         from treering.data.intake import ingest
 
         with full_disk_is_clear(ws.root):
             taken = ingest(ws, only={Path(file) for file in order["files"]}, quiet=False).as_dict()
         return {key: taken[key] for key in COUNTS}
+    if order["step"] == "calibrate":
+        return _calibrated(ws, Path(order["folder"]), order["overrides"])
     from treering import pipeline
 
     settings = culprit.careful(ws.config()) if order["careful"] else ()
     outcome = pipeline.update(ws, settings, inbox=False, file=order["file"])
     version = outcome.version.name if outcome.version else None
     return {"status": outcome.status, "reason": outcome.reason, "version": version}
+
+
+def _calibrated(ws: Workspace, folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """Run the plan in `folder` in miniature, on the catalog there."""
+    from treering.calibrate import calibrate
+    from treering.data.catalog import Catalog
+    from treering.plan import Plan
+
+    ws.catalog = Catalog(folder / "treering.db")
+    plan = Plan(**json.loads((folder / PLAN).read_text(encoding="utf-8")))
+    return asdict(calibrate(ws, plan, ws.config(overrides), folder))
 
 
 def main() -> None:

@@ -16,10 +16,10 @@ import torch
 from treering import shares
 from treering.batches import make_batch
 from treering.config import Config
-from treering.manifest import peak_memory_mb
 from treering.methods import Methods
 from treering.methods.lora import adapter
 from treering.model import Tokens, load_base, load_tokenizer, save_weights, shared_prefix
+from treering.room import peak_memory_mb
 from treering.train import teach, train
 
 Rows = list[list[Tokens]]

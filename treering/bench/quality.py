@@ -171,9 +171,9 @@ def _in_child(stream: Stream, method: str, folder: Path) -> None:
 
 def _untouched(stream: Stream) -> dict[str, Any]:
     from treering.evaluate import evaluate
-    from treering.manifest import peak_memory_mb
     from treering.model import load_base, load_tokenizer, resolve
     from treering.results import task_scores
+    from treering.room import peak_memory_mb
 
     config = Config.build(stream.settings("untouched"))
     base = resolve(config.model_name_or_path)

@@ -20,9 +20,9 @@ import torch
 
 from treering.config import Config
 from treering.data.example import Example
-from treering.manifest import peak_memory_mb
 from treering.metrics import exact_match
 from treering.model import encode, load_base, load_tokenizer
+from treering.room import peak_memory_mb
 
 SPARE_TOKENS = 2
 """Tokens that may be written beyond the longest label, as in treering's own scoring."""

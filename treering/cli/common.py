@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,6 +76,20 @@ def percent(value: float | None) -> str:
 def choices(version: Version) -> list[str]:
     """What was chosen automatically, and why."""
     return [f"{name}: {c['value']} ({c['reason']})" for name, c in version.manifest.get("choices", {}).items()]
+
+
+def needs(cost: Mapping[str, Any]) -> str:
+    """Time and memory, of what an update took or will."""
+    parts = [f"{cost['total_seconds']:,.0f} s ({cost['seconds']:,.0f} s of training)"]
+    parts += [f"{cost['peak_memory_mb']:,.0f} MB of memory"]
+    gpu = cost["peak_gpu_memory_mb"]
+    return ", ".join(parts if gpu is None else [*parts, f"{gpu:,.0f} MB of GPU memory"])
+
+
+def cost(version: Version) -> list[str]:
+    """What the update took, and what `treering plan` had said, if it was asked."""
+    estimate = version.manifest["estimate"]
+    return [f"took: {needs(version.manifest['cost'])}"] + ([f"planned: {needs(estimate)}"] if estimate else [])
 
 
 def matrix(version: Version) -> list[str]:

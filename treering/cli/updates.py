@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from treering.cli.common import HERE, AsJson, Folder, app, choices, matrix, opened, output
+from treering.cli.common import HERE, AsJson, Folder, app, choices, cost, matrix, needs, opened, output
 
 if TYPE_CHECKING:
     from treering.data.intake import Ingested
 
 ROWS_TOLD = 10
 """Quarantined rows that are printed one by one."""
+
+_ROOM = {"memory_mb": "memory", "gpu_memory_mb": "GPU memory", "disk_mb": "disk"}
 
 
 @app.command()
@@ -91,19 +94,55 @@ def _taken(done: Ingested) -> list[str]:
 
 
 @app.command()
+def plan(
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings for that update.")
+    ] = None,
+    workspace: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Say what the next update will do and need; run none. Exit code 1: it will not fit."""
+    from treering.forecast import forecast
+
+    found = forecast(opened(workspace), settings or [])
+    shown, estimate = found.plan.as_dict(), found.estimate
+    result = {
+        **shown,
+        "ingested": found.ingested.as_dict(),
+        "estimate": asdict(estimate) if estimate else None,
+        "room": found.room,
+        "problems": found.problems,
+    }
+    if estimate is None:
+        output(result, as_json, ["nothing new: every training row has been learned; put new files into the inbox"])
+        return
+    lines = [f"an update of {shown['parent'] or 'the base model'}"]
+    lines += [f"  {task}: {count} new rows" for task, count in shown["rows"].items()]
+    lines += (
+        [f"  {found.ingested.quarantined} rows of the inbox would be refused"] if found.ingested.quarantined else []
+    )
+    lines += [f"{estimate.steps} steps, {estimate.rows_trained} rows with repeats and replayed ones"]
+    lines += [f"needs: {needs(result['estimate'])}, {estimate.disk_mb:,.0f} MB of disk"]
+    lines += ["free: " + ", ".join(f"{value:,.0f} MB of {_ROOM[name]}" for name, value in found.room.items())]
+    lines += [f"it will not fit: {problem}" for problem in found.problems]
+    output(result, as_json, lines)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
 def update(
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings for this update.")
     ] = None,
     no_promote: Annotated[bool, typer.Option("--no-promote", help="Keep the candidate, leave current.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     workspace: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Run one update over everything new. Exit code 2: held by the gate."""
     from treering import pipeline
 
-    outcome = pipeline.update(opened(workspace), settings or [], promote=not no_promote, dry_run=dry_run)
+    outcome = pipeline.update(opened(workspace), settings or [], promote=not no_promote)
     version = outcome.version
     result: dict[str, Any] = {
         "status": outcome.status,
@@ -115,13 +154,11 @@ def update(
     if outcome.ingested is not None and outcome.ingested.rows:
         result["ingested"] = outcome.ingested.as_dict()
         lines = [*_taken(outcome.ingested), *lines]
-    if outcome.plan:
-        result["plan"] = outcome.plan
-        lines += [f"  {task}: {count} new rows" for task, count in outcome.plan["rows"].items()]
     if version is not None:
         result |= {"scores": version.scores, "verdict": version.manifest["verdict"]}
+        result |= {"cost": version.manifest["cost"], "estimate": version.manifest["estimate"]}
         result["report"] = str(version.folder / "report.html")
-        lines += choices(version) + matrix(version) + [f"report: {result['report']}"]
+        lines += choices(version) + matrix(version) + cost(version) + [f"report: {result['report']}"]
     output(result, as_json, lines)
     if version is not None and (not version.promote or (outcome.status == "held" and not no_promote)):
         raise typer.Exit(2)

@@ -102,6 +102,12 @@ class Catalog:
         if schema > SCHEMA:
             raise TreeringError(f"{path} has catalog format {schema}, newer than {SCHEMA}: update treering")
 
+    def copy(self, path: Path) -> Catalog:
+        """The same rows in a catalog of their own at `path`, to try things on."""
+        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as db:
+            db.execute(sa.text("VACUUM INTO :path"), {"path": str(path)})
+        return Catalog(path)
+
     def check(self) -> None:
         """Raises `TreeringError` if the file is damaged, in words that say where."""
         with self.engine.connect() as db:

@@ -1,0 +1,153 @@
+"""What an update will need, measured on itself in miniature: the same code, on a few of its steps and rows.
+
+It runs in a process of its own (`forecast.py` starts it), so that its peak of memory is nobody else's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from treering import registry
+from treering.candidate import Candidate
+from treering.manifest import base_name
+from treering.methods.lwf import TOP_K
+from treering.model import resolve
+from treering.room import peak_gpu_memory_mb, peak_memory_mb
+
+if TYPE_CHECKING:
+    from treering.config import Config
+    from treering.plan import Plan
+    from treering.schedule import Step
+    from treering.workspace import Workspace
+
+T = TypeVar("T")
+
+REPORT_MB = 5
+"""A report, most of it the library that draws its curves."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an update will need, under the names that `cost` has in the manifest of what it then took.
+
+    `seconds` of training, `total_seconds` from the loading of the model to the verdict, `disk_mb` at its fullest,
+    `peak_gpu_memory_mb` None without a GPU. `steps` and `rows_trained` are exact.
+    """
+
+    steps: int
+    rows_trained: int
+    seconds: float
+    total_seconds: float
+    peak_memory_mb: float
+    peak_gpu_memory_mb: float | None
+    disk_mb: float
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """The same as `room.room` counts it."""
+        gpu = self.peak_gpu_memory_mb
+        found = {"memory_mb": self.peak_memory_mb, "disk_mb": self.disk_mb}
+        return found if gpu is None else {**found, "gpu_memory_mb": gpu}
+
+
+def calibrate(ws: Workspace, plan: Plan, config: Config, folder: Path) -> Estimate:
+    """Run `plan` on a few of its steps and held-out rows, as an update that works in `folder` (empty; MBs to GBs).
+
+    Nothing outside of `folder` is changed. Raises what an update raises that cannot begin.
+    """
+    parent = registry.get(ws, plan.parent) if plan.parent else None
+    base = resolve(config.model_name_or_path, config.trust_remote_code)
+    candidate = Candidate(ws, plan, parent, base, config, folder, quiet=True)
+    to_score = len(candidate.unmeasured()) + sum(map(len, candidate.held_out.values()))
+    tried = _typical_rows(candidate)
+    candidate.held_out = {task: [id for id in ids if id in tried] for task, ids in candidate.held_out.items()}
+    asked = len(candidate.unmeasured())
+    _, before = _timed(candidate.measure_parent)
+
+    candidate.prepare()
+    steps = candidate.steps
+    tokens = {id: len(row.ids) for id, row in candidate.rows.items()}
+    candidate.steps = typical_steps(steps, tokens)
+    learned = {id for step in candidate.steps for batch in step for id in batch}
+    candidate.plan = replace(plan, rows={task: [i for i in ids if i in learned] for task, ids in plan.rows.items()})
+    log, learning = _timed(candidate.learn)
+    stepping = [_tokens(step, tokens) / e["tokens_per_second"] for step, e in zip(candidate.steps, log, strict=True)]
+    saving = learning - sum(stepping)
+    checkpoints = list((folder / "checkpoints").glob("step-*"))
+    checkpoint = max(map(_size_mb, checkpoints))
+
+    results, after = _timed(candidate.measure)
+    candidate.remember()
+    candidate.write(base_name(config), results, log)
+    rest = time.perf_counter() - candidate.started - before - learning - after
+
+    seconds = _all_steps(steps, candidate.steps, stepping, tokens)
+    saves = -(-len(steps) // config.save_steps)
+    training = seconds + saves * saving
+    scoring = to_score * (before + after) / max(1, asked + len(results))
+    # That of the beginning, two by count and the newest stay; the version is written beside them.
+    fullest = checkpoint * min(4, saves + 2) + _size_mb(candidate.folder) + REPORT_MB
+    return Estimate(
+        steps=len(steps),
+        rows_trained=sum(len(batch) for step in steps for batch in step),
+        seconds=training,
+        total_seconds=rest + training + scoring,
+        peak_memory_mb=peak_memory_mb() + _parents_mb(candidate, plan),
+        peak_gpu_memory_mb=peak_gpu_memory_mb(),
+        disk_mb=fullest,
+    )
+
+
+def typical_steps(steps: Sequence[Step], tokens: Mapping[str, int]) -> list[Step]:
+    """The step with the largest batch, to warm up; then the smallest, the one in the middle, and the largest again.
+
+    By then the optimiser has its state, so no step takes more memory. `tokens`: the length of each row.
+    """
+    ranked = sorted(steps, key=lambda step: max(len(batch) * max(tokens[id] for id in batch) for batch in step))
+    return [ranked[-1], ranked[0], ranked[len(ranked) // 2], ranked[-1]]
+
+
+def _all_steps(
+    steps: Sequence[Step], tried: Sequence[Step], seconds: Sequence[float], tokens: Mapping[str, int]
+) -> float:
+    """Seconds of all `steps`, by their tokens, between those of the steps tried; the first of these warmed up."""
+    measured = {_tokens(step, tokens): took for step, took in zip(tried[1:], seconds[1:], strict=True)}
+    known = sorted(measured.items())
+    sizes = [_tokens(step, tokens) for step in steps]
+    return float(np.interp(sizes, [size for size, _ in known], [took for _, took in known]).sum())
+
+
+def _tokens(step: Step, tokens: Mapping[str, int]) -> int:
+    """Tokens that a step reads; the last of a row is only predicted."""
+    return sum(tokens[id] - 1 for batch in step for id in batch)
+
+
+def _typical_rows(candidate: Candidate) -> set[str]:
+    """Held-out rows as they are scored at once, a batch a thread: the shortest, those in the middle, the longest."""
+    size = candidate.config.eval.batch_size * candidate.plan.machine["threads"]
+    ids = [id for ids in candidate.held_out.values() for id in ids]
+    ids.sort(key=lambda id: sum(len(turn.content) for turn in candidate.examples[id].messages))
+    middle = max(0, (len(ids) - size) // 2)
+    return {*ids[:size], *ids[middle : middle + size], *ids[-size:]}
+
+
+def _parents_mb(candidate: Candidate, plan: Plan) -> float:
+    """What the parent makes of all new rows: a number of 4 bytes and one of 2 for each of its top logits."""
+    if candidate.parent is None or "lwf" not in candidate.config.protect:
+        return 0.0
+    return sum(len(candidate.rows[id].answers) for id in plan.row_ids) * TOP_K * 6 / 2**20
+
+
+def _timed(work: Callable[[], T]) -> tuple[T, float]:
+    started = time.perf_counter()
+    return work(), time.perf_counter() - started
+
+
+def _size_mb(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20

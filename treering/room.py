@@ -1,0 +1,67 @@
+"""How much room there is: memory that this process may come to hold, and disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+_CGROUPS = (
+    # Version 2, then 1: where the groups are, the limit, what is used, and the part of it that can be taken back.
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def room(folder: Path) -> dict[str, float]:
+    """What an update here may use, in MB: `memory_mb`, `disk_mb` where `folder` is, and on a GPU `gpu_memory_mb`."""
+    import torch
+
+    found = {"memory_mb": _held_mb() + _free_mb(), "disk_mb": shutil.disk_usage(folder).free / 2**20}
+    if torch.cuda.is_available():
+        found["gpu_memory_mb"] = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / 2**20
+    return found
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held so far.
+
+    Not by `getrusage`: there a process begins with the peak of the one that started it.
+    """
+    return _number(Path("/proc/self/status"), "VmHWM") / 1024
+
+
+def peak_gpu_memory_mb() -> float | None:
+    """The most GPU memory that torch has taken for this process so far; None without a GPU."""
+    import torch
+
+    return torch.cuda.max_memory_reserved() / 2**20 if torch.cuda.is_available() else None
+
+
+def _held_mb() -> float:
+    return _number(Path("/proc/self/status"), "VmRSS") / 1024
+
+
+def _free_mb() -> float:
+    """What the machine has free, or what the limits of this process's container leave of it."""
+    free = _number(Path("/proc/meminfo"), "MemAvailable") * 1024
+    return min([free, *_left(Path("/proc/self/cgroup"))]) / 2**20
+
+
+def _left(cgroups: Path, root: Path = Path("/")) -> Iterator[int]:
+    """Bytes that each memory limit over this process leaves: its own group's, and those of the groups around it."""
+    paths = [line.split(":", 2)[2] for line in cgroups.read_text().splitlines()]
+    for mount, limit, used, cached in _CGROUPS:
+        top = root / mount.lstrip("/")
+        own = {top / path.lstrip("/") for path in paths}
+        for group in {folder for path in own for folder in (path, *path.parents) if folder.is_relative_to(top)}:
+            with suppress(OSError, ValueError):  # No such group seen from here, or the limit is "max".
+                left = int((group / limit).read_text()) - int((group / used).read_text())
+                yield max(0, left + _number(group / "memory.stat", cached))
+
+
+def _number(path: Path, name: str) -> int:
+    """The number beside `name` in a file of names and numbers; in /proc they are kilobytes."""
+    lines = (line.replace(":", " ").split() for line in path.read_text().splitlines())
+    return next(int(words[1]) for words in lines if words[0] == name)
