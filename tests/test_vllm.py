@@ -166,10 +166,11 @@ def test_it_attaches_to_a_server_that_runs(served: Served, tmp_path: Path) -> No
     ws = Workspace(Path(shutil.copytree(served.ws.root, tmp_path / "other", symlinks=True)))
     ws.promote("v1", force=True)
     settings = ws.root / "treering.yaml"
-    arguments = [line for line in settings.read_text().splitlines() if line.lstrip().startswith("vllm_arguments")]
-    settings.write_text(
-        settings.read_text().replace(arguments[0], f"  vllm_url: {url}\n  vllm_key_file: vllm.key"), encoding="utf-8"
-    )
+    lines = settings.read_text().splitlines()
+    kept = [line for line in lines if not line.lstrip().startswith(("vllm_arguments", "vllm_python"))]
+    at = kept.index("serve:") + 1
+    kept[at:at] = [f"  vllm_url: {url}", "  vllm_key_file: vllm.key"]
+    settings.write_text("\n".join(kept) + "\n", encoding="utf-8")
     (ws.root / "vllm.key").write_text(key)
     attached = Served(ws, tmp_path / "attached.log")
     try:

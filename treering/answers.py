@@ -15,6 +15,7 @@ from treering.files import write_file
 from treering.greedy import generate
 from treering.metrics import metric_for
 from treering.model import load, load_tokenizer, resolve
+from treering.progress import Advance, silent
 from treering.registry import Version
 from treering.results import read_results, task_scores
 
@@ -32,7 +33,7 @@ class Answerer:
         self.tokenizer = load_tokenizer(base, self.config.trust_remote_code)
         self.model = load(base, self.config, version)
 
-    def answer(self, prompts: Sequence[Sequence[Message]], advance: Any = None) -> list[str]:
+    def answer(self, prompts: Sequence[Sequence[Message]], advance: Advance = silent) -> list[str]:
         """Greedy answers, in the order of `prompts`."""
         limits = [self.config.eval.max_new_tokens] * len(prompts)
         return generate(self.model, self.tokenizer, prompts, limits, self.config, advance=advance)

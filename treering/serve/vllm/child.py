@@ -39,6 +39,8 @@ def command(config: Config, base: Base, ranks: Iterable[int]) -> list[str]:
         "max-num-seqs": serve.max_batch_size,
         "scheduling-policy": "priority",
         "generation-config": "vllm",
+        # Small models would fill an answer that may be any JSON with blanks up to its limit.
+        "structured-outputs-config": '{"backend": "guidance", "disable_any_whitespace": true}',
         "uvicorn-log-level": "warning",
     }
     return [
