@@ -238,6 +238,16 @@ def test_a_failure_right_after_a_checkpoint(
     assert [retry["back_to"] for retry in recorded(tmp_path)["retries"]] == [3]
 
 
+def test_no_way_back_to_what_the_clock_made(
+    tmp_path: Path, model_folder: Path, too_fast: Callable[[int, float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Had the machine been slower, it would not be there."""
+    monkeypatch.setattr(Checkpoints, "due", lambda self, step: step in (3, 6, 7))
+    too_fast(9, 0.6 * RATE)
+    Run(model_folder, constant(model_folder, save_steps=3)).train(checkpoints=tmp_path)
+    assert [retry["back_to"] for retry in recorded(tmp_path)["retries"]] == [6]
+
+
 def test_it_ends_with_the_rows_once_the_retries_are_used_up(
     tmp_path: Path, model_folder: Path, too_fast: Callable[[int, float], None]
 ) -> None:
@@ -314,10 +324,19 @@ def test_the_worst_rows_come_first() -> None:
     assert many.startswith("worst first: row19 (loss 19), row18") and many.endswith(f", and {20 - MOST_ROWS} more")
 
 
-def adapting(folder: Path) -> Run:
+def adapting(folder: Path, **values: Any) -> Run:
     """Training that has to split its batches and to go back twice."""
-    config = constant(folder, save_steps=3, lora_dropout=0.2)
+    config = constant(folder, **{"save_steps": 3, "lora_dropout": 0.2, "seed": SEED, **values})
     return Run(folder, config, [*growing(), *examples(8)])
+
+
+SEED = 0
+"""With it the widest batch is none of the first steps'."""
+
+
+def first_steps_tokens(run: Run) -> int:
+    """The most tokens of a batch, padding included, in the first two steps: a later one has more."""
+    return max(len(ids) * (max(len(run.rows[id].ids) for id in ids) - 1) for step in run.steps[:2] for ids in step)
 
 
 @pytest.mark.parametrize("minutes", [1e-9, 1e9])
@@ -329,12 +348,12 @@ def test_killed_anywhere_it_repeats_what_it_adapted(
     minutes: float,
 ) -> None:
     """Whatever checkpoints the clock adds: the same bits, splits and retries."""
-    little_memory(2 * max(len(row.ids) for row in adapting(model_folder).rows.values()))
+    little_memory(first_steps_tokens(adapting(model_folder)))
     too_fast(8, 0.3 * RATE)
     whole, counted = adapting(model_folder), Counted()
     log = whole.train(checkpoints=tmp_path / "whole", stop=counted)
     found = recorded(tmp_path / "whole")
-    assert len(found["splits"]) >= 1 and [retry["back_to"] for retry in found["retries"]] == [6, 0]
+    assert found["splits"][0]["step"] > 2 and [retry["back_to"] for retry in found["retries"]] == [6, 0]
     rng = random.Random(minutes)
     killed = 0
     for _ in range(100):
@@ -355,25 +374,36 @@ def test_killed_anywhere_it_repeats_what_it_adapted(
 def test_memory_that_is_there_again_changes_nothing(
     tmp_path: Path, model_folder: Path, little_memory: Callable[[int], None]
 ) -> None:
-    """A run that met its limit, was killed and resumed with all the memory it wants, still follows what is recorded."""
-    little_memory(2 * max(len(row.ids) for row in adapting(model_folder).rows.values()))
-    whole, counted = adapting(model_folder), Counted()
+    """Killed, and resumed from the start with memory enough, it splits the steps that were split, no others."""
+
+    def run() -> Run:
+        return adapting(model_folder, save_steps=50)
+
+    little_memory(first_steps_tokens(run()))
+    whole, counted = run(), Counted()
     whole.train(checkpoints=tmp_path / "whole", stop=counted)
     with pytest.raises(KilledError):
-        adapting(model_folder).train(checkpoints=tmp_path / "killed", stop=KillAt(counted.looks - 1))
-    assert recorded(tmp_path / "killed") == recorded(tmp_path / "whole")
+        run().train(checkpoints=tmp_path / "killed", stop=KillAt(counted.looks - 1))
+    found = recorded(tmp_path / "killed")
+    assert found == recorded(tmp_path / "whole") and found["splits"][0]["step"] > 2
     little_memory(10**9)
     for name, checkpoints in (("resumed", tmp_path / "killed"), ("fresh", tmp_path / "fresh")):
-        last = adapting(model_folder)
+        last = run()
         last.train(checkpoints=checkpoints)
         assert same_bits(whole.weights(), last.weights()) is (name == "resumed")
 
 
+@pytest.mark.parametrize(("failing", "left"), [(8, 7), (2, 1)], ids=["to a checkpoint", "to the beginning"])
 def test_killed_between_the_record_and_the_way_back(
-    tmp_path: Path, model_folder: Path, too_fast: Callable[[int, float], None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    model_folder: Path,
+    too_fast: Callable[[int, float], None],
+    monkeypatch: pytest.MonkeyPatch,
+    failing: int,
+    left: int,
 ) -> None:
     """Checkpoints of the way that was given up lie around still; they are not used."""
-    too_fast(8, 0.6 * RATE)
+    too_fast(failing, 0.6 * RATE)
     config = constant(model_folder, save_steps=3, save_minutes=1e-9)
     whole = Run(model_folder, config)
     whole.train(checkpoints=tmp_path / "whole")
@@ -388,7 +418,7 @@ def test_killed_between_the_record_and_the_way_back(
         patch.setattr(Checkpoints, "resume", dies)
         with pytest.raises(KilledError):
             Run(model_folder, config).train(checkpoints=tmp_path / "killed")
-    assert (tmp_path / "killed" / "step-7").exists()
+    assert (tmp_path / "killed" / f"step-{left}").exists()
     last = Run(model_folder, config)
     last.train(checkpoints=tmp_path / "killed")
     assert same_bits(whole.weights(), last.weights())
