@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from treering import Workspace
-from treering import train as train_module
+from treering.checkpoints import save
 from treering.config import Config
 from treering.errors import ConfigError, UpdateInterruptedError
 from treering.registry import Version
@@ -33,15 +33,13 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Workspace], Versio
     """Runs an update that is killed in its fourth step, after a checkpoint at the second, and runs it again."""
 
     def run(ws: Workspace) -> Version:
-        save, kill = train_module.save, UpdateInterruptedError("killed")
-
         def killed(folder: Path, step: int, *others: Any) -> None:
             if step == 4:
-                raise kill
+                raise UpdateInterruptedError("killed")
             save(folder, step, *others)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train_module, "save", killed)
+            patch.setattr("treering.train.save", killed)
             with pytest.raises(UpdateInterruptedError):
                 ws.update()
         version = ws.update()
