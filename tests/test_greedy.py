@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from treering.greedy import Answer, Known
+import pytest
+import torch
+
+from treering.config import Config
+from treering.data.example import Message
+from treering.greedy import Answer, Known, generate
+from treering.model import load_base, load_tokenizer
 
 END = 0
 
@@ -37,3 +43,18 @@ def test_the_most_frequent_answer_that_fits_is_guessed() -> None:
     assert known.guess([8]) == (END,)
     assert known.guess([9]) is None and known.guess([5, 7, END]) is None
     assert Known(()).guess([]) is None
+
+
+def test_prompts_reach_the_output_layer_in_one_piece(model_folder: Path) -> None:
+    """Of a slice, torch makes a product with a copy of the frozen weights for each row."""
+    config = Config(bf16=False)
+    model, tokenizer = load_base(model_folder, config), load_tokenizer(model_folder)
+    whole: list[bool] = []
+
+    def note(_: torch.nn.Module, given: tuple[torch.Tensor, ...], __: torch.Tensor) -> None:
+        whole.append(given[0].is_contiguous())
+
+    model.get_output_embeddings().register_forward_hook(note)
+    prompts = [[Message(role="user", content=text)] for text in ("one", "another")]
+    generate(model, tokenizer, prompts, [2, 2], config)
+    assert whole and all(whole)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from treering.batches import Batch
 from treering.data.example import Message
-from treering.model import Tokens, compute, encode_prompt, pad, use_bf16
+from treering.model import Tokens, compute, encode_prompt, lean_output, pad, use_bf16
 from treering.passes import read
 from treering.progress import Advance, silent
 
@@ -127,6 +127,7 @@ def _with_guess(at: int, answer: Answer, guess: Sequence[int]) -> Tokens:
 @torch.no_grad()
 def _decode(model: PreTrainedModel, answers: Sequence[Answer], config: Config, end: int, pad_id: int) -> None:
     """Write to their ends token by token."""
+    lean_output(model)
     inputs = pad([[*a.prompt, *a.written] for a in answers], pad_id, left=True)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     with compute(use_bf16(config)[0], model.device):

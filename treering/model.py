@@ -361,7 +361,7 @@ def logits_at(model: PreTrainedModel, ids: Tensor, mask: Tensor, at: Tensor, noi
     attention is ours; gradients flow through them as through the rest. With `noise` no two rows begin alike, so nothing
     is shared.
     """
-    _pick_at(cast(torch.nn.Module, model.get_output_embeddings()))
+    lean_output(model)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     layout = None
     if model.config._attn_implementation == attention.NAME:
@@ -394,8 +394,12 @@ def _pick(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ..
     return (picked, *arguments[1:])
 
 
-def _pick_at(head: torch.nn.Module) -> None:
-    """Have `head` work on the hidden states at `_PLACES` alone. It stays so: passes run in several threads."""
+def lean_output(model: PreTrainedModel) -> None:
+    """Have the output layer work on the hidden states that are asked for alone, and on those in one piece.
+
+    It stays so: passes run in several threads.
+    """
+    head = cast(torch.nn.Module, model.get_output_embeddings())
     with _HOOKING:
         if _pick not in head._forward_pre_hooks.values():
             head.register_forward_pre_hook(_pick)
