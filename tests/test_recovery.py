@@ -43,11 +43,11 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Passes over more tokens than that, padding included, find no memory. A stand-in for the allocator's own error."""
 
     def limit(tokens: int) -> None:
-        def forward(model: Any, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:
+        def forward(model: Any, ids: Tensor, mask: Tensor, at: Tensor, **others: Any) -> Tensor:
             torch.rand(1)  # As dropout would.
             if ids.numel() > tokens:
                 raise RuntimeError(NO_MEMORY)
-            return logits_at(model, ids, mask, at)
+            return logits_at(model, ids, mask, at, **others)
 
         monkeypatch.setattr(loop, "logits_at", forward)
 
