@@ -66,6 +66,7 @@ def test_llama_factory() -> None:
         "bf16": True,
         "seed": 7,
         "val_size": 0.1,
+        "report_to": "none",
     }
     assert covered(yaml.safe_load((FILES / "llama_factory.yaml").read_text(encoding="utf-8")), imported)
     assert not set(imported.left) & set(imported.settings)

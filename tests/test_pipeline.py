@@ -320,8 +320,8 @@ def test_the_memory_of_the_version_rolled_back_to_is_used(copied: Workspace, mon
     copied.rollback("v1")
     trained: list[str] = []
 
-    def note(candidate: Candidate) -> list[dict[str, float]]:
-        found = learn(candidate)
+    def note(candidate: Candidate, *given: Any) -> list[dict[str, float]]:
+        found = learn(candidate, *given)
         trained.extend(id for step in candidate.steps for ids in step for id in ids)
         return found
 

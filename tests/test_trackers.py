@@ -25,7 +25,7 @@ from treering.trackers import Run, Trackers
 
 MakeWorkspace = Callable[..., Workspace]
 SETTINGS: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "eval": {"max_new_tokens": 2}, "gate": {"floor": 1.0}}
-TERMS = ("loss", "lr", "tokens_per_second")
+TERMS = ("loss", "grad_norm", "lr", "tokens_per_second")
 
 
 @pytest.fixture
