@@ -191,10 +191,11 @@ def test_a_setting_that_does_not_go_with_the_model_is_told_as_such(workspace: Ma
 def test_the_steps_that_are_tried_span_all_others() -> None:
     tokens = {"a": 11, "b": 21, "c": 31, "d": 61}
     steps = [[["b", "b"]], [["a"]], [["d"]], [["c"], ["a", "a"]]]
-    largest, smallest, middle, again = typical_steps(steps, tokens)
-    assert (largest, smallest, middle, again) == ([["d"]], [["a"]], [["b", "b"]], [["d"]])
+    a, b, c, d = [["a"]], [["b", "b"]], [["c"], ["a", "a"]], [["d"]]
+    assert typical_steps(steps, tokens) == [d, a, a, c, c, b, b, d]
+    assert typical_steps([a], tokens) == [a] * 8
     # 10, 40 and 60 tokens took 1, 4 and 8 seconds; 50 lie between.
-    tried = [largest, smallest, middle, again]
+    tried = [d, a, b, d]
     assert _all_steps(steps, tried, [99.0, 1.0, 4.0, 8.0], tokens) == pytest.approx(4 + 1 + 8 + 6)
 
 

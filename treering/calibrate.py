@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SPREAD = 7
+"""Steps tried after the first."""
+
 REPORT_MB = 5
 """A report, most of it the library that draws its curves."""
 
@@ -105,12 +108,13 @@ def calibrate(ws: Workspace, plan: Plan, config: Config, folder: Path) -> Estima
 
 
 def typical_steps(steps: Sequence[Step], tokens: Mapping[str, int]) -> list[Step]:
-    """The step with the largest batch, to warm up; then the smallest, the one in the middle, and the largest again.
+    """The step with the largest batch, to warm up; then `SPREAD` from the smallest to the largest, evenly by rank.
 
-    By then the optimiser has its state, so no step takes more memory. `tokens`: the length of each row.
+    So the large ones come when the optimiser has its state, and more than once: what the first of them gave back to the
+    allocator is not all of use to the next. `tokens`: the length of each row.
     """
     ranked = sorted(steps, key=lambda step: max(len(batch) * max(tokens[id] for id in batch) for batch in step))
-    return [ranked[-1], ranked[0], ranked[len(ranked) // 2], ranked[-1]]
+    return [ranked[-1], *(ranked[(len(ranked) - 1) * at // (SPREAD - 1)] for at in range(SPREAD))]
 
 
 def _all_steps(
