@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from tests.test_cli import DOCS
 from treering import Workspace, gate, overview, registry
-from treering.automate import children, events, inbox, loop
+from treering.automate import children, culprit, events, inbox, loop
 from treering.automate.beside import in_thread
 from treering.automate.child import perform
 from treering.automate.children import Answer
@@ -503,6 +504,26 @@ def test_what_only_forgot_is_tried_with_more_protection(
     assert reasons[2] == "v2 forgot: once more, with half the rate and more replay"
     assert reasons[3] == "v1 was held: which of its files is to blame?"
     assert State.load(auto.ws.root).forgot is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rows", "passed", "only"),
+    [
+        (0.0, 1.0, 9, True, True),
+        (1.0, 1.0, 9, True, True),
+        (1.0, 0.9, 9, True, False),  # Not shown to be wrong is not right.
+        (0.0, 0.0, 9, True, False),
+        (None, None, 0, True, False),  # Nothing was measured of it.
+        (0.0, 0.5, 9, False, False),
+    ],
+)
+def test_only_what_learned_its_rows_only_forgot(
+    before: float | None, after: float | None, rows: int, passed: bool, only: bool
+) -> None:
+    old = Judgement("pens", "old", 1.0, 0.5, 0, 0, 9, 9, False, "fell")
+    new = Judgement("new data", "new", before, after, 0, 0, rows, 0, passed, "measured")
+    version = SimpleNamespace(manifest={"verdict": Verdict(False, "held", (old, new)).as_dict()})
+    assert culprit.only_forgot(cast(Any, version)) == only
 
 
 def test_what_forgets_however_careful_is_quarantined(rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,6 +230,9 @@ def test_new_rows_that_are_known_already_need_no_gain() -> None:
     verdict = later(scores(38, 2), scores(9, 1), scores(9, 1), loss_change=0.001)
     assert verdict.promote
     assert "on new data the score went 90.0 to 90.0" in verdict.summary
+    # One row of ten is no reason to hold; two are.
+    assert later(scores(40, 0), scores(10, 0), scores(9, 1), loss_change=0.04).promote
+    assert not later(scores(40, 0), scores(10, 0), scores(8, 2), loss_change=0.04).promote
     assert not later(scores(38, 2), scores(10, 0), scores(7, 3), loss_change=0.001).promote
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from treering.config import Config
 from treering.errors import ModelError
 from treering.model import load_base
+from treering.serve import batch as batch_module
 from treering.serve import cache as cache_module
 from treering.serve import past
 from treering.serve.adapters import Adapter, Slots, read_adapter
@@ -313,7 +314,7 @@ def test_a_conversation_goes_on_where_it_ended(
     assert (unread(b"Hello!"), unread(b"Bye!", slot=0), unread(b"See you!", slot=0)) == (6, 1, 1)
     assert batch.forget(0) and not batch.forget() and unread(b"Bye!", slot=0) == 4
     turn(list(b"A text that is longer than all that is kept"), 1)
-    assert unread(b"A text that is longer than all that is kept, again") == 7
+    assert unread(b"A text that is longer than all that is kept, again") == 50
 
 
 def test_what_failed_may_be_tried_again(model: Any) -> None:
@@ -341,6 +342,46 @@ def test_what_failed_may_be_tried_again(model: Any) -> None:
     take(*batch.step())
     for row in rows:
         assert row.owner == alone(model, row.prompt, len(row.owner)) != []
+
+
+def test_rows_that_find_no_memory_to_run_are_not_lost(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the caches of those who run and of those who come do not fit side by side."""
+    batch: Batch[list[int]] = Batch(model, None, 0)
+    rows = [Row[list[int]]([], PROMPTS[0]), Row[list[int]]([], PROMPTS[2])]
+    take(rows[:1], read_all(batch, rows[:1]))
+    batch.join(rows[1:])
+    batch.read(9)
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_module, "_below", full)
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError):
+                batch.read(9)
+    assert batch.reading == rows[1:] and batch.running == rows[:1]
+    take(*batch.step())
+    take(*batch.read(9))
+    take(*batch.step())
+    for row in rows:
+        assert row.owner == alone(model, row.prompt, len(row.owner)) != []
+
+
+def test_an_answer_ends_though_there_is_no_memory_to_keep_it(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch: Batch[list[int]] = Batch(model, None, 0)
+    rows = [Row[list[int]]([], prompt) for prompt in PROMPTS[:2]]
+    take(rows, read_all(batch, rows))
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(past.Past, "add", full)
+        batch.leave(lambda row: row is rows[0])
+    assert batch.running == rows[1:] and batch.unread(Row([], PROMPTS[0])) == len(PROMPTS[0])
+    batch.leave(lambda row: row is rows[1], keep=False)
+    assert batch.unread(Row([], PROMPTS[1])) == len(PROMPTS[1])
 
 
 def test_another_kind_of_cache_is_refused(model: Any) -> None:

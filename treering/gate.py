@@ -237,8 +237,9 @@ def _gain(pairs: Sequence[tuple[Result, Result]], known: bool, config: GateConfi
     gained = found["after"] == 1 or (found["change"] > 0 and found["change"] >= wanted)
     # A score that did not move says little (few rows, or right already); then the loss tells if anything was learned.
     # Of few rows that were right before, one that is wrong now says as little.
-    kept = known or (found["change"] >= -config.margin and loss < 0)
-    passed = gained or (found["upper"] >= wanted and kept)
+    lost = -found["change"] * found["rows"]
+    little = lost <= max(config.margin * found["rows"], 1 if known else 0) + 1e-9
+    passed = gained or (found["upper"] >= wanted and little and (known or loss < 0))
     reason = f"changed by {_points(found['change'])} (bounds {_range(found)}), held-out loss by {loss:+.3f}"
     if not passed:
         reason += f"; a gain of at least {_points(wanted)} or a lower loss is needed"

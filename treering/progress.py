@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -13,7 +13,8 @@ SECONDS_BETWEEN_LINES = 5.0
 
 def say(text: str) -> None:
     """A line on standard error, for whoever watches or keeps a log."""
-    print(f"treering: {text}", file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):  # Whoever read it may be gone; the work goes on.
+        print(f"treering: {text}", file=sys.stderr, flush=True)
 
 
 class Advance(Protocol):
@@ -74,6 +75,7 @@ def _lines(title: str, total: int) -> Advance:
         done += steps
         if time.monotonic() - last >= SECONDS_BETWEEN_LINES or done >= total:
             last = time.monotonic()
-            print(f"{title}: {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
+            with suppress(OSError, ValueError):
+                print(f"{title}: {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
 
     return advance

@@ -50,6 +50,10 @@ class _Part(Generic[T]):
     cache: DynamicCache
     left: Tensor
 
+    def cut(self, columns: int) -> None:
+        """Forget all keys and values but those of the first `columns`."""
+        self.cache = made(self.cache, lambda tensor: tensor[:, :, :columns]) if columns else DynamicCache()
+
     def drop(self, gone: Callable[[Row[T]], bool]) -> None:
         """Rows that are `gone` end; columns that only they needed go too."""
         kept = [at for at, row in enumerate(self.rows) if not gone(row)]
@@ -162,13 +166,19 @@ class Batch(Generic[T]):
         part = self._reading[0]
         count = max(tokens // len(part.rows), 1)
         ids, left = part.left[:, :count], part.left[:, count:]
-        logits = self._forward(part, ids, part.mask[:, : part.mask.shape[1] - left.shape[1]])
-        part.left = left
-        self._reading.popleft()
+        mask = part.mask[:, : part.mask.shape[1] - left.shape[1]]
+        logits = self._forward(part, ids, mask)
+        before, part.left = part.left, left
         if left.shape[1]:
-            self._reading.append(part)
+            self._reading.rotate(-1)
             return part.rows, None
-        self._running = _below(self._running, part)
+        try:
+            self._running = _below(self._running, part)
+        except Exception:
+            part.left = before  # The same slice is read again.
+            part.cut(mask.shape[1] - ids.shape[1])
+            raise
+        self._reading.popleft()
         return part.rows, logits
 
     @torch.inference_mode()
@@ -184,11 +194,14 @@ class Batch(Generic[T]):
         return part.rows, logits
 
     @torch.inference_mode()
-    def leave(self, gone: Callable[[Row[T]], bool]) -> None:
-        """Rows that are `gone` end."""
+    def leave(self, gone: Callable[[Row[T]], bool], keep: bool = True) -> None:
+        """Rows that are `gone` end. With `keep` others may go on from what they had read."""
         for row, read in zip(self.running, list(self._now()), strict=True):
-            if gone(row):
-                self._past.add(read)
+            if keep and gone(row):
+                try:
+                    self._past.add(read)
+                except Exception:  # There is no memory for it, and it is not needed.
+                    self.forget()
         parts = [*self._reading, *([self._running] if self._running else [])]
         for part in parts:
             part.drop(gone)
@@ -237,7 +250,7 @@ class Batch(Generic[T]):
                 logits_to_keep=1,
             )
         except Exception:
-            part.cache = made(part.cache, lambda tensor: tensor[:, :, :known])  # Some layers have had the new columns.
+            part.cut(known)  # Some layers have had the new columns.
             raise
         return cast(Tensor, out.logits[:, -1].float())
 

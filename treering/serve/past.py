@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from treering.serve.cache import made
 
 LIMIT = 4096
-"""So many tokens are kept of answers that have ended, those of the last one whatever its length."""
+"""So many tokens are kept of answers that have ended; of one that has more, none."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,13 @@ class Past:
     def add(self, read: Read) -> None:
         """Keep a copy of `read`, in place of those it goes on from; the oldest make room."""
         count = len(read.tokens)
+        if count > LIMIT:
+            return
         columns = slice(read.start, read.start + count)
         own = made(read.cache, lambda tensor: tensor[read.at : read.at + 1, :, columns].clone())
         self.forget(lambda other: other.slot == read.slot and read.tokens[: len(other.tokens)] == other.tokens)
         self._reads.append(Read(read.tokens, read.slot, own))
-        while len(self._reads) > 1 and sum(len(other.tokens) for other in self._reads) > LIMIT:
+        while sum(len(other.tokens) for other in self._reads) > LIMIT:
             self._reads.pop(0)
 
     def forget(self, gone: Callable[[Read], bool]) -> bool:

@@ -217,9 +217,17 @@ class Worker:
                 groups.append((home.batch, [row]))
         for batch, rows in groups:
             try:
-                batch.join(rows)
+                self._join(batch, rows)
             except Exception as error:
                 self._give_up(rows, error)
+
+    def _join(self, batch: Batch[Answer], rows: list[Row[Answer]]) -> None:
+        try:
+            batch.join(rows)
+        except Exception as error:
+            if not (no_memory(error) and batch.forget()):
+                raise
+            batch.join(rows)
 
     def _read(self, batch: Batch[Answer]) -> None:
         """A slice of the prompts that are being read."""
@@ -232,7 +240,7 @@ class Worker:
                 return
             gone = batch.reading
             self._give_up(gone, error)
-            batch.leave(lambda row: any(row is other for other in gone))
+            batch.leave(lambda row: any(row is other for other in gone), keep=False)
         else:
             if logits is not None:
                 self._go_on(batch, rows, logits)
@@ -259,7 +267,7 @@ class Worker:
             log.exception("a step that found no memory")
             last = batch.running[-1]
             self._fail(last.owner.job.id, _failure(error))
-            batch.leave(lambda row: row is last)
+            batch.leave(lambda row: row is last, keep=False)
         else:
             self._go_on(batch, rows, logits)
 
