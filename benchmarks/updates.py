@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from treering import Workspace, registry
-from treering.data.read import Row, find_files, read, split_of
+from treering.bench.quality import examples
 
 UPDATE = "import sys; from treering import Workspace; Workspace(sys.argv[1]).update(quiet=True)"
 SETTINGS: dict[str, Any] = {"num_train_epochs": 1, "memory": {"size": 64}}
@@ -30,10 +30,9 @@ AGAIN = (1, 5, 10, 20)
 
 def rows(data: Path) -> list[Any]:
     """All training rows in `data`, shuffled."""
-    files = [file for file in find_files(data) if split_of(file) == "train"]
-    found = [row.example for file in files for row in read(file) if isinstance(row, Row)]
+    found = examples(data, "train")
     random.Random(0).shuffle(found)
-    return [{"messages": [{"role": m.role, "content": m.content} for m in row.messages]} for row in found]
+    return [{"messages": row.as_dicts()} for row in found]
 
 
 def learn(ws: Workspace, new: list[Any]) -> dict[str, float]:
@@ -44,7 +43,7 @@ def learn(ws: Workspace, new: list[Any]) -> dict[str, float]:
     subprocess.run([sys.executable, "-c", UPDATE, str(ws.root)], check=True, env=environment)
     seconds = time.perf_counter() - started
     version = registry.versions(ws)[-1]
-    if registry.current(ws) is None or registry.current(ws) != version:
+    if registry.current(ws) != version:
         ws.promote(version.name, force=True)  # The gate is not what is measured here.
     manifest = version.manifest
     return {

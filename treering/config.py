@@ -106,7 +106,7 @@ class Config(Section):
     """Noise on the embeddings while training (NEFTune), such as 5: answers to open questions get fuller."""
 
     gradient_checkpointing: bool = False
-    """Compute each layer again in the backward pass instead of keeping what it made: less memory, a third more time."""
+    """Compute each layer again in the backward pass instead of keeping what it made: less memory, more time."""
 
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     """Share of the steps in which the rate rises from zero."""
@@ -149,10 +149,7 @@ class Config(Section):
     @field_validator("report_to", mode="before")
     @classmethod
     def _known_trackers(cls, value: object) -> object:
-        names = [value] if isinstance(value, str) else value
-        if not isinstance(names, list | tuple):
-            raise ValueError("write none, a name, or a list such as [tensorboard, mlflow]")
-        return () if list(names) in (["none"], []) else tuple(_known(name, TRACKERS) for name in names)
+        return () if value in ("none", ["none"]) else _all_known(value, TRACKERS, "[tensorboard, mlflow], or none")
 
     @field_validator("finetuning_type")
     @classmethod
@@ -167,10 +164,7 @@ class Config(Section):
     @field_validator("protect", mode="before")
     @classmethod
     def _known_protect(cls, value: object) -> object:
-        names = [value] if isinstance(value, str) else value
-        if not isinstance(names, list | tuple):
-            raise ValueError("write a list, such as [replay, distill], or [] for no protection")
-        return tuple(_known(name, PROTECT) for name in names)
+        return _all_known(value, PROTECT, "[replay, distill], or [] for no protection")
 
     @field_validator("freeze_trainable_layers")
     @classmethod
@@ -270,6 +264,14 @@ def _known(value: object, known: Iterable[str]) -> str:
     if isinstance(value, str) and value in known:
         return value
     raise ValueError(f"unknown name{_near(str(value), known)}; known: {', '.join(known)}")
+
+
+def _all_known(value: object, known: Iterable[str], example: str) -> tuple[str, ...]:
+    """A name, or a list of them, as a tuple."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple):
+        raise ValueError(f"write a list, such as {example}")
+    return tuple(_known(name, known) for name in names)
 
 
 def _near(name: str, known: Iterable[str]) -> str:

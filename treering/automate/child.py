@@ -20,6 +20,7 @@ from typing import Any
 
 from treering.automate import culprit
 from treering.errors import TreeringError, full_disk_is_clear
+from treering.pipes import own_output
 from treering.registry import PLAN
 from treering.workspace import Workspace
 
@@ -58,8 +59,7 @@ def _calibrated(ws: Workspace, folder: Path, overrides: list[str]) -> dict[str, 
 
 def main() -> None:
     """Read the order, perform it, answer."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # Whatever a library prints is not the answer.
+    answers = own_output()
     orders = io.FileIO(0, closefd=False)
     order = json.loads(orders.readline())
     threading.Thread(target=_end_with_parent, args=(orders,), daemon=True).start()

@@ -19,6 +19,7 @@ from treering.config import Config
 from treering.methods import Methods
 from treering.methods.lora import adapter
 from treering.model import Tokens, load_base, load_tokenizer, save_weights, shared_prefix
+from treering.pipes import own_output
 from treering.room import peak_memory_mb
 from treering.train import teach, train
 
@@ -186,9 +187,7 @@ def _labelled(batches: Rows) -> list[dict[str, list[int]]]:
 
 def main(name: str, work: Path) -> None:
     """Run the contestant `name`, until standard input ends."""
-    # Whatever a library prints goes to standard error; the pipe carries what `Turns` says alone.
-    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    out = own_output()  # The pipe carries what `Turns` says alone.
     given = json.loads(work.read_text(encoding="utf-8"))
     batches = [[Tokens(row["id"], row["ids"], row["answers"]) for row in batch] for batch in given["batches"]]
     base, config = Path(given["base"]), Config.build(given["config"])

@@ -63,7 +63,7 @@ class Stream:
             raise UsageError(f"--data {self.data} is no folder; name one that holds a folder a task")
         found = {}
         for folder in sorted(path for path in self.data.iterdir() if path.is_dir()):
-            train, test = _examples(folder, "train"), _examples(folder, "held_out")
+            train, test = examples(folder, "train"), examples(folder, "held_out")
             if not train or not test:
                 raise UsageError(f"{folder} needs a train and a test file with rows")
             found[folder.name] = self._limited(folder.name, train), self._sample(folder.name, test, self.eval_rows)
@@ -242,7 +242,8 @@ def _fwt(matrix: list[list[float | None]], tasks: list[str], untouched: list[lis
     return None if np.isnan(found) else found
 
 
-def _examples(folder: Path, split: str) -> list[Example]:
+def examples(folder: Path, split: str) -> list[Example]:
+    """Each row once of the files in `folder` whose names tell `split`; what cannot be read is said."""
     found = [row for file in find_files(folder) if split_of(file) == split for row in read(file)]
     left = [row for row in found if isinstance(row, Bad)]
     if left:

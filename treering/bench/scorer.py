@@ -8,7 +8,6 @@ and tells the held-out loss besides.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from treering.config import Config
 from treering.data.example import Example
 from treering.metrics import exact_match
 from treering.model import encode, load_base, load_tokenizer
+from treering.pipes import own_output
 from treering.room import peak_memory_mb
 
 SPARE_TOKENS = 2
@@ -108,8 +108,8 @@ def _merged(base: Path, adapter: Path, rows: Sequence[Example]) -> tuple[Any, An
 
 
 def _prompts(tokenizer: Any, rows: Sequence[Example]) -> list[str]:
-    messages = [[{"role": m.role, "content": m.content} for m in row.prompt] for row in rows]
-    return [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in messages]
+    asked = [row.as_dicts()[:-1] for row in rows]
+    return [tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) for turns in asked]
 
 
 SCORERS = {"treering": ours, "generate": generate, "lm-eval": lm_eval}
@@ -117,9 +117,7 @@ SCORERS = {"treering": ours, "generate": generate, "lm-eval": lm_eval}
 
 def main(name: str, work: Path) -> None:
     """Run the scorer `name`, until standard input ends."""
-    # Whatever a library prints goes to standard error; the pipe carries what is told alone.
-    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    out = own_output()
     given = json.loads(work.read_text(encoding="utf-8"))
     rows = [Example.of(messages) for messages in given["held_out"]]
     score = SCORERS[name](Path(given["base"]), work.parent / "adapter", Config.build(given["config"]), rows)

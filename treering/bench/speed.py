@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from treering.bench.quality import examples
 from treering.config import Config
 from treering.data.example import Example
-from treering.data.read import Row, find_files, read, split_of
 from treering.errors import TreeringError, UsageError
 from treering.files import write_json
 from treering.model import Tokens, encode, load_tokenizer, resolve
@@ -98,8 +98,7 @@ class Race:
     def _examples(self, split: str) -> list[Example]:
         if not self.data.is_dir():
             raise UsageError(f"--data {self.data} is no folder; name one with files of training rows")
-        files = [file for file in find_files(self.data) if split_of(file) == split]
-        return [row.example for file in files for row in read(file) if isinstance(row, Row)]
+        return examples(self.data, split)
 
 
 class Contestant:
@@ -165,7 +164,7 @@ def run_speed(race: Race, peers: Sequence[str] = (*PEERS, *SCORERS), logs: Path 
         folder.mkdir(parents=True, exist_ok=True)
         work = folder / "work.json"
         rows = [[{"id": row.id, "ids": row.ids, "answers": row.answers} for row in batch] for batch in batches]
-        asked = [[{"role": m.role, "content": m.content} for m in row.messages] for row in held_out]
+        asked = [row.as_dicts() for row in held_out]
         given = {"base": str(base), "config": config.model_dump(mode="json"), "batches": rows, "held_out": asked}
         write_json(work, given)
         trainers = [OURS, DISTILLATION, *(name for name in peers if name in PEERS)]

@@ -13,7 +13,7 @@ from torch.nn.functional import pad as pad_tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from treering.errors import ModelError
+from treering.errors import ModelError, no_memory
 from treering.model import pad
 from treering.serve.adapters import Slots
 from treering.serve.cache import joined, made
@@ -200,7 +200,9 @@ class Batch(Generic[T]):
             if keep and gone(row):
                 try:
                     self._past.add(read)
-                except Exception:  # There is no memory for it, and it is not needed.
+                except Exception as error:  # It is not needed.
+                    if not no_memory(error):
+                        raise
                     self.forget()
         parts = [*self._reading, *([self._running] if self._running else [])]
         for part in parts:

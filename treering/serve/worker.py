@@ -26,6 +26,7 @@ import torch
 from treering import model as models
 from treering.config import Config
 from treering.errors import TreeringError, no_memory
+from treering.pipes import own_output
 from treering.serve.batch import Batch, Row
 from treering.serve.engine import EngineError, Job, Piece, Token
 from treering.serve.prompts import Prompts
@@ -360,9 +361,7 @@ def _failure(error: Exception) -> EngineError:
 
 def main(root: Path) -> int:
     """Serve standard input until it ends. Returns the exit code."""
-    # Whatever a library prints goes to standard error; the pipe to the server carries events alone.
-    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    out = own_output()  # The pipe to the server carries events alone.
 
     def send(event: Any) -> None:
         out.write(json.dumps(event) + "\n")
