@@ -562,33 +562,91 @@ def test_the_search_goes_on_after_a_crash(rig: Callable[..., Rig], strict_gate: 
     assert (current(auto.ws), waiting(auto.ws)) == ("v3", {})
 
 
-def test_a_hold_that_no_row_caused_blames_no_file(rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+def during_judging(monkeypatch: pytest.MonkeyPatch, *acts: Callable[[], object]) -> None:
+    """Do something while an update runs: one act an update."""
+    left, judge = list(acts), gate.judge
+
+    def acting(*args: Any) -> Verdict:
+        if left:
+            left.pop(0)()
+        return judge(*args)
+
+    monkeypatch.setattr(gate, "judge", acting)
+
+
+def test_what_a_move_overtook_is_learned_on_what_is_current_then(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     auto = rig()
-    monkeypatch.setattr(gate, "judge", lambda *_: gate.held_for("its parent v1 is no longer current"))
-    put(auto.ws, "pens", "a.jsonl")
-    put(auto.ws, "cups", "b.jsonl")
+    for task in ("pens", "cups"):
+        put(auto.ws, task)
+        auto.until_idle()
+    during_judging(monkeypatch, auto.ws.rollback)
+    put(auto.ws, "hats")
     auto.until_idle()
+    assert auto.last("update.held")["reason"] == "held: its parent v2 is no longer current"
+    assert (current(auto.ws), registry.get(auto.ws).parent, waiting(auto.ws)) == ("v4", "v1", {})
+    assert auto.ws.catalog.counts()["quarantined"] == 0
+
+
+def test_what_there_and_back_overtook_is_learned_after_all(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = rig()
+    for task in ("pens", "cups"):
+        put(auto.ws, task)
+        auto.until_idle()
+    during_judging(monkeypatch, auto.ws.rollback)
+    put(auto.ws, "hats")
+    while "update.held" not in auto.seen:
+        auto.clock.on(seconds=auto.look())
+    auto.ws.promote("v2")
     auto.until_idle()
-    assert auto.steps.updates == [None]
-    assert waiting(auto.ws) == {"cups": 18, "pens": 18}
-    put(auto.ws, "hats", "c.jsonl")
+    assert (current(auto.ws), registry.get(auto.ws).parent, waiting(auto.ws)) == ("v4", "v2", {})
+
+
+def test_rows_held_out_while_they_are_learned_overtake_an_update(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = rig()
+    during_judging(monkeypatch, lambda: auto.ws.ingest([], task="pens", held_out=toy_rows("pens", 20)[:4]))
+    put(auto.ws, "pens")
     auto.until_idle()
-    assert auto.steps.updates == [None, None]
+    assert "were held out while it ran" in auto.last("update.held")["reason"]
+    assert (current(auto.ws), waiting(auto.ws)) == ("v2", {})
+
+
+def test_a_suspect_that_was_overtaken_is_tried_again(
+    rig: Callable[..., Rig], strict_gate: Callable[[Workspace], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = rig()
+    strict_gate(auto.ws)
+    put(auto.ws, "pens")
+    auto.until_idle()
+    put(auto.ws, "cups", "a.jsonl")
+    put(auto.ws, "hats", "bad.jsonl")
+    during_judging(monkeypatch, lambda: None, auto.ws.rollback)
+    auto.until_idle()
+    assert auto.steps.updates == [None, None, "a.jsonl", "a.jsonl", "bad.jsonl"]
+    assert (current(auto.ws), registry.get(auto.ws).parent, waiting(auto.ws)) == ("v4", None, {"pens": 18})
 
 
 def test_what_the_user_rolled_back_is_not_learned_again_by_itself(rig: Callable[..., Rig]) -> None:
     auto = rig()
-    put(auto.ws, "pens")
-    auto.until_idle()
-    put(auto.ws, "cups")
-    auto.until_idle()
+    for task in ("pens", "cups"):
+        put(auto.ws, task)
+        auto.until_idle()
     assert current(auto.ws) == "v2"
     auto.ws.rollback()
     auto.until_idle()
+    settings(auto.ws, min_rows=1)
     auto.until_idle()
     assert (current(auto.ws), waiting(auto.ws), len(registry.versions(auto.ws))) == ("v1", {"cups": 18}, 2)
     assert auto.ws.catalog.counts()["quarantined"] == 0
     assert "version.rolled_back" in auto.seen
+    put(auto.ws, "hats")
+    auto.until_idle()
+    assert (current(auto.ws), waiting(auto.ws)) == ("v3", {})
 
 
 # After a failure

@@ -86,6 +86,11 @@ class Version:
         return str(self.manifest["verdict"]["summary"])
 
     @property
+    def overtaken(self) -> bool:
+        """Whether it was held unjudged, for what happened while its update ran: another try may end otherwise."""
+        return not self.promote and not self.manifest["verdict"]["judgements"]
+
+    @property
     def rows(self) -> list[str]:
         """Ids of the rows that this version's own update consumed."""
         return [id for ids in self.manifest["rows"].values() for id in ids]
@@ -169,6 +174,14 @@ def lineage(ws: Workspace, version: Version | None) -> Iterator[Version]:
 def consumed(ws: Workspace, version: Version | None) -> set[str]:
     """Ids of all rows that `version` and its ancestors learned."""
     return {id for ancestor in lineage(ws, version) for id in ancestor.rows}
+
+
+def given_back(ws: Workspace) -> set[str]:
+    """Ids of the rows that versions learned which were current once and are no part of what is current now."""
+    here = current(ws)
+    kept = {version.name for version in lineage(ws, here)}
+    moves = {event["version"] for event in history(ws)} - {None, *kept}
+    return {id for name in moves for id in consumed(ws, get(ws, name))} - consumed(ws, here)
 
 
 def commit(ws: Workspace, staging: Path, manifest: dict[str, Any]) -> Version:

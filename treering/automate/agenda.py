@@ -65,8 +65,9 @@ class Agenda:
         state.settled = self._hash(self._waiting())
 
     def _waiting(self) -> list[str]:
-        learned = registry.consumed(self.ws, registry.current(self.ws))
-        return [id for ids in self.ws.catalog.waiting(learned).values() for id in ids]
+        """The rows that are a reason to update. Those that a rollback gave back are none: they only go along."""
+        known = registry.consumed(self.ws, registry.current(self.ws)) | registry.given_back(self.ws)
+        return [id for ids in self.ws.catalog.waiting(known).values() for id in ids]
 
     def _hash(self, ids: list[str]) -> str:
         here = registry.current(self.ws)

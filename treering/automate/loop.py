@@ -240,11 +240,12 @@ class Automation:
         """What follows from promoted, held or nothing new. Told before it is noted as done: twice rather than never."""
         state = self.state
         state.pending = state.pending_row = None
-        if work.file is not None:
-            state.suspects, state.forgot = state.suspects[1:], None
         version = registry.get(self.ws, value["version"]) if value["version"] else None
+        overtaken = version is not None and version.overtaken
+        if work.file is not None and not overtaken:
+            state.suspects, state.forgot = state.suspects[1:], None
         refused = None
-        if version is not None and value["status"] == "held":
+        if version is not None and value["status"] == "held" and not overtaken:
             files = [work.file] if work.file is not None else culprit.files(self.ws, version)
             if not files or not culprit.to_blame(version):
                 self.agenda.settle(state)
