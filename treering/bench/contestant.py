@@ -20,7 +20,7 @@ from treering.methods import Methods
 from treering.methods.lora import adapter
 from treering.model import Tokens, load_base, load_tokenizer, save_weights, shared_prefix
 from treering.pipes import own_output
-from treering.room import peak_memory_mb
+from treering.room import peak_gpu_memory_mb, peak_memory_mb
 from treering.train import teach, train
 
 Rows = list[list[Tokens]]
@@ -48,8 +48,10 @@ class Turns:
         self._done += 1
         if self._done < self._left:
             return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - self._started
-        self.say(seconds=seconds, flops=sum(self._flops[: self._done]), peak_memory_mb=peak_memory_mb())
+        self.say(seconds=seconds, flops=sum(self._flops[: self._done]), peak_memory_mb=used_mb())
         self._flops, self._done = self._flops[self._done :], 0
         self.begin()
 
@@ -57,6 +59,11 @@ class Turns:
         """Tell who holds the race."""
         self._out.write(json.dumps(told) + "\n")
         self._out.flush()
+
+
+def used_mb() -> float:
+    """The most memory that this process has held: the GPU's where it computes there."""
+    return peak_gpu_memory_mb() or peak_memory_mb()
 
 
 def ours(base: Path, config: Config, batches: Rows, out: Any, adapter: Path | None) -> None:
@@ -91,7 +98,7 @@ def _flops(model: Any, batches: Rows, config: Config, pad_id: int) -> Iterator[f
     """
     head = model.get_output_embeddings().weight.numel()
     body = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name)
-    parts = shares.count(config, torch.device("cpu"))
+    parts = shares.count(config, model.device)
     for batch in batches:
         tokens = 0
         for part in shares.dealt(batch, parts):

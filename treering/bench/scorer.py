@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
+from treering.bench.contestant import used_mb
 from treering.config import Config
 from treering.data.example import Example
 from treering.metrics import exact_match
 from treering.model import encode, load_base, load_tokenizer
 from treering.pipes import own_output
-from treering.room import peak_memory_mb
 
 SPARE_TOKENS = 2
 """Tokens that may be written beyond the longest label, as in treering's own scoring."""
@@ -65,7 +65,7 @@ def generate(base: Path, adapter: Path, config: Config, rows: Sequence[Example])
             part = order[start : start + size]
             inputs = tokenizer(
                 [prompts[at] for at in part], return_tensors="pt", padding=True, add_special_tokens=False
-            )
+            ).to(model.device)
             written = model.generate(
                 **inputs, max_new_tokens=limit, do_sample=False, pad_token_id=tokenizer.pad_token_id
             )
@@ -104,7 +104,7 @@ def _merged(base: Path, adapter: Path, rows: Sequence[Example]) -> tuple[Any, An
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     model: Any = PeftModel.from_pretrained(plain, str(adapter))
     limit = max(len(encode(tokenizer, row, last_only=True).answers) for row in rows) + SPARE_TOKENS
-    return tokenizer, model.merge_and_unload().eval(), limit
+    return tokenizer, model.merge_and_unload().eval().to("cuda" if torch.cuda.is_available() else "cpu"), limit
 
 
 def _prompts(tokenizer: Any, rows: Sequence[Example]) -> list[str]:
@@ -126,7 +126,7 @@ def main(name: str, work: Path) -> None:
         answers = score()
         seconds = time.perf_counter() - started
         right = statistics.fmean(exact_match(answer, row.answer) for answer, row in zip(answers, rows, strict=True))
-        out.write(json.dumps({"seconds": seconds, "right": right, "peak_memory_mb": peak_memory_mb()}) + "\n")
+        out.write(json.dumps({"seconds": seconds, "right": right, "peak_memory_mb": used_mb()}) + "\n")
         out.flush()
 
 
