@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -19,6 +20,7 @@ from treering.serve import cache as cache_module
 from treering.serve import past
 from treering.serve.adapters import Adapter, Slots, read_adapter
 from treering.serve.batch import Batch, Row
+from treering.serve.texts import Texts
 
 PROMPTS = [list(b"a long prompt, of many bytes"), list(b"short"), list(b"of middle length"), list(b"x")]
 
@@ -401,3 +403,25 @@ def test_embeddings_depend_neither_on_their_neighbours_nor_on_slices(model: Any,
         with torch.inference_mode():
             hidden = model.model(input_ids=torch.tensor([prompt])).last_hidden_state[0].mean(0)
         assert torch.allclose(vector, hidden / hidden.norm(), atol=1e-5)
+
+
+def test_texts_begin_again_once_the_past_has_made_room(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch: Batch[None] = Batch(model, None, 0)
+    row: Row[None] = Row(None, PROMPTS[0])
+    read_all(batch, [row])
+    batch.leave(lambda _: True)
+    texts = Texts("one", "base", PROMPTS)
+    home = cast(Any, SimpleNamespace(batch=batch, slot=0))
+    decoder = model.get_decoder()
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        if batch.unread(Row(None, PROMPTS[0])) < len(PROMPTS[0]) and texts.begun:
+            raise torch.OutOfMemoryError
+        return decoder(*args, **kwargs)
+
+    monkeypatch.setattr(model, "get_decoder", lambda: full)
+    events = [event for _ in range(40) if not texts.done for event in texts.go_on(home, 12)]
+    expected = next(Batch(model, None, 0).embed(PROMPTS, 0, 10_000))
+    assert expected is not None and sorted(event["at"] for event in events) == [0, 1, 2, 3]
+    for event in events:
+        assert torch.allclose(torch.tensor(event["vector"]), expected[event["at"]], atol=1e-5)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from treering.errors import no_memory
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -38,11 +40,20 @@ class Texts:
         return not self.left and not self.begun
 
     def go_on(self, home: Home, tokens: int) -> list[dict[str, Any]]:
-        """Read on, about `tokens` of them; returns the events of the texts that this brings to their end."""
+        """Read on, about `tokens` of them; returns the events of the texts that this brings to their end.
+
+        Where there is no memory for it, what was kept of past answers goes, and the texts under way begin again.
+        """
         if self._under_way is None:
             self._taken = self.next(tokens)
             self._under_way = home.batch.embed([self.ids[at] for at in self._taken], home.slot, tokens)
-        vectors = next(self._under_way)
+        try:
+            vectors = next(self._under_way)
+        except Exception as error:
+            if not (no_memory(error) and home.batch.forget()):
+                raise
+            self.left, self._under_way = self.left + self._taken, None
+            return []
         if vectors is None:
             return []
         self._under_way = None
