@@ -1,8 +1,8 @@
-# make setup | demo | test | soak | vllm | mlflow | format | build
+# make setup | demo | test | soak | gpu | vllm | mlflow | format | build
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: setup demo test soak vllm mlflow format build clean
+.PHONY: setup demo test soak gpu vllm mlflow format build clean
 
 setup: .venv/ready
 
@@ -22,6 +22,9 @@ test: setup
 
 soak: setup
 	$(BIN)/python scripts/soak.py
+
+gpu: setup
+	$(BIN)/pytest -m gpu tests/test_gpu.py
 
 vllm: setup
 	PYTHON=$(PYTHON) scripts/vllm

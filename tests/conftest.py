@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ QUICK: dict[str, Any] = {
     "eval": {"max_new_tokens": 4},
 }
 """Settings of updates that only have to happen."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests are of the processor wherever they run, but for those of `make gpu`."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -200,14 +200,16 @@ def _gradients(
 ) -> tuple[dict[str, float], tuple[Tensor | None, ...]]:
     """What `batch` adds to the losses of its optimiser step, and to the gradients of `parameters`.
 
-    `stop` is looked at many times in every layer, forward and backward: a batch of long rows takes minutes.
+    On a processor, where a batch of long rows takes minutes, `stop` is looked at many times in every layer, forward and
+    backward; on an accelerator once, for there it would be a good part of the time.
     """
 
     def look(tensor: Tensor) -> Tensor:
         stop.check()
         return tensor.detach()  # As it is, it would hold on to the graph that holds on to it, and a failed pass to all.
 
-    with saved_tensors_hooks(look, look):
+    stop.check()
+    with saved_tensors_hooks(look, look) if batch.targets.device.type == "cpu" else nullcontext():
         losses = losses_of(batch)
     gradients = torch.autograd.grad(torch.stack(list(losses.values())).sum(), parameters, allow_unused=True)
     return {name: float(loss.detach()) for name, loss in losses.items()}, gradients
