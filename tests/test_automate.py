@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -585,7 +586,12 @@ def test_what_a_move_overtook_is_learned_on_what_is_current_then(
     put(auto.ws, "hats")
     auto.until_idle()
     assert auto.last("update.held")["reason"] == "held: its parent v2 is no longer current"
-    assert (current(auto.ws), registry.get(auto.ws).parent, waiting(auto.ws)) == ("v4", "v1", {})
+    assert (current(auto.ws), registry.get(auto.ws).parent, waiting(auto.ws)) == ("v4", "v1", {"cups": 18})
+    assert (
+        set(registry.get(auto.ws).manifest["rows"])
+        == set(registry.get(auto.ws).manifest["held_out"]) - {"pens"}
+        == {"hats"}
+    )
     assert auto.ws.catalog.counts()["quarantined"] == 0
 
 
@@ -645,8 +651,42 @@ def test_what_the_user_rolled_back_is_not_learned_again_by_itself(rig: Callable[
     assert auto.ws.catalog.counts()["quarantined"] == 0
     assert "version.rolled_back" in auto.seen
     put(auto.ws, "hats")
+    put(auto.ws, "cups", "more.jsonl", [{"text": f"another cup {n}", "label": "cups a"} for n in range(20)])
     auto.until_idle()
-    assert (current(auto.ws), waiting(auto.ws)) == ("v3", {})
+    assert (current(auto.ws), waiting(auto.ws)) == ("v3", {"cups": 18})
+    assert overview.status(auto.ws)["rolled_back"] == {"cups": 18}
+    version = registry.get(auto.ws)
+    assert {task: len(ids) for task, ids in version.manifest["rows"].items()} == {"cups": 18, "hats": 18}
+    assert {task: len(ids) for task, ids in version.manifest["held_out"].items()} == {"cups": 2, "hats": 2, "pens": 2}
+    auto.ws.update()
+    assert (current(auto.ws), waiting(auto.ws)) == ("v4", {})
+
+
+def test_a_version_that_is_gone_stops_nothing(rig: Callable[..., Rig]) -> None:
+    auto = rig()
+    for task in ("pens", "cups"):
+        put(auto.ws, task)
+        auto.until_idle()
+    auto.ws.rollback()
+    shutil.rmtree(auto.ws.versions / "v2")
+    auto.until_idle()
+    assert "look.failed" not in auto.seen
+    assert (current(auto.ws), waiting(auto.ws)) == ("v2", {})  # Nobody knows any more that they were rolled back.
+
+
+def test_quiet_hours_that_begin_to_be_set_hold_for_the_update_that_runs(rig: Callable[..., Rig]) -> None:
+    auto = rig()
+    auto.ws.ingest(toy_rows("pens", 20), task="pens")
+
+    def long(why_stop: Callable[[], str | None]) -> Answer:
+        assert why_stop() is None
+        settings(auto.ws, quiet_hours="11:00-13:00")
+        auto.clock.on(seconds=5)
+        return Answer(error=str(why_stop()), kind="UpdateInterruptedError")
+
+    auto.steps.answers = [long]
+    auto.look()
+    assert auto.last("update.interrupted")["reason"] == "quiet hours 11:00-13:00"
 
 
 # After a failure

@@ -140,6 +140,14 @@ def test_an_answer_follows_a_schema(served: Served) -> None:
         served.ask(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}})
 
 
+def test_what_clients_send_by_habit_is_taken(served: Served) -> None:
+    habits = {"echo": False, "best_of": 1, "suffix": None}
+    made = served.client.completions.create(model="base", prompt="some", max_tokens=2, extra_body=habits)
+    assert made.system_fingerprint == "base"
+    with pytest.raises(openai.BadRequestError, match="echo"):
+        served.client.completions.create(model="base", prompt="some", echo=True)
+
+
 def test_embeddings(served: Served) -> None:
     made = served.client.embeddings.create(model="current", input=["some text", "other", "some text"])
     first, other, again = (item.embedding for item in made.data)

@@ -103,6 +103,10 @@ def test_a_grammar_needs_no_compiler(tokenizer: Any) -> None:
     assert written == '"ab"'
     with pytest.raises(EngineError, match="cannot be followed"):
         Sampler(job(json_schema={"const": "\ud800"}), 0, tokenizer, grammar)
+    around = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
+    with pytest.raises(EngineError, match="cannot be followed: nothing fits it"):
+        Sampler(job(json_schema=around), 0, tokenizer, grammar)
+    Sampler(job(json_schema={"oneOf": [{"type": "object"}, {"type": "object"}]}), 0, tokenizer, grammar)
 
 
 def test_drawn_tokens_follow_the_distribution(tokenizer: Any) -> None:

@@ -17,11 +17,14 @@ def status(ws: Workspace) -> dict[str, Any]:
     """What serves, what waits, what is stored."""
     here = registry.current(ws)
     waiting = ws.catalog.waiting(registry.consumed(ws, here))
+    given_back = registry.given_back(ws)
+    rolled_back = {task: sum(id in given_back for id in ids) for task, ids in waiting.items()}
     return {
         "workspace": str(ws.root),
         "current": here.name if here else None,
         "scores": here.scores if here else {},
         "waiting": {task: len(ids) for task, ids in waiting.items()},
+        "rolled_back": {task: count for task, count in rolled_back.items() if count},
         "inbox": unread(ws),
         "rows": ws.catalog.counts(),
         "versions": len(registry.versions(ws)),

@@ -36,13 +36,14 @@ def update(
     promote: bool = True,
     inbox: bool = True,
     file: str | None = None,
+    rolled_back: bool = True,
     quiet: bool = False,
 ) -> Outcome:
     """Train a candidate on everything new, judge it, keep it as a version, make it current if it is no worse.
 
     With `promote=False` the candidate keeps its verdict and `current` stays. With `inbox=False` only rows that were
-    ingested before are new, with `file` only those that came from that file. Raises `RoomError` where memory or disk
-    will surely not do.
+    ingested before are new, with `file` only those that came from that file, and with `rolled_back=False` none that a
+    rollback gave back. Raises `RoomError` where memory or disk will surely not do.
     """
     config = ws.config(overrides)
     with ws.lock("update", "update"), full_disk_is_clear(ws.root), stop_on_signals() as stop:
@@ -57,7 +58,8 @@ def update(
         taken = ingest(ws, config=config, quiet=quiet) if inbox else None
         with ws.changing("update"):
             parent = registry.current(ws)
-        plan = make_plan(ws, parent, config, fingerprint(base), file)
+        without = frozenset() if rolled_back else registry.given_back(ws)
+        plan = make_plan(ws, parent, config, fingerprint(base), file, without)
         done = _nothing_to_train(ws, plan, promote)
         if done is not None:
             return replace(done, ingested=taken)
@@ -115,8 +117,12 @@ def _nothing_to_train(ws: Workspace, plan: Plan, promote: bool) -> Outcome | Non
         with ws.changing("update"):
             registry.promote(ws, tried)
         return Outcome("promoted", tried.summary, tried)
-    reason = f"{tried.name} was already made of these rows, this parent and these settings; {tried.summary}"
-    return Outcome("held", reason, tried)
+    made = f"{tried.name} was already made of these rows, this parent and these settings"
+    if was_current:
+        return Outcome(
+            "held", f"{made}, and rolled back: `treering promote {tried.name}` makes it current again", tried
+        )
+    return Outcome("held", f"{made}; {tried.summary}", tried)
 
 
 def _still_valid(ws: Workspace, plan: Plan) -> Verdict | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,18 +56,26 @@ class Plan:
         }
 
 
-def make_plan(ws: Workspace, parent: Version | None, config: Config, base: str, file: str | None = None) -> Plan:
+def make_plan(
+    ws: Workspace,
+    parent: Version | None,
+    config: Config,
+    base: str,
+    file: str | None = None,
+    without: Set[str] = frozenset(),
+) -> Plan:
     """All rows that neither `parent` nor its ancestors learned, and the held-out rows none of them was measured on.
 
     With `file` only the rows that came from it; of the held-out rows, its own and those of the user's held-out files.
+    Rows whose ids are in `without` are left out.
     """
     import torch
 
     from treering.model import use_bf16
 
-    rows = ws.catalog.waiting(registry.consumed(ws, parent), file)
+    rows = ws.catalog.waiting(registry.consumed(ws, parent) | without, file)
     measured = parent.manifest["held_out"] if parent else {}
-    seen = {id for ids in measured.values() for id in ids}
+    seen = registry.measured(parent) | without
     fresh = {}
     for task, ids in ws.catalog.held_out(file).items():
         slice_ = [id for id in ids if id not in seen]

@@ -177,11 +177,19 @@ def consumed(ws: Workspace, version: Version | None) -> set[str]:
 
 
 def given_back(ws: Workspace) -> set[str]:
-    """Ids of the rows that versions learned which were current once and are no part of what is current now."""
+    """Ids of the rows, to train on and held out, of versions that were current once, less those of what is now.
+
+    Versions whose folders are gone are passed over: what they were made of is not known any more.
+    """
     here = current(ws)
-    kept = {version.name for version in lineage(ws, here)}
-    moves = {event["version"] for event in history(ws)} - {None, *kept}
-    return {id for name in moves for id in consumed(ws, get(ws, name))} - consumed(ws, here)
+    once = {event["version"] for event in history(ws)}
+    kept = consumed(ws, here) | measured(here)
+    return {id for v in versions(ws) if v.name in once for id in {*v.rows, *measured(v)}} - kept
+
+
+def measured(version: Version | None) -> set[str]:
+    """Ids of the held-out rows that `version` was scored on."""
+    return {id for ids in version.manifest["held_out"].values() for id in ids} if version else set()
 
 
 def commit(ws: Workspace, staging: Path, manifest: dict[str, Any]) -> Version:

@@ -65,7 +65,7 @@ class Agenda:
         state.settled = self._hash(self._waiting())
 
     def _waiting(self) -> list[str]:
-        """The rows that are a reason to update. Those that a rollback gave back are none: they only go along."""
+        """The rows that are to be learned. What a rollback gave back is the user's to say."""
         known = registry.consumed(self.ws, registry.current(self.ws)) | registry.given_back(self.ws)
         return [id for ids in self.ws.catalog.waiting(known).values() for id in ids]
 

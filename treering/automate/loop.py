@@ -331,11 +331,13 @@ class Automation:
 
     def _meter(self, config: AutomateConfig) -> Callable[[], str | None]:
         """Counts the time of a running update, and says when it has to stop."""
-        last = saved = self.clock()
+        last = saved = read = self.clock()
 
         def why_stop() -> str | None:
-            nonlocal last, saved
+            nonlocal config, last, saved, read
             now = self.clock()
+            if now - read >= timedelta(seconds=5):
+                config, read = self._config() or config, now
             self.state.turn_to(now.astimezone().date())
             self.state.seconds += max(0.0, (now - last).total_seconds())
             last = now

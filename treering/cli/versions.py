@@ -17,7 +17,11 @@ def status(workspace: Folder = HERE, as_json: AsJson = False) -> None:
     found = overview.status(opened(workspace))
     lines = [f"{found['workspace']}: {found['current'] or 'no version yet'} is current, {found['versions']} versions"]
     lines += [f"  {task}: {percent(value)}" for task, value in found["scores"].items()]
-    lines += [f"waiting: {task}, {count} rows" for task, count in found["waiting"].items()] or ["nothing waits"]
+    back = found["rolled_back"]
+    lines += [
+        f"waiting: {task}, {count} rows" + (f", {back[task]} of them rolled back" if task in back else "")
+        for task, count in found["waiting"].items()
+    ] or ["nothing waits"]
     lines += [f"in the inbox, not ingested yet: {name}" for name in found["inbox"]]
     lines += ["stored: " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in found["rows"].items())]
     lines += (
@@ -125,7 +129,8 @@ def rollback(
     """Go back to the version promoted before, or to the one named."""
     found = opened(workspace).rollback(version)
     name = found.name if found else None
-    output({"current": name}, as_json, [f"{name or 'the base model'} serves; rows learned since are new again"])
+    after = "rows learned since are new again for `treering update`; by itself nothing learns them again"
+    output({"current": name}, as_json, [f"{name or 'the base model'} serves; {after}"])
 
 
 @app.command()

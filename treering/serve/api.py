@@ -23,6 +23,12 @@ Texts = str | list[str] | list[StrictInt] | list[list[StrictInt]]
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, given: Any) -> Any:
+        """Clients send null for what they leave open, also for settings that are not known here."""
+        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
+
     model: str = Field(examples=["current"], description="`current`, `base` or a version such as `v3`.")
     user: str | None = None
     # These change no answer, here or anywhere.
@@ -227,6 +233,9 @@ class CompletionRequest(_Generate):
 
     prompt: Texts
     logprobs: int | None = Field(None, ge=0, le=5)
+    # Some clients send these always; only such values leave an answer as it is.
+    echo: Literal[False] = False
+    best_of: Literal[1] = 1
 
     def jobs(self, id: str, version: str) -> list[Job]:
         """One job a prompt and choice, prompt by prompt. Raises `ApiError` for too many."""

@@ -124,10 +124,13 @@ class Sampler:
 def _matcher(grammar: llguidance.LLTokenizer, schema: dict[str, Any] | None) -> llguidance.LLMatcher:
     try:
         text = llguidance.LLMatcher.grammar_from_json_schema(
-            json.dumps(schema), overrides={"whitespace_pattern": SPACE}
+            json.dumps(schema), overrides={"whitespace_pattern": SPACE, "coerce_one_of": True}
         )
         matcher = llguidance.LLMatcher(grammar, text)
+        allowed = int.from_bytes(matcher.deep_copy().compute_bitmask(), "little")
         reason = matcher.get_error() if matcher.is_error() else ""
+        if not reason and not allowed & ~(1 << grammar.eos_token):
+            reason = "nothing fits it"
     except Exception as error:  # Schemas are the client's, and may be anything.
         reason = str(error) or type(error).__name__
     if reason:
