@@ -18,6 +18,7 @@ from torch import Tensor
 
 from treering.files import fsync_folder, fsync_tree, write_file, write_json
 from treering.optimizers import Optimizer
+from treering.ranks import Ranks
 from treering.recovery import Recovery
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Checkpoints:
 
     Three kinds stay: the first of all, for which nothing was learned yet; the last two at a multiple of `save_steps`;
     and the newest, whatever it was made for. Training goes back to those of the first two kinds alone, when a loss runs
-    away, so that no clock decides what becomes of it.
+    away, so that no clock decides what becomes of it. Of the processes in `ranks` the first writes, all read.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class Checkpoints:
         optimizer: Optimizer,
         config: Config,
         recovery: Recovery,
+        ranks: Ranks,
     ) -> None:
+        self._ranks = ranks
         self._folder, self._parameters, self._optimizer, self._recovery = folder, parameters, optimizer, recovery
         self._every, self._seconds = config.save_steps, 60 * config.save_minutes
         self._saved = time.monotonic()
@@ -66,7 +69,7 @@ class Checkpoints:
     def save(self, log: Log) -> None:
         """Keep where training stands after the steps in `log`. It appears under its name whole; older ones go then."""
         step = len(log)
-        if self._folder is None or step in self._steps():
+        if self._folder is None or not self._ranks.first or step in self._steps():
             return
         partial = self._folder / f".step-{step}"
         shutil.rmtree(partial, ignore_errors=True)
@@ -94,12 +97,14 @@ class Checkpoints:
         """
         if self._folder is None:
             return []
-        for partial in self._folder.glob(".step-*"):
-            shutil.rmtree(partial)
-        for step in self._steps():
-            if not self._recovery.holds(step, self._state(step)["retries"]):
-                self._remove(step)
-        self.save([])
+        if self._ranks.first:
+            for partial in self._folder.glob(".step-*"):
+                shutil.rmtree(partial)
+            for step in self._steps():
+                if not self._recovery.holds(step, self._state(step)["retries"]):
+                    self._remove(step)
+            self.save([])
+        self._ranks.wait()
         return self._load(self._steps()[-1])
 
     def last_good(self, step: int) -> int | None:

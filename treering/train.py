@@ -27,6 +27,7 @@ from treering.model import Tokens, compute, logits_at, use_bf16
 from treering.optimizers import Optimizer
 from treering.passes import read
 from treering.progress import bar
+from treering.ranks import Ranks
 from treering.recovery import LossError, Recovery, check_loss, worst
 from treering.schedule import Step, peak_rate, rate_schedule
 from treering.stop import Stop
@@ -69,7 +70,8 @@ def train(
     Loss: cross entropy averaged over the answer tokens of the optimiser step, plus what the methods add.
     With `checkpoints` (a folder) the state is kept there now and then, and an earlier run is resumed to the same bits.
     Where memory runs out, the step is taken again in smaller pieces; where its loss is no good (`check_loss`), training
-    goes back to a checkpoint, and on from there at a lower rate.
+    goes back to a checkpoint, and on from there at a lower rate. Where several processes train, each computes its share
+    of every step and takes the whole step; one writes and tracks.
 
     Raises:
         UpdateInterruptedError: `stop` was asked; there is a checkpoint of where the step under way began.
@@ -84,42 +86,42 @@ def train(
     optimizer = optimizers.optimizer(config, model, peak_rate(config))
     share = rate_schedule(config, len(steps))
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    ranks = Ranks(accelerator)
     parts = shares.count(config, accelerator.device)
     collate = partial(make_batch, pad_id=pad_id, device=accelerator.device, teachers=teachers, parents=parents)
+    names, weights = ["loss", *methods.by_name], list(parameters.values())
     losses_of = partial(_losses, model, methods, use_bf16(config)[0])
-    gradients_of = partial(_gradients, losses_of, list(parameters.values()), stop or Stop())
-    recovery = Recovery(checkpoints)
-    kept = Checkpoints(checkpoints, parameters, optimizer, config, recovery)
+    gradients_of = partial(_gradients, losses_of, weights, stop or Stop())
+    recovery = Recovery(checkpoints, writes=ranks.first)
+    kept = Checkpoints(checkpoints, parameters, optimizer, config, recovery, ranks)
     log = kept.resume()
     with bar("training", len(steps), quiet) as advance, shares.side_by_side(parts) as compute_all:
+        computed = partial(_computed, collate, config, ranks, partial(compute_all, gradients_of), weights)
         advance(len(log))
         while len(log) < len(steps):
             started = time.perf_counter()
             step = len(log) + 1
-            dealt = [ids for batch in steps[step - 1] for ids in shares.dealt(batch, parts * recovery.pieces(step))]
+            shares_of_all = ranks.count * parts * recovery.pieces(step)
+            dealt = [ids for batch in steps[step - 1] for ids in shares.dealt(batch, shares_of_all)]
             pieces = [[rows[id] for id in ids] for ids in dealt]
             try:
                 with _undone_on_failure(optimizer):
-                    batches = as_step([collate(piece) for piece in pieces])
-                    if config.neftune_noise_alpha:
-                        batches = with_noise(batches, config.neftune_noise_alpha, f"{config.seed}:{step}")
-                    entry = {"step": float(step), **_add_up(compute_all(gradients_of, batches), parameters.values())}
-                    entry["grad_norm"] = float(accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm))
+                    ranks.begin(config.seed, step)
+                    own = ranks.agreed(partial(computed, step, pieces))
+                    entry = {"step": float(step), **ranks.summed(own, names, weights)}
+                    entry["grad_norm"] = float(accelerator.clip_grad_norm_(weights, config.max_grad_norm))
                     check_loss(entry, log, model.get_output_embeddings().weight.shape[0])
             except Exception as error:
                 log = _after(error, pieces, log, kept, recovery, config, partial(_loss_alone, losses_of, collate))
                 advance(len(log) - step + 1)
                 continue
             entry["lr"] = peak_rate(config) * share(step - 1) * recovery.rate
-            for group in optimizer.param_groups:
-                group["lr"] = entry["lr"]
-            optimizer.step()
-            optimizer.zero_grad()
-            methods.after_step(model)
+            _take(model, optimizer, methods, entry["lr"])
             seconds = time.perf_counter() - started
-            entry["tokens_per_second"] = sum(int(b.inputs["mask"].sum()) for b in batches) / seconds
+            # The last token of a row is only predicted.
+            entry["tokens_per_second"] = sum(len(row.ids) - 1 for piece in pieces for row in piece) / seconds
             log.append(entry)
-            if track is not None:
+            if track is not None and ranks.first:
                 track(entry)
             advance(1, f"loss {entry['loss']:.3f}  {entry['tokens_per_second']:.0f} tokens/s")
             if kept.due(step) or step == len(steps):
@@ -181,11 +183,35 @@ def _after(
     raise error
 
 
+def _computed(
+    collate: Callable[[Sequence[Tokens]], Batch],
+    config: Config,
+    ranks: Ranks,
+    compute: Callable[[Sequence[Batch]], Iterable[tuple[dict[str, float], tuple[Tensor | None, ...]]]],
+    parameters: Sequence[Tensor],
+    step: int,
+    pieces: Sequence[Sequence[Tokens]],
+) -> Mapping[str, float]:
+    """The losses of this process's share of `step`, whose gradients `parameters` get."""
+    batches = as_step([collate(piece) for piece in pieces])
+    if config.neftune_noise_alpha:
+        batches = with_noise(batches, config.neftune_noise_alpha, f"{config.seed}:{step}")
+    return _add_up(compute(ranks.own(batches)), parameters)
+
+
+def _take(model: PreTrainedModel, optimizer: Optimizer, methods: Methods, rate: float) -> None:
+    """Change the weights by their gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    methods.after_step(model)
+
+
 def _add_up(
-    computed: Iterable[tuple[dict[str, float], tuple[Tensor | None, ...]]], parameters: Iterable[Tensor]
+    computed: Iterable[tuple[dict[str, float], tuple[Tensor | None, ...]]], parameters: Sequence[Tensor]
 ) -> Counter[str]:
     """The losses of a step from those of its batches; `parameters` get the gradients, always in the same order."""
-    parameters = list(parameters)
     losses: Counter[str] = Counter()
     for found, gradients in computed:
         losses.update(found)
