@@ -20,6 +20,7 @@ from treering.files import fsync_folder, fsync_tree, write_file, write_json
 from treering.optimizers import Optimizer
 from treering.ranks import Ranks
 from treering.recovery import Recovery
+from treering.sharding import parted, parted_state, whole
 
 if TYPE_CHECKING:
     from treering.config import Config
@@ -69,16 +70,18 @@ class Checkpoints:
     def save(self, log: Log) -> None:
         """Keep where training stands after the steps in `log`. It appears under its name whole; older ones go then."""
         step = len(log)
-        if self._folder is None or not self._ranks.first or step in self._steps():
+        if self._folder is None or step in self._steps():
+            return
+        tensors = random_state()
+        for name, parameter in self._parameters.items():
+            tensors[f"weight.{name}"] = whole(parameter.detach()).cpu().contiguous()
+        state = {"step": step, "retries": len(self._recovery.retries), "log": log}
+        state["optimizer"] = _packed(self._optimizer.state_dict(), tensors, {})
+        if not self._ranks.first:
             return
         partial = self._folder / f".step-{step}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        tensors = random_state()
-        for name, parameter in self._parameters.items():
-            tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
-        state = {"step": step, "retries": len(self._recovery.retries), "log": log}
-        state["optimizer"] = _packed(self._optimizer.state_dict(), tensors, {})
         write_file(partial / "state.safetensors", safetensors.torch.save(tensors))
         write_json(partial / "state.json", state)
         fsync_tree(partial)
@@ -103,7 +106,8 @@ class Checkpoints:
             for step in self._steps():
                 if not self._recovery.holds(step, self._state(step)["retries"]):
                     self._remove(step)
-            self.save([])
+        self._ranks.wait()
+        self.save([])
         self._ranks.wait()
         return self._load(self._steps()[-1])
 
@@ -124,8 +128,9 @@ class Checkpoints:
         state, tensors = self._state(step), safetensors.torch.load_file(self._path(step) / "state.safetensors")
         set_random_state(tensors)
         for name, parameter in self._parameters.items():
-            parameter.copy_(tensors[f"weight.{name}"])
-        self._optimizer.load_state_dict(_unpacked(state["optimizer"], tensors))
+            parameter.copy_(parted(tensors[f"weight.{name}"], parameter))
+        state_of_optimizer = _unpacked(state["optimizer"], tensors)
+        self._optimizer.load_state_dict(parted_state(state_of_optimizer, list(self._parameters.values())))
         return cast(Log, state["log"])
 
     def _steps(self) -> list[int]:
@@ -149,7 +154,7 @@ def _packed(value: Any, tensors: dict[str, Tensor], seen: dict[int, str]) -> Any
     """`value` as JSON has it; what is a tensor goes into `tensors`, once however often it occurs."""
     if isinstance(value, Tensor):
         name = seen.setdefault(id(value), f"optimizer.{len(seen)}")
-        tensors[name] = value.detach().cpu().contiguous()
+        tensors[name] = whole(value.detach()).cpu().contiguous()
         return {"tensor": name}
     if isinstance(value, Mapping):  # In pairs, because keys may be numbers.
         return {"items": [[key, _packed(each, tensors, seen)] for key, each in value.items()]}

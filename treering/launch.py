@@ -58,10 +58,27 @@ def check(config: Config, root: Path) -> None:
             f"{said} distributed_type {found.get('distributed_type')}; treering trains with {' and '.join(KINDS)}: run "
             "`accelerate config` again, or leave accelerate_config out"
         )
+    if found.get("mixed_precision", "no") not in ("no", False):  # YAML reads a bare no as false.
+        raise ConfigError(
+            f"{said} mixed_precision {found['mixed_precision']}; set mixed_precision: 'no' there, and the setting bf16"
+        )
+    if found["distributed_type"] == "FSDP":
+        _check_shards(config, found.get("fsdp_config") or {}, said)
     if found.get("num_machines", 1) != 1:
         raise ConfigError(
             f"{said} num_machines {found['num_machines']}; across machines take launcher: ray, or set num_machines: 1"
         )
+
+
+def _check_shards(config: Config, found: Mapping[str, Any], said: str) -> None:
+    """Raise `ConfigError` for what does not go with weights in shards."""
+    for key, only in (("fsdp_version", 2), ("fsdp_cpu_ram_efficient_loading", False)):
+        if found.get(key) != only:
+            raise ConfigError(f"{said} {key} {found.get(key)} in fsdp_config; set {key}: {str(only).lower()}")
+    for key, wanted in (("optim", "adamw_torch"), ("quantization_bit", None), ("neftune_noise_alpha", None)):
+        if (value := getattr(config, key)) != wanted:
+            way_out = f"set {key}: {wanted}" if wanted else f"leave {key} out"
+            raise ConfigError(f"{said} FSDP, but {key} is {value}, which does not go with it: {way_out}")
 
 
 def machine(config: Config, root: Path) -> dict[str, Any]:

@@ -52,6 +52,10 @@ class Ranks:
         """Until all are here."""
         self._told(_FINE, "")
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so in one of them."""
+        return any(outcome for outcome, _ in self._told(int(here), ""))
+
     def agreed(self, work: Callable[[], T]) -> T:
         """What `work` makes here, once it has come to its end everywhere.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 
-from treering import optimizers, shares
+from treering import optimizers, sharding, shares
 from treering.attention import recomputed
 from treering.batches import Batch, as_step, make_batch, with_noise
 from treering.checkpoints import Checkpoints, Log, random_state, set_random_state
@@ -79,19 +79,18 @@ def train(
         TreeringError: there is no memory for one row.
     """
     torch.manual_seed(config.seed)
-    model.train()
-    if config.gradient_checkpointing:
-        _checkpoint_layers(model)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    ranks = Ranks(accelerator)
+    _made_ready(model, config, accelerator)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optimizers.optimizer(config, model, peak_rate(config))
     share = rate_schedule(config, len(steps))
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    ranks = Ranks(accelerator)
     parts = shares.count(config, accelerator.device)
     collate = partial(make_batch, pad_id=pad_id, device=accelerator.device, teachers=teachers, parents=parents)
     names, weights = ["loss", *methods.by_name], list(parameters.values())
     losses_of = partial(_losses, model, methods, use_bf16(config)[0])
-    gradients_of = partial(_gradients, losses_of, weights, stop or Stop())
+    stop, sharded = stop or Stop(), sharding.asked()
+    gradients_of = partial(sharding.gradients if sharded else partial(_gradients, stop), losses_of, weights)
     recovery = Recovery(checkpoints, writes=ranks.first)
     kept = Checkpoints(checkpoints, parameters, optimizer, config, recovery, ranks)
     log = kept.resume()
@@ -107,9 +106,9 @@ def train(
             try:
                 with _undone_on_failure(optimizer):
                     ranks.begin(config.seed, step)
-                    own = ranks.agreed(partial(computed, step, pieces))
-                    entry = {"step": float(step), **ranks.summed(own, names, weights)}
-                    entry["grad_norm"] = float(accelerator.clip_grad_norm_(weights, config.max_grad_norm))
+                    own = _in_step(ranks, stop, partial(computed, step, pieces))
+                    entry = {"step": float(step), **ranks.summed(own, names, [] if sharded else weights)}
+                    entry["grad_norm"] = sharding.clipped(weights, config.max_grad_norm)
                     check_loss(entry, log, model.get_output_embeddings().weight.shape[0])
             except Exception as error:
                 log = _after(error, pieces, log, kept, recovery, config, partial(_loss_alone, losses_of, collate))
@@ -124,10 +123,18 @@ def train(
             if track is not None and ranks.first:
                 track(entry)
             advance(1, f"loss {entry['loss']:.3f}  {entry['tokens_per_second']:.0f} tokens/s")
-            if kept.due(step) or step == len(steps):
+            if ranks.any(kept.due(step) or step == len(steps)):
                 kept.save(log)
     optimizers.finish(optimizer)
     return log
+
+
+def _made_ready(model: PreTrainedModel, config: Config, accelerator: Accelerator) -> None:
+    model.train()
+    if config.gradient_checkpointing:
+        _checkpoint_layers(model)
+    if sharding.asked():
+        sharding.shard(model, accelerator)
 
 
 def _checkpoint_layers(model: PreTrainedModel) -> None:
@@ -183,6 +190,14 @@ def _after(
     raise error
 
 
+def _in_step(ranks: Ranks, stop: Stop, computed: Callable[[], Mapping[str, float]]) -> Mapping[str, float]:
+    """What this process has `computed`, once all have, or one decision of all where one has not."""
+    if not sharding.asked():
+        return ranks.agreed(computed)
+    ranks.agreed(stop.check)  # Before the passes, which nobody can leave alone.
+    return computed()
+
+
 def _computed(
     collate: Callable[[Sequence[Tokens]], Batch],
     config: Config,
@@ -196,6 +211,8 @@ def _computed(
     batches = as_step([collate(piece) for piece in pieces])
     if config.neftune_noise_alpha:
         batches = with_noise(batches, config.neftune_noise_alpha, f"{config.seed}:{step}")
+    if sharding.asked():
+        batches = sharding.filled(batches, ranks.count)
     return _add_up(compute(ranks.own(batches)), parameters)
 
 
@@ -222,7 +239,7 @@ def _add_up(
 
 
 def _gradients(
-    losses_of: Callable[[Batch], dict[str, Tensor]], parameters: Sequence[Tensor], stop: Stop, batch: Batch
+    stop: Stop, losses_of: Callable[[Batch], dict[str, Tensor]], parameters: Sequence[Tensor], batch: Batch
 ) -> tuple[dict[str, float], tuple[Tensor | None, ...]]:
     """What `batch` adds to the losses of its optimiser step, and to the gradients of `parameters`.
 
