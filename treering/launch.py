@@ -131,7 +131,7 @@ def train(
                     if track is not None:
                         track(entry)
                 if stop is not None and stop.asked and deadline == math.inf:
-                    deadline = time.monotonic() + GRACE + 1
+                    deadline = time.monotonic() + GRACE + 0.5
                     let_go()
                 if deadline < math.inf and None not in _told(folder, config):
                     break

@@ -30,7 +30,7 @@ WANTED = "wanted"
 TOKEN = "token"
 """In FOLDER: that of the update which wants this training."""
 
-GRACE = 7.0
+GRACE = 6.0
 """Seconds in which a process that is no longer wanted leaves a checkpoint."""
 
 _POLL = 0.2
