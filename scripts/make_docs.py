@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_orig
 
 from pydantic.fields import FieldInfo
 
-from treering.config import TRACKERS, Config
+from treering.config import LAUNCHERS, TRACKERS, Config
 from treering.methods import FINETUNING_TYPES, PROTECT
 from treering.optimizers import OPTIMIZERS
 from treering.sections import Section
@@ -42,6 +42,7 @@ NAMES = {
     "protect": PROTECT,
     "optim": OPTIMIZERS,
     "report_to": TRACKERS,
+    "launcher": LAUNCHERS,
 }
 TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "nothing"}
 BOUNDS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}

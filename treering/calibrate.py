@@ -18,7 +18,6 @@ from treering.candidate import Candidate
 from treering.manifest import base_name
 from treering.methods.lwf import TOP_K
 from treering.model import resolve
-from treering.room import peak_gpu_memory_mb, peak_memory_mb
 
 if TYPE_CHECKING:
     from treering.config import Config
@@ -81,14 +80,17 @@ def calibrate(ws: Workspace, plan: Plan, config: Config, folder: Path) -> Estima
     candidate.plan = replace(plan, rows={task: [i for i in ids if i in learned] for task, ids in plan.rows.items()})
     log, learning = _timed(candidate.learn)
     stepping = [_tokens(step, tokens) / e["tokens_per_second"] for step, e in zip(candidate.steps, log, strict=True)]
-    saving = learning - sum(stepping)
+    # Processes of their own begin once, however many the steps are.
+    starting = learning - candidate.processes[0].seconds if candidate.processes else 0.0
+    saving = learning - starting - sum(stepping)
     checkpoints = list((folder / "checkpoints").glob("step-*"))
     checkpoint = max(map(_size_mb, checkpoints))
 
     results, after = _timed(candidate.measure)
     candidate.remember()
     candidate.write(base_name(config), results, log)
-    rest = time.perf_counter() - candidate.started - before - learning - after
+    rest = time.perf_counter() - candidate.started - before - learning - after + starting
+    memory, gpu_memory = candidate.peaks
 
     seconds = _all_steps(steps, candidate.steps, stepping, tokens)
     saves = -(-len(steps) // config.save_steps)
@@ -101,8 +103,8 @@ def calibrate(ws: Workspace, plan: Plan, config: Config, folder: Path) -> Estima
         rows_trained=sum(len(batch) for step in steps for batch in step),
         seconds=training,
         total_seconds=rest + training + scoring,
-        peak_memory_mb=peak_memory_mb() + _parents_mb(candidate, plan),
-        peak_gpu_memory_mb=peak_gpu_memory_mb(),
+        peak_memory_mb=memory + _parents_mb(candidate, plan),
+        peak_gpu_memory_mb=gpu_memory,
         disk_mb=fullest,
     )
 

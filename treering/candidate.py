@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from treering import launch
 from treering.batches import make_batch
 from treering.config import names
-from treering.errors import ConfigError
+from treering.errors import ConfigError, TreeringError
 from treering.evaluate import conditions, evaluate
 from treering.files import fsync_tree, write_file
+from treering.handover import Handover
 from treering.memory import Memory, Teacher
 from treering.methods import Methods
 from treering.methods.lwf import TOP_K
@@ -24,15 +26,19 @@ from treering.model import Tokens, encode, load, load_tokenizer, save_weights, u
 from treering.recovery import Recovery
 from treering.registry import Version
 from treering.results import Result, read_results, write_results
+from treering.room import peak_gpu_memory_mb, peak_memory_mb
 from treering.schedule import passes, peak_rate, plan_steps
 from treering.train import teach, train
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from treering.config import Config
     from treering.data.example import Example
     from treering.plan import Plan
     from treering.schedule import Step
     from treering.stop import Stop
+    from treering.worker import Trained
     from treering.workspace import Workspace
 
 RESULTS = "results.parquet"
@@ -59,6 +65,7 @@ class Candidate:
     ) -> None:
         self.started = time.perf_counter()
         self.plan, self.parent, self.config, self.staging = plan, parent, config, staging
+        self.base, self.root = base, ws.root
         self.stop, self.quiet = stop, quiet
         torch.set_num_threads(plan.machine["threads"])
         self.tokenizer = load_tokenizer(base, config.trust_remote_code)
@@ -79,6 +86,7 @@ class Candidate:
         self.rows: dict[str, Tokens] = {}
         self.steps: list[Step] = []
         self.train_seconds = 0.0
+        self.processes: list[Trained] = []
 
     def measure_parent(self) -> list[Result]:
         """The parent's results on every held-out row: those it was made with, and the fresh ones scored now."""
@@ -94,8 +102,7 @@ class Candidate:
 
     def prepare(self) -> None:
         """Make the model ready to learn, and decide what it is taught at each step."""
-        torch.manual_seed(self.config.seed)  # New adapters begin at random.
-        self.model = self.methods.prepare(self.model, _state(self.parent))
+        self.model = _prepared(self.model, self.methods, self.config, self.parent)
         self.rows = {id: self._tokens(id) for id in [*self.plan.row_ids, *self.memory.rows]}
         lengths = {id: len(row.ids) for id, row in self.rows.items()}
         self.steps = plan_steps(self.plan.row_ids, self.memory, self.methods, lengths, self.config)
@@ -106,6 +113,12 @@ class Candidate:
         `track` is given each entry when it is finished.
         """
         started = time.perf_counter()
+        teachers = self.memory.teachers if "distill" in self.config.protect else None
+        parents = self._parents() if self.parent and "lwf" in self.config.protect else None
+        if self.config.launcher != "local":
+            self._learn_in_processes(teachers, parents, track)
+            track = None  # It was told.
+        # Where processes did it, the last checkpoint has all steps done.
         log = train(
             self.model,
             self.rows,
@@ -113,12 +126,12 @@ class Candidate:
             self.methods,
             self.config,
             pad_id=self._pad_id,
-            teachers=self.memory.teachers if "distill" in self.config.protect else None,
-            parents=self._parents() if self.parent and "lwf" in self.config.protect else None,
+            teachers=teachers,
+            parents=parents,
             checkpoints=self._checkpoints,
             stop=self.stop,
             track=track,
-            quiet=self.quiet,
+            quiet=self.quiet or self.config.launcher != "local",
         )
         if use_bf16(self.config)[0]:
             # As it will be saved, so that what is measured is what serves; buffers (rotary frequencies) and LoRA's
@@ -128,6 +141,37 @@ class Candidate:
                     parameter.data = parameter.data.bfloat16()
         self.train_seconds = time.perf_counter() - started
         return log
+
+    def _learn_in_processes(
+        self,
+        teachers: Mapping[str, Teacher] | None,
+        parents: Mapping[str, Teacher] | None,
+        track: Callable[[Mapping[str, float]], None] | None,
+    ) -> None:
+        handover = Handover(
+            self.config,
+            self.base,
+            self.parent,
+            self.rows,
+            self.steps,
+            self._pad_id,
+            launch.threads(self.config, self.plan.machine["threads"]),
+            self._checkpoints,
+            teachers,
+            parents,
+        )
+        del self.model  # The room is theirs.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        folder = self.staging / "processes"
+        self.processes = launch.train(handover, folder, self.root, stop=self.stop, track=track, quiet=self.quiet)
+        if not (self._checkpoints / f"step-{len(self.steps)}").exists():
+            raise TreeringError(
+                f"{self._checkpoints} has no checkpoint of the last step, which the processes have made: all machines "
+                "that train need the workspace and the base model under the same path, on a disk that they share"
+            )
+        shutil.rmtree(folder)
+        self.model, self.methods = begun(self.base, self.config, self.parent)
 
     def measure(self) -> list[Result]:
         """The candidate's results on every held-out row."""
@@ -195,6 +239,14 @@ class Candidate:
         return f"{len(self.plan.row_ids)} new rows, {len(self.steps)} steps with the replayed ones"
 
     @property
+    def peaks(self) -> tuple[float, float | None]:
+        """The most memory that was held, in MB, by all processes together, and GPU memory by the one that had most."""
+        own, gpu = peak_memory_mb(), peak_gpu_memory_mb()
+        gpus = [gpu, *(process.peak_gpu_memory_mb for process in self.processes)]
+        most = max((peak for peak in gpus if peak is not None), default=None)
+        return own + sum(process.peak_memory_mb for process in self.processes), most
+
+    @property
     def trainable_parameters(self) -> int:
         """How many numbers this update could change."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -224,6 +276,17 @@ class Candidate:
         return evaluate(
             self.model, self.tokenizer, pairs, self.metrics, self.config, title=title, stop=self.stop, quiet=self.quiet
         )
+
+
+def begun(base: Path, config: Config, parent: Version | None) -> tuple[PreTrainedModel, Methods]:
+    """The model as an update begins to teach it, and the methods that made it ready."""
+    methods = Methods(config)
+    return _prepared(load(base, config, parent), methods, config, parent), methods
+
+
+def _prepared(model: PreTrainedModel, methods: Methods, config: Config, parent: Version | None) -> PreTrainedModel:
+    torch.manual_seed(config.seed)  # New adapters begin at random.
+    return methods.prepare(model, _state(parent))
 
 
 def _check_kind(parent: Version | None, config: Config) -> None:

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from treering.files import fsync_folder, fsync_tree, write_file, write_json
 from treering.optimizers import Optimizer
+from treering.ranks import Ranks
 from treering.recovery import Recovery
+from treering.sharding import parted, parted_state, whole
 
 if TYPE_CHECKING:
     from treering.config import Config
@@ -44,7 +46,7 @@ class Checkpoints:
 
     Three kinds stay: the first of all, for which nothing was learned yet; the last two at a multiple of `save_steps`;
     and the newest, whatever it was made for. Training goes back to those of the first two kinds alone, when a loss runs
-    away, so that no clock decides what becomes of it.
+    away, so that no clock decides what becomes of it. Of the processes in `ranks` the first writes, all read.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class Checkpoints:
         optimizer: Optimizer,
         config: Config,
         recovery: Recovery,
+        ranks: Ranks,
     ) -> None:
+        self._ranks = ranks
         self._folder, self._parameters, self._optimizer, self._recovery = folder, parameters, optimizer, recovery
         self._every, self._seconds = config.save_steps, 60 * config.save_minutes
         self._saved = time.monotonic()
@@ -68,14 +72,16 @@ class Checkpoints:
         step = len(log)
         if self._folder is None or step in self._steps():
             return
+        tensors = random_state()
+        for name, parameter in self._parameters.items():
+            tensors[f"weight.{name}"] = whole(parameter.detach()).cpu().contiguous()
+        state = {"step": step, "retries": len(self._recovery.retries), "log": log}
+        state["optimizer"] = _packed(self._optimizer.state_dict(), tensors, {})
+        if not self._ranks.first:
+            return
         partial = self._folder / f".step-{step}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        tensors = random_state()
-        for name, parameter in self._parameters.items():
-            tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
-        state = {"step": step, "retries": len(self._recovery.retries), "log": log}
-        state["optimizer"] = _packed(self._optimizer.state_dict(), tensors, {})
         write_file(partial / "state.safetensors", safetensors.torch.save(tensors))
         write_json(partial / "state.json", state)
         fsync_tree(partial)
@@ -94,12 +100,15 @@ class Checkpoints:
         """
         if self._folder is None:
             return []
-        for partial in self._folder.glob(".step-*"):
-            shutil.rmtree(partial)
-        for step in self._steps():
-            if not self._recovery.holds(step, self._state(step)["retries"]):
-                self._remove(step)
+        if self._ranks.first:
+            for partial in self._folder.glob(".step-*"):
+                shutil.rmtree(partial)
+            for step in self._steps():
+                if not self._recovery.holds(step, self._state(step)["retries"]):
+                    self._remove(step)
+        self._ranks.wait()
         self.save([])
+        self._ranks.wait()
         return self._load(self._steps()[-1])
 
     def last_good(self, step: int) -> int | None:
@@ -119,8 +128,9 @@ class Checkpoints:
         state, tensors = self._state(step), safetensors.torch.load_file(self._path(step) / "state.safetensors")
         set_random_state(tensors)
         for name, parameter in self._parameters.items():
-            parameter.copy_(tensors[f"weight.{name}"])
-        self._optimizer.load_state_dict(_unpacked(state["optimizer"], tensors))
+            parameter.copy_(parted(tensors[f"weight.{name}"], parameter))
+        state_of_optimizer = _unpacked(state["optimizer"], tensors)
+        self._optimizer.load_state_dict(parted_state(state_of_optimizer, list(self._parameters.values())))
         return cast(Log, state["log"])
 
     def _steps(self) -> list[int]:
@@ -144,7 +154,7 @@ def _packed(value: Any, tensors: dict[str, Tensor], seen: dict[int, str]) -> Any
     """`value` as JSON has it; what is a tensor goes into `tensors`, once however often it occurs."""
     if isinstance(value, Tensor):
         name = seen.setdefault(id(value), f"optimizer.{len(seen)}")
-        tensors[name] = value.detach().cpu().contiguous()
+        tensors[name] = whole(value.detach()).cpu().contiguous()
         return {"tensor": name}
     if isinstance(value, Mapping):  # In pairs, because keys may be numbers.
         return {"items": [[key, _packed(each, tensors, seen)] for key, each in value.items()]}

@@ -27,6 +27,9 @@ from treering.sections import (
     ServeConfig,
 )
 
+LAUNCHERS = ("local", "accelerate", "ray")
+"""What `launcher` may name."""
+
 TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
 """What `report_to` may name."""
 
@@ -97,7 +100,7 @@ class Config(Section):
     """Optimiser steps; overrides `num_train_epochs` when positive."""
 
     per_device_train_batch_size: int = Field(16, ge=1)
-    """Rows in one forward pass."""
+    """Rows in one forward pass, in each of the `processes`."""
 
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Forward passes per optimiser step."""
@@ -138,6 +141,17 @@ class Config(Section):
     seed: int = Field(42, ge=0)
     """Seed of everything random."""
 
+    launcher: str = "local"
+    """What starts the processes that train: local (the update's own process), accelerate (several on this machine) or
+    ray (workers of a Ray cluster; `pip install 'treering[ray]'`). `docs/processes.md` has more."""
+
+    processes: int = Field(1, ge=1)
+    """How many processes train together, each on its share of every step; on GPUs as many as there are."""
+
+    accelerate_config: str | None = None
+    """With `launcher: accelerate`: the file that `accelerate config` wrote, seen from the workspace; its
+    `num_processes` counts for nothing."""
+
     memory: MemoryConfig = MemoryConfig()
     distill: DistillConfig = DistillConfig()
     lwf: LwfConfig = LwfConfig()
@@ -155,6 +169,11 @@ class Config(Section):
     @classmethod
     def _known_type(cls, value: str) -> str:
         return _known(value, FINETUNING_TYPES)
+
+    @field_validator("launcher")
+    @classmethod
+    def _known_launcher(cls, value: str) -> str:
+        return _known(value, LAUNCHERS)
 
     @field_validator("optim")
     @classmethod
@@ -189,6 +208,16 @@ class Config(Section):
                 f"optim is schedule_free_adamw, but lr_scheduler_type is {self.lr_scheduler_type}: "
                 "set lr_scheduler_type: constant, or take another optim"
             )
+        if self.processes > 1 and self.launcher == "local":
+            raise ValueError(
+                f"processes is {self.processes}, but launcher is local, which has one: set launcher: accelerate (this "
+                "machine) or launcher: ray (a cluster), or drop processes"
+            )
+        if self.accelerate_config and self.launcher != "accelerate":
+            raise ValueError(
+                f"accelerate_config is {self.accelerate_config}, but launcher is {self.launcher}: set launcher: "
+                "accelerate, or drop it"
+            )
         if self.use_dora and self.quantization_bit == 8:
             raise ValueError(
                 "use_dora is true and quantization_bit is 8, which peft and bitsandbytes do not compute: "
@@ -206,12 +235,18 @@ class Config(Section):
         """The names in `additional_target`."""
         return names(self.additional_target or "")
 
+    @property
+    def batch_size(self) -> int:
+        """Rows that are computed at once, in all processes together."""
+        return self.per_device_train_batch_size * self.processes
+
     def of_versions(self) -> dict[str, Any]:
         """The settings that versions depend on: not when updates run, who is told of them, how versions serve.
 
-        Nor those that say how an update gets to its end, not to which: changed, they let it be resumed.
+        Nor those that say how an update gets to its end, not to which: changed, they let it be resumed. Nor what starts
+        processes; on that the bits depend as on the machine (`Plan.machine`).
         """
-        apart = {"automate", "report_to", "serve", "save_minutes", "max_loss_retries"}
+        apart = {"automate", "report_to", "serve", "save_minutes", "max_loss_retries", "launcher", "accelerate_config"}
         return self.model_dump(mode="json", exclude=apart)
 
     @classmethod

@@ -16,7 +16,6 @@ from treering.gate import Verdict
 from treering.metrics import Matrix, negative_flips
 from treering.optimizers import EXTRAS, OPTIMIZERS
 from treering.results import Result, task_scores
-from treering.room import peak_gpu_memory_mb, peak_memory_mb
 
 if TYPE_CHECKING:
     from treering.calibrate import Estimate
@@ -52,6 +51,7 @@ def of_update(
     flips = negative_flips(
         {r.id: r.score for r in before if r.id not in plan.fresh_ids}, {r.id: r.score for r in after}
     )
+    memory, gpu_memory = candidate.peaks
     return {
         "created": timestamp(),
         "parent": plan.parent,
@@ -78,8 +78,8 @@ def of_update(
             "steps": len(candidate.steps),
             "rows_trained": sum(len(ids) for step in candidate.steps for ids in step),
             "trainable_parameters": candidate.trainable_parameters,
-            "peak_memory_mb": peak_memory_mb(),
-            "peak_gpu_memory_mb": peak_gpu_memory_mb(),
+            "peak_memory_mb": memory,
+            "peak_gpu_memory_mb": gpu_memory,
         },
         "estimate": asdict(estimate) if estimate else None,
     }

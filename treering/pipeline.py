@@ -47,13 +47,14 @@ def update(
     """
     config = ws.config(overrides)
     with ws.lock("update", "update"), full_disk_is_clear(ws.root), stop_on_signals() as stop:
-        from treering import forecast, gate, trackers
+        from treering import forecast, gate, launch, trackers
         from treering.candidate import Candidate
         from treering.data.intake import ingest
         from treering.model import fingerprint, resolve
         from treering.plan import clear, make_plan, stage, taken_up
 
         trackers.check(config.report_to)
+        launch.check(config, ws.root)
         base = resolve(config.model_name_or_path, config.trust_remote_code)
         taken = ingest(ws, config=config, quiet=quiet) if inbox else None
         with ws.changing("update"):

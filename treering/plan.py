@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treering import registry
+from treering import launch, registry
 from treering.config import Config
 from treering.files import write_json
 from treering.registry import PLAN, Version
@@ -87,6 +87,7 @@ def make_plan(
         "bf16": use_bf16(config)[0],
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        **launch.machine(config, ws.root),
     }
     return Plan(parent.name if parent else None, base, config.of_versions(), rows, fresh, machine)
 

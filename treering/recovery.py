@@ -51,9 +51,13 @@ class Retry:
 
 
 class Recovery:
-    """The splits and retries of one update, kept in `folder` (with None: nowhere), those of a killed run included."""
+    """The splits and retries of one update, kept in `folder` (with None: nowhere), those of a killed run included.
 
-    def __init__(self, folder: Path | None) -> None:
+    Of several processes that train, all come to the same; the one that `writes` keeps it and tells.
+    """
+
+    def __init__(self, folder: Path | None, *, writes: bool = True) -> None:
+        self._writes = writes
         self._path = folder / FILE if folder else None
         found = json.loads(self._path.read_text(encoding="utf-8")) if self._path and self._path.exists() else {}
         self.splits = [Split(**split) for split in found.get("splits", ())]
@@ -83,14 +87,14 @@ class Recovery:
             ) from error
         found = Split(step, 2 * self.pieces(step), reason)
         self.splits.append(found)
-        self._write()
-        say(f"{reason}; from there on each micro-batch is computed in {found.pieces} pieces, which makes the same step")
+        self._write(
+            f"{reason}; from there on each micro-batch is computed in {found.pieces} pieces, which makes the same step"
+        )
 
     def retry(self, step: int, back_to: int, reason: str) -> None:
         """Go back from `step` to where `back_to` steps were done, and on at a lower rate."""
         self.retries.append(Retry(step, back_to, reason))
-        self._write()
-        say(f"{reason} at step {step}; going back to step {back_to}, with {self.rate:g} of the learning rate")
+        self._write(f"{reason} at step {step}; going back to step {back_to}, with {self.rate:g} of the learning rate")
 
     def holds(self, step: int, retries: int) -> bool:
         """Whether a checkpoint of `step`, made after so many retries, is on the way that was taken in the end."""
@@ -111,10 +115,13 @@ class Recovery:
         }
         return splits | retries
 
-    def _write(self) -> None:
+    def _write(self, what: str) -> None:
+        if not self._writes:
+            return
         if self._path is not None:
             splits, retries = ([asdict(one) for one in found] for found in (self.splits, self.retries))
             write_json(self._path, {"splits": splits, "retries": retries})
+        say(what)
 
 
 def check_loss(entry: Mapping[str, float], log: Sequence[Mapping[str, float]], vocabulary: int) -> None:

@@ -35,7 +35,7 @@ def passes(config: Config, new: int) -> float:
     """Passes over `new` rows: as set, or by their number."""
     if config.num_train_epochs != "auto":
         return config.num_train_epochs
-    steps = math.ceil(new / (config.per_device_train_batch_size * config.gradient_accumulation_steps))
+    steps = math.ceil(new / (config.batch_size * config.gradient_accumulation_steps))
     return min(max(PASSES, math.ceil(ENOUGH_STEPS / max(1, steps))), MOST_PASSES)
 
 
@@ -50,7 +50,7 @@ def plan_steps(
 
     `lengths` gives the tokens of each row id, new and remembered.
     """
-    size, accumulate = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    size, accumulate = config.batch_size, config.gradient_accumulation_steps
     steps: list[Step] = []
     wanted = passes(config, len(new))
     epochs = math.ceil(wanted)

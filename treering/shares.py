@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from treering import sharding
+
 if TYPE_CHECKING:
     from treering.config import Config
 
@@ -28,9 +30,15 @@ def count(config: Config, device: torch.device) -> int:
 
     One where it would cost more than it gains: on an accelerator, and where all weights learn, for each share has
     gradients of its own. One for dropout as well: threads that draw from the same numbers draw in any order. And one
-    for quantised layers, which keep notes of the pass they are in.
+    for quantised layers, which keep notes of the pass they are in, and weights in shards, which are gathered for it.
     """
-    if device.type != "cpu" or config.finetuning_type != "lora" or config.lora_dropout or config.quantization_bit:
+    if (
+        device.type != "cpu"
+        or sharding.asked()
+        or config.finetuning_type != "lora"
+        or config.lora_dropout
+        or config.quantization_bit
+    ):
         return 1
     return max(1, min(torch.get_num_threads(), config.per_device_train_batch_size // LEAST_ROWS))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 
-from treering import optimizers, shares
+from treering import optimizers, sharding, shares
 from treering.attention import recomputed
 from treering.batches import Batch, as_step, make_batch, with_noise
 from treering.checkpoints import Checkpoints, Log, random_state, set_random_state
@@ -27,6 +27,7 @@ from treering.model import Tokens, compute, logits_at, use_bf16
 from treering.optimizers import Optimizer
 from treering.passes import read
 from treering.progress import bar
+from treering.ranks import Ranks
 from treering.recovery import LossError, Recovery, check_loss, worst
 from treering.schedule import Step, peak_rate, rate_schedule
 from treering.stop import Stop
@@ -69,7 +70,8 @@ def train(
     Loss: cross entropy averaged over the answer tokens of the optimiser step, plus what the methods add.
     With `checkpoints` (a folder) the state is kept there now and then, and an earlier run is resumed to the same bits.
     Where memory runs out, the step is taken again in smaller pieces; where its loss is no good (`check_loss`), training
-    goes back to a checkpoint, and on from there at a lower rate.
+    goes back to a checkpoint, and on from there at a lower rate. Where several processes train, each computes its share
+    of every step and takes the whole step; one writes and tracks.
 
     Raises:
         UpdateInterruptedError: `stop` was asked; there is a checkpoint of where the step under way began.
@@ -77,55 +79,62 @@ def train(
         TreeringError: there is no memory for one row.
     """
     torch.manual_seed(config.seed)
-    model.train()
-    if config.gradient_checkpointing:
-        _checkpoint_layers(model)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    ranks = Ranks(accelerator)
+    _made_ready(model, config, accelerator)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optimizers.optimizer(config, model, peak_rate(config))
     share = rate_schedule(config, len(steps))
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     parts = shares.count(config, accelerator.device)
     collate = partial(make_batch, pad_id=pad_id, device=accelerator.device, teachers=teachers, parents=parents)
+    names, weights = ["loss", *methods.by_name], list(parameters.values())
     losses_of = partial(_losses, model, methods, use_bf16(config)[0])
-    gradients_of = partial(_gradients, losses_of, list(parameters.values()), stop or Stop())
-    recovery = Recovery(checkpoints)
-    kept = Checkpoints(checkpoints, parameters, optimizer, config, recovery)
+    stop, sharded = stop or Stop(), sharding.asked()
+    gradients_of = partial(sharding.gradients if sharded else partial(_gradients, stop), losses_of, weights)
+    recovery = Recovery(checkpoints, writes=ranks.first)
+    kept = Checkpoints(checkpoints, parameters, optimizer, config, recovery, ranks)
     log = kept.resume()
     with bar("training", len(steps), quiet) as advance, shares.side_by_side(parts) as compute_all:
+        computed = partial(_computed, collate, config, ranks, partial(compute_all, gradients_of), weights)
         advance(len(log))
         while len(log) < len(steps):
             started = time.perf_counter()
             step = len(log) + 1
-            dealt = [ids for batch in steps[step - 1] for ids in shares.dealt(batch, parts * recovery.pieces(step))]
+            shares_of_all = ranks.count * parts * recovery.pieces(step)
+            dealt = [ids for batch in steps[step - 1] for ids in shares.dealt(batch, shares_of_all)]
             pieces = [[rows[id] for id in ids] for ids in dealt]
             try:
                 with _undone_on_failure(optimizer):
-                    batches = as_step([collate(piece) for piece in pieces])
-                    if config.neftune_noise_alpha:
-                        batches = with_noise(batches, config.neftune_noise_alpha, f"{config.seed}:{step}")
-                    entry = {"step": float(step), **_add_up(compute_all(gradients_of, batches), parameters.values())}
-                    entry["grad_norm"] = float(accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm))
+                    ranks.begin(config.seed, step)
+                    own = _in_step(ranks, stop, partial(computed, step, pieces))
+                    entry = {"step": float(step), **ranks.summed(own, names, [] if sharded else weights)}
+                    entry["grad_norm"] = sharding.clipped(weights, config.max_grad_norm)
                     check_loss(entry, log, model.get_output_embeddings().weight.shape[0])
             except Exception as error:
                 log = _after(error, pieces, log, kept, recovery, config, partial(_loss_alone, losses_of, collate))
                 advance(len(log) - step + 1)
                 continue
             entry["lr"] = peak_rate(config) * share(step - 1) * recovery.rate
-            for group in optimizer.param_groups:
-                group["lr"] = entry["lr"]
-            optimizer.step()
-            optimizer.zero_grad()
-            methods.after_step(model)
+            _take(model, optimizer, methods, entry["lr"])
             seconds = time.perf_counter() - started
-            entry["tokens_per_second"] = sum(int(b.inputs["mask"].sum()) for b in batches) / seconds
+            # The last token of a row is only predicted.
+            entry["tokens_per_second"] = sum(len(row.ids) - 1 for piece in pieces for row in piece) / seconds
             log.append(entry)
-            if track is not None:
+            if track is not None and ranks.first:
                 track(entry)
             advance(1, f"loss {entry['loss']:.3f}  {entry['tokens_per_second']:.0f} tokens/s")
-            if kept.due(step) or step == len(steps):
+            if ranks.any(kept.due(step) or step == len(steps)):
                 kept.save(log)
     optimizers.finish(optimizer)
     return log
+
+
+def _made_ready(model: PreTrainedModel, config: Config, accelerator: Accelerator) -> None:
+    model.train()
+    if config.gradient_checkpointing:
+        _checkpoint_layers(model)
+    if sharding.asked():
+        sharding.shard(model, accelerator)
 
 
 def _checkpoint_layers(model: PreTrainedModel) -> None:
@@ -181,11 +190,45 @@ def _after(
     raise error
 
 
+def _in_step(ranks: Ranks, stop: Stop, computed: Callable[[], Mapping[str, float]]) -> Mapping[str, float]:
+    """What this process has `computed`, once all have, or one decision of all where one has not."""
+    if not sharding.asked():
+        return ranks.agreed(computed)
+    ranks.agreed(stop.check)  # Before the passes, which nobody can leave alone.
+    return computed()
+
+
+def _computed(
+    collate: Callable[[Sequence[Tokens]], Batch],
+    config: Config,
+    ranks: Ranks,
+    compute: Callable[[Sequence[Batch]], Iterable[tuple[dict[str, float], tuple[Tensor | None, ...]]]],
+    parameters: Sequence[Tensor],
+    step: int,
+    pieces: Sequence[Sequence[Tokens]],
+) -> Mapping[str, float]:
+    """The losses of this process's share of `step`, whose gradients `parameters` get."""
+    batches = as_step([collate(piece) for piece in pieces])
+    if config.neftune_noise_alpha:
+        batches = with_noise(batches, config.neftune_noise_alpha, f"{config.seed}:{step}")
+    if sharding.asked():
+        batches = sharding.filled(batches, ranks.count)
+    return _add_up(compute(ranks.own(batches)), parameters)
+
+
+def _take(model: PreTrainedModel, optimizer: Optimizer, methods: Methods, rate: float) -> None:
+    """Change the weights by their gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    methods.after_step(model)
+
+
 def _add_up(
-    computed: Iterable[tuple[dict[str, float], tuple[Tensor | None, ...]]], parameters: Iterable[Tensor]
+    computed: Iterable[tuple[dict[str, float], tuple[Tensor | None, ...]]], parameters: Sequence[Tensor]
 ) -> Counter[str]:
     """The losses of a step from those of its batches; `parameters` get the gradients, always in the same order."""
-    parameters = list(parameters)
     losses: Counter[str] = Counter()
     for found, gradients in computed:
         losses.update(found)
@@ -196,7 +239,7 @@ def _add_up(
 
 
 def _gradients(
-    losses_of: Callable[[Batch], dict[str, Tensor]], parameters: Sequence[Tensor], stop: Stop, batch: Batch
+    stop: Stop, losses_of: Callable[[Batch], dict[str, Tensor]], parameters: Sequence[Tensor], batch: Batch
 ) -> tuple[dict[str, float], tuple[Tensor | None, ...]]:
     """What `batch` adds to the losses of its optimiser step, and to the gradients of `parameters`.
 

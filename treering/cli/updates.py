@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 ROWS_TOLD = 10
 """Quarantined rows that are printed one by one."""
 
+Launcher = Annotated[
+    str | None, typer.Option(help="What starts the processes that train: local, accelerate or ray; sets launcher.")
+]
+Processes = Annotated[int | None, typer.Option(help="How many train together; sets processes.")]
+
 _ROOM = {"memory_mb": "memory", "gpu_memory_mb": "GPU memory", "disk_mb": "disk"}
 
 
@@ -98,13 +103,15 @@ def plan(
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings for that update.")
     ] = None,
+    launcher: Launcher = None,
+    processes: Processes = None,
     workspace: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Say what the next update will do and need; run none. Exit code 1: it will not fit."""
     from treering.forecast import forecast
 
-    found = forecast(opened(workspace), settings or [])
+    found = forecast(opened(workspace), [*(settings or ()), *_spread(launcher, processes)])
     shown, estimate = found.plan.as_dict(), found.estimate
     result = {
         **shown,
@@ -130,19 +137,28 @@ def plan(
         raise typer.Exit(1)
 
 
+def _spread(launcher: str | None, processes: int | None) -> list[str]:
+    """The options as settings."""
+    given = {"launcher": launcher, "processes": processes}
+    return [f"{key}={value}" for key, value in given.items() if value is not None]
+
+
 @app.command()
 def update(
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings for this update.")
     ] = None,
     no_promote: Annotated[bool, typer.Option("--no-promote", help="Keep the candidate, leave current.")] = False,
+    launcher: Launcher = None,
+    processes: Processes = None,
     workspace: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Run one update over everything new. Exit code 2: held by the gate."""
     from treering import pipeline
 
-    outcome = pipeline.update(opened(workspace), settings or [], promote=not no_promote)
+    overrides = [*(settings or ()), *_spread(launcher, processes)]
+    outcome = pipeline.update(opened(workspace), overrides, promote=not no_promote)
     version = outcome.version
     result: dict[str, Any] = {
         "status": outcome.status,
