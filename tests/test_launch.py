@@ -121,6 +121,7 @@ def test_accelerate_teaches_what_one_process_does(training: Training, model_fold
         torch.testing.assert_close(training.weights[f"weight.{name}"], weight, rtol=0.02, atol=2e-3)
 
 
+@pytest.mark.soak
 def test_ray_starts_the_workers_again(training: Training, model_folder: Path, tmp_path: Path) -> None:
     """One is killed in the middle; they go on from the checkpoint, to the bits of two that nobody killed."""
     if not MUST:

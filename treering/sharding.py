@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from treering.errors import TreeringError
@@ -27,8 +27,9 @@ _ADDS_NOTHING = 2**62
 
 
 def asked() -> bool:
-    """Whether accelerate was configured so."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    """Whether accelerate started this process so. A shell that exports its settings starts nobody."""
+    started = distributed.is_available() and distributed.is_initialized()
+    return started and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def shard(model: PreTrainedModel, accelerator: Accelerator) -> None:
