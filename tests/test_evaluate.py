@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from treering import attention, greedy, tree
+from treering import attention, greedy, model, tree
 from treering.config import Config
 from treering.data.example import Example, Message
 from treering.errors import UpdateInterruptedError
@@ -107,7 +107,7 @@ def test_another_label_takes_one_short_pass_more(
 ) -> None:
     """What rows have in common is read once, and no prompt a second time."""
     sizes: list[int] = []
-    run = tree.run
+    run = model.run
 
     def noted(model: Any, inputs: dict[str, Tensor], *others: Any) -> Tensor:
         sizes.append(inputs["input_ids"].numel())
@@ -165,11 +165,10 @@ def assert_alike(some: list[Result], others: list[Result]) -> None:
 
 
 def test_it_agrees_with_generate_of_transformers(taught: Taught, mixed: list[tuple[Example, str]]) -> None:
-    model = cast(Any, taught.model)
     for example, _ in mixed[::4]:
         inputs = torch.tensor([encode_prompt(taught.tokenizer, example.prompt)])
-        [ids] = model.generate(input_ids=inputs, max_new_tokens=16, do_sample=False, pad_token_id=0)
-        text = taught.tokenizer.decode(ids[inputs.shape[1] :], skip_special_tokens=True).strip()
+        [ids] = cast(Any, taught.model).generate(input_ids=inputs, max_new_tokens=16, do_sample=False, pad_token_id=0)
+        text = str(taught.tokenizer.decode(ids[inputs.shape[1] :], skip_special_tokens=True)).strip()
         [result] = taught.evaluate([(example, "open")], "token_f1")
         assert result.prediction == text
 

@@ -171,7 +171,7 @@ def _first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = (q.flatten(1, 2) @ k[:, :prefix].mT).unflatten(1, q.shape[1:3])
     scores = scores.masked_fill(_later(prefix, q.device), float("-inf"))
     found = (_softmax(scores, q.dtype).flatten(1, 2) @ v[:, :prefix]).view_as(q)
-    return cast(Tensor, found.permute(2, 0, 1, 3).flatten(1, 2))
+    return found.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _later(length: int, device: torch.device) -> Tensor:

@@ -152,8 +152,15 @@ class Tree:
                 places.append(len(self._prefix) + row.length + depth - 1)
                 own.append(at * longest + new)
         device = self._model.device
-        made = (torch.from_numpy(part).to(device) for part in (keys, queries, hidden))
-        layout = attention.Paths(len(self._prefix), begun, *made, torch.tensor(own, device=device), self._kept)
+        layout = attention.Paths(
+            len(self._prefix),
+            begun,
+            torch.from_numpy(keys).to(device),
+            torch.from_numpy(queries).to(device),
+            torch.from_numpy(hidden).to(device),
+            torch.tensor(own, device=device),
+            self._kept,
+        )
         inputs = {
             "input_ids": torch.tensor([self._tokens[start:]], device=device),
             "position_ids": torch.tensor([places], device=device),
@@ -176,6 +183,6 @@ class Tree:
 
 def _common(rows: Sequence[Sequence[int]], limit: int) -> list[int]:
     """What all `rows` begin with, `limit` tokens at most."""
-    first, last = min(rows), max(rows)  # By their order, all others lie between these.
+    first, last = min(map(tuple, rows)), max(map(tuple, rows))  # By their order, all others lie between these.
     alike = (at for at, (a, b) in enumerate(zip(first[:limit], last, strict=False)) if a != b)
     return list(first[: next(alike, min(limit, len(first), len(last)))])
