@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from treering import greedy
+from treering import attention, greedy, model, tree
 from treering.config import Config
 from treering.data.example import Example, Message
 from treering.errors import UpdateInterruptedError
@@ -101,10 +102,44 @@ def test_it_agrees_with_plain_greedy_decoding(taught: Taught, mixed: list[tuple[
         assert (result.id, result.task, result.metric) == (example.id, task, "exact_match")
 
 
-def test_labels_are_guessed_before_they_are_written(
+def test_another_label_takes_one_short_pass_more(
     taught: Taught, mixed: list[tuple[Example, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wrong answers that are other labels are read; only what is no label at all is written token by token."""
+    """What rows have in common is read once, and no prompt a second time."""
+    sizes: list[int] = []
+    run = model.run
+
+    def noted(model: Any, inputs: dict[str, Tensor], *others: Any) -> Tensor:
+        sizes.append(inputs["input_ids"].numel())
+        return run(model, inputs, *others)
+
+    monkeypatch.setattr(tree, "run", noted)
+    found = taught.evaluate(mixed)
+    labels = {example.answer for example, _ in mixed}
+    wrong = [(row, result) for row, result in zip(mixed, found, strict=True) if not result.score]
+    other_labels = [row for row, result in wrong if result.prediction in labels]
+    assert 1 < len(other_labels) < len(wrong)
+
+    rows = [row for row, result in zip(mixed, found, strict=True) if result.score or row in other_labels]
+    sizes.clear()
+    taught.evaluate(rows, batch_size=64)
+    first, second = sizes
+    beginnings = {
+        tuple(ids[:count])
+        for ids in (encode(taught.tokenizer, example).ids[:-1] for example, _ in rows)
+        for count in range(1, len(ids) + 1)
+    }
+    assert first == len(beginnings)
+    assert 0 < second <= greedy.GUESSES * len("pens b") * len(other_labels)
+
+
+def test_models_with_attention_of_their_own_write_the_same(
+    taught: Taught, mixed: list[tuple[Example, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is kept there: tokens are read again, and long answers are left to transformers."""
+    prompts = [example.prompt for example, _ in mixed]
+    before, open_answers = taught.evaluate(mixed), taught.evaluate(mixed, "token_f1")
+    written = generate(taught.model, taught.tokenizer, prompts, [16] * len(prompts), taught.config)
     decoded: list[Answer] = []
     decode = greedy._decode
 
@@ -113,12 +148,29 @@ def test_labels_are_guessed_before_they_are_written(
         decode(model, answers, *others)
 
     monkeypatch.setattr(greedy, "_decode", noted)
-    found = taught.evaluate(mixed)
-    labels = {example.answer for example, _ in mixed}
-    wrong = [result for result in found if not result.score]
-    other_labels = [result for result in wrong if result.prediction in labels]
-    assert len(other_labels) > 1 and len(wrong) > len(other_labels)
-    assert len(decoded) == len(wrong) - len(other_labels)
+    taught.model.set_attn_implementation("eager")
+    try:
+        assert_alike(taught.evaluate(mixed), before)
+        decoded.clear()
+        assert_alike(taught.evaluate(mixed, "token_f1"), open_answers)
+        assert decoded
+        assert generate(taught.model, taught.tokenizer, prompts, [16] * len(prompts), taught.config) == written
+    finally:
+        taught.model.set_attn_implementation(attention.NAME)
+
+
+def assert_alike(some: list[Result], others: list[Result]) -> None:
+    assert [(r.id, r.score, r.prediction) for r in some] == [(r.id, r.score, r.prediction) for r in others]
+    assert [r.loss for r in some] == pytest.approx([r.loss for r in others], abs=1e-4)
+
+
+def test_it_agrees_with_generate_of_transformers(taught: Taught, mixed: list[tuple[Example, str]]) -> None:
+    for example, _ in mixed[::4]:
+        inputs = torch.tensor([encode_prompt(taught.tokenizer, example.prompt)])
+        [ids] = cast(Any, taught.model).generate(input_ids=inputs, max_new_tokens=16, do_sample=False, pad_token_id=0)
+        text = str(taught.tokenizer.decode(ids[inputs.shape[1] :], skip_special_tokens=True)).strip()
+        [result] = taught.evaluate([(example, "open")], "token_f1")
+        assert result.prediction == text
 
 
 def test_the_score_does_not_know_how_long_the_right_answer_is(taught: Taught) -> None:
@@ -146,9 +198,17 @@ def test_losses_are_those_of_a_plain_pass(taught: Taught, mixed: list[tuple[Exam
 
 
 def test_the_batch_size_changes_nothing(taught: Taught, mixed: list[tuple[Example, str]]) -> None:
-    one, other = taught.evaluate(mixed, batch_size=1), taught.evaluate(mixed, batch_size=64)
-    assert [(r.id, r.score, r.prediction) for r in one] == [(r.id, r.score, r.prediction) for r in other]
-    assert [r.loss for r in one] == pytest.approx([r.loss for r in other], abs=1e-4)
+    assert_alike(taught.evaluate(mixed, batch_size=1), taught.evaluate(mixed, batch_size=64))
+
+
+def test_the_threads_change_nothing(
+    taught: Taught, mixed: list[tuple[Example, str]], threads: Callable[[int], None]
+) -> None:
+    one = taught.evaluate(mixed)
+    threads(2)
+    two = taught.evaluate(mixed)
+    assert_alike(one, two)
+    assert taught.evaluate(mixed) == two  # To the bit.
 
 
 def test_the_order_of_the_rows_is_kept(taught: Taught, mixed: list[tuple[Example, str]]) -> None:
@@ -219,11 +279,22 @@ def test_hostile_text_is_scored_like_any_other(taught: Taught) -> None:
     assert [result.loss for result in found] == pytest.approx(alone, abs=1e-3)
 
 
-def test_stopping(taught: Taught, mixed: list[tuple[Example, str]]) -> None:
-    stop = Stop()
-    stop.asked = True
+def test_stopping(taught: Taught, mixed: list[tuple[Example, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first pass, and between two of the later ones."""
+    stop, metrics = Stop(), {"pens": "exact_match", "cups": "exact_match"}
+    go_on = tree.Tree.go_on
+
+    def asked_meanwhile(self: tree.Tree, asked: Any) -> None:
+        stop.asked = True
+        go_on(self, asked)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tree.Tree, "go_on", asked_meanwhile)
+        with pytest.raises(UpdateInterruptedError):
+            evaluate(taught.model, taught.tokenizer, mixed, metrics, taught.config, stop=stop, quiet=True)
+    assert stop.asked
     with pytest.raises(UpdateInterruptedError):
-        evaluate(taught.model, taught.tokenizer, mixed, {"pens": "exact_match"}, taught.config, stop=stop, quiet=True)
+        evaluate(taught.model, taught.tokenizer, mixed, metrics, taught.config, stop=stop, quiet=True)
 
 
 def test_nothing_to_score(taught: Taught) -> None:

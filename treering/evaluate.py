@@ -1,7 +1,7 @@
 """Scores per row and per task: free generation against the answer, and held-out loss.
 
-A row is first read once together with its right answer. That gives the loss, and what greedy decoding would write as
-far as it is right (`greedy.py`).
+A row is read together with its right answer. That gives the loss, and what greedy decoding writes as far as it is
+right; the rest is read from there on (`greedy.py`).
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor
+import torch
 from torch.nn.functional import cross_entropy
 
-from treering.batches import Batch
 from treering.data.example import Example
-from treering.greedy import Answer, Known, likeliest, write
+from treering.greedy import Answer, Known, text, write
 from treering.metrics import exact_match, token_f1
 from treering.model import encode
-from treering.passes import read
+from treering.passes import in_parts, read_answers
 from treering.progress import bar
 from treering.results import Result
 from treering.stop import Stop
+from treering.tree import Tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,42 +54,37 @@ def evaluate(
     model.eval()
     end, pad_id = cast(int, tokenizer.eos_token_id), cast(int, tokenizer.pad_token_id)
     tokens = [encode(tokenizer, example, last_only=True) for example, _ in rows]
-    with bar(title, len(rows), quiet) as advance:
-        found = read(model, tokens, _likeliest_and_loss, config, pad_id, advance, stop)
-    losses = [loss for _, loss in found]
+    right = [[row.ids[place] for place in row.answers] for row in tokens]
+    judged = [metrics[task] == "exact_match" for _, task in rows]
+    known = Known(answer for answer, is_label in zip(right, judged, strict=True) if is_label)
     longest = config.eval.max_new_tokens
-    predictions: dict[int, str] = {}
-    answers: dict[int, Answer] = {}
-    labels = []
-    for at, ((example, task), row, (written, _)) in enumerate(zip(rows, tokens, found, strict=True)):
-        right = [row.ids[place] for place in row.answers]
-        # A label is right or wrong two tokens after it; what is right so far and rambles on is scored with all it says.
-        limit = longest
-        if metrics[task] == "exact_match":
-            labels.append(right)
-            limit = min(len(right) + 2, longest)
-        # An answer that is too long to be written whole (the end mark aside) is written after all.
-        if written == right and len(right) - 1 <= longest:
-            predictions[at] = example.answer
-        else:
-            answers[at] = Answer(row.ids[: row.answers[0]], limit)
-            answers[at].take(right, written, end)
-    with bar(f"{title}: writing {len(answers)} answers", len(answers), quiet) as advance:
-        texts = write(model, tokenizer, list(answers.values()), Known(labels), config, advance=advance, stop=stop)
-    predictions.update(zip(answers, texts, strict=True))
+
+    def score(part: Sequence[int]) -> Sequence[tuple[str, float]]:
+        tree, now = Tree(model, config, pad_id), [tokens[at] for at in part]
+        logits = read_answers(tree, now)
+        targets = torch.tensor([token for at in part for token in right[at]], device=logits.device)
+        each = cross_entropy(logits, targets, reduction="none").split([len(right[at]) for at in part])
+        losses = [loss.mean().item() for loss in each]
+        del logits  # The largest of all, and no longer needed.
+        answers: dict[int, Answer] = {}
+        whole: dict[int, str] = {}
+        for at, row in zip(part, now, strict=True):
+            path, long = tree.path(row.ids[:-1]), len(right[at])
+            # An answer that is too long to be written whole (the end mark aside) is written after all.
+            if [tree.likeliest[number] for number in path[-long:]] == right[at] and long - 1 <= longest:
+                whole[at] = rows[at][0].answer
+                continue
+            # A label is right or wrong two tokens after it; what is right so far and rambles on is scored with all
+            # it says.
+            limit = min(long + 2, longest) if judged[at] else longest
+            answers[at] = Answer(row.ids[: row.answers[0]], path[: len(path) - long + 1], limit)
+        write(tree, model, list(answers.values()), known, config, end, pad_id, stop)
+        texts = whole | {at: text(tokenizer, answer) for at, answer in answers.items()}
+        return [(texts[at], loss) for at, loss in zip(part, losses, strict=True)]
+
+    with bar(title, len(rows), quiet) as advance:
+        found = in_parts(model, [row.ids for row in tokens], score, config, advance, stop)
     return [
-        Result(
-            example.id,
-            task,
-            metrics[task],
-            METRICS[metrics[task]](predictions[at], example.answer),
-            losses[at],
-            predictions[at],
-        )
-        for at, (example, task) in enumerate(rows)
+        Result(example.id, task, metrics[task], METRICS[metrics[task]](written, example.answer), loss, written)
+        for (example, task), (written, loss) in zip(rows, found, strict=True)
     ]
-
-
-def _likeliest_and_loss(batch: Batch, logits: Tensor) -> list[tuple[list[int], float]]:
-    losses = cross_entropy(logits, batch.targets, reduction="none").split(batch.counts)
-    return [(tokens, loss.mean().item()) for tokens, loss in zip(likeliest(batch, logits), losses, strict=True)]

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import norm
 
 from treering.data.example import normalise
 from treering.results import Result
@@ -278,7 +278,7 @@ def rows_needed(spread: float, config: GateConfig) -> int:
 
 
 def _rows(spread: float, effect: float, config: GateConfig) -> int:
-    return int(np.ceil((2 * norm.ppf(config.confidence) * max(spread, 0.2) / effect) ** 2))
+    return int(np.ceil((2 * NormalDist().inv_cdf(config.confidence) * max(spread, 0.2) / effect) ** 2))
 
 
 def _judgement(

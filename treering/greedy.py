@@ -1,8 +1,9 @@
-"""What greedy decoding writes, mostly without decoding: a guess that is read once is right as far as it goes.
+"""What greedy decoding writes: the way from the end of a prompt down a tree of tokens that were read.
 
-One pass over a prompt and a guess gives the likeliest token after each of them, so the answer is known up to the first
-token in which the guess is wrong, and that token too. Labels are guessed from those known: the right one first, then
-the most frequent of those that begin as the answer does, then the end. What has long to go is generated token by token.
+A token that was read tells which is likeliest after it. Where that one was read too, decoding goes on at no cost; where
+it was not, it is read in the next pass, together with what may come after it: the ends of known answers that begin so,
+as a tree, the right one first. So a label takes a pass or two of a few tokens. What has long to go where nothing that
+was read can be kept is generated token by token.
 (Speculative decoding, Leviathan et al. 2022, arXiv:2211.17192, with known answers in place of a draft model.)
 """
 
@@ -14,13 +15,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
 
-from treering.batches import Batch
 from treering.data.example import Message
-from treering.model import Tokens, compute, encode_prompt, lean_output, pad, use_bf16
-from treering.passes import read
+from treering.model import compute, encode_prompt, lean_output, pad, use_bf16
+from treering.passes import in_parts
 from treering.progress import Advance, silent
+from treering.tree import Path, Tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,28 +29,40 @@ if TYPE_CHECKING:
     from treering.stop import Stop
 
 SHORT = 4
-"""Tokens that are found sooner by a pass each than by `generate`, which begins with a pass of its own."""
+"""Tokens that are found sooner by a pass each than by `generate`, where every pass reads all again."""
+
+GUESSES = 4
+"""Known answers that are tried at once; more tokens would make the pass longer."""
 
 
 @dataclass
 class Answer:
-    """An answer on its way: token ids of its prompt, how many it may have, those written, and whether that is all."""
+    """An answer on its way: the path of its prompt in a tree, how many tokens it may have, and those written.
 
-    prompt: list[int]
+    `path` goes on along what is written as far as that was read.
+    """
+
+    prompt: Sequence[int]
+    path: Path
     limit: int
     written: list[int] = field(default_factory=list)
     ended: bool = False
 
-    def take(self, guess: Sequence[int], likeliest: Sequence[int], end: int) -> None:
-        """Go on by `guess` as far as it is right, and by the token that is written instead of the first wrong one."""
-        for guessed, token in zip(guess, likeliest, strict=True):
+    def walk(self, tree: Tree, end: int) -> None:
+        """Go on down `tree` as far as it was read."""
+        while not self.ended:
+            token = self.next(tree)
             self.ended = token == end or len(self.written) == self.limit
-            if self.ended:
+            at = tree.after(self.path, token)
+            if self.ended or (at is None and len(self.written) + 1 < self.limit):
                 return
             self.written.append(token)
-            if token != guessed:
-                break
-        self.ended = len(self.written) == self.limit
+            self.path += [] if at is None else [at]
+            self.ended = len(self.written) == self.limit
+
+    def next(self, tree: Tree) -> int:
+        """The token that comes after the path."""
+        return tree.likeliest[self.path[-1]]
 
 
 class Known:
@@ -58,45 +70,58 @@ class Known:
 
     def __init__(self, answers: Iterable[Sequence[int]]) -> None:
         counts = Counter(map(tuple, answers))
-        self._answers = sorted(counts, key=lambda answer: (-counts[answer], answer))
+        self._root = _Beginning()
+        for answer in sorted(counts, key=lambda answer: (-counts[answer], answer)):
+            place = self._root
+            for token in answer:
+                place = place.longer.setdefault(token, _Beginning())
+                if len(place.answers) < GUESSES:
+                    place.answers.append(answer)
 
-    def guess(self, written: Sequence[int]) -> Sequence[int] | None:
-        """What the most frequent of those that begin with `written` has after it."""
-        begun, count = tuple(written), len(written)
-        return next((answer[count:] for answer in self._answers if answer[:count] == begun and answer[count:]), None)
+    def guesses(self, written: Sequence[int]) -> list[Sequence[int]]:
+        """What the most frequent of those that begin with `written` have after it."""
+        place: _Beginning | None = self._root
+        for token in written:
+            place = place.longer.get(token) if place else None
+        return [answer[len(written) :] for answer in place.answers if len(answer) > len(written)] if place else []
+
+
+@dataclass
+class _Beginning:
+    """The most frequent of the answers that begin so, and the longer beginnings."""
+
+    answers: list[tuple[int, ...]] = field(default_factory=list)
+    longer: dict[int, _Beginning] = field(default_factory=dict)
 
 
 def write(
+    tree: Tree,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     answers: Sequence[Answer],
     known: Known,
     config: Config,
-    *,
-    advance: Advance = silent,
+    end: int,
+    pad_id: int,
     stop: Stop | None = None,
-) -> list[str]:
-    """Write all `answers` to their ends; returns their texts."""
-    end, pad_id = cast(int, tokenizer.eos_token_id), cast(int, tokenizer.pad_token_id)
-
-    def guess(answer: Answer) -> Sequence[int] | None:
-        near = answer.limit - len(answer.written) <= SHORT
-        return known.guess(answer.written) or ([end] if near else None)
-
-    while guessed := [(a, found) for a in answers if not a.ended and (found := guess(a))]:
-        rows = [_with_guess(at, answer, found) for at, (answer, found) in enumerate(guessed)]
-        passed = read(model, rows, likeliest, config, pad_id, silent, stop)
-        for (answer, found), tokens in zip(guessed, passed, strict=True):
-            answer.take(found, tokens, end)
-        advance(sum(answer.ended for answer, _ in guessed))
-    left = sorted((a for a in answers if not a.ended), key=lambda a: len(a.prompt) + len(a.written))
-    for start in range(0, len(left), config.eval.batch_size):
+) -> None:
+    """Write all `answers`, whose prompts `tree` has read, to their ends."""
+    for answer in answers:
+        answer.walk(tree, end)
+    while left := [answer for answer in answers if not answer.ended]:
         if stop is not None:
             stop.check()
-        part = left[start : start + config.eval.batch_size]
-        _decode(model, part, config, end, pad_id)
-        advance(len(part))
-    return [str(tokenizer.decode(a.written, skip_special_tokens=True)).strip() for a in answers]
+        begun = [[*answer.written, answer.next(tree)] for answer in left]
+        guesses = [known.guesses(written) for written in begun]
+        if not tree.keeps and not any(guesses) and max(a.limit - len(a.written) for a in left) > SHORT:
+            return _decode(model, left, config, end, pad_id)
+        tree.go_on(
+            # The last token of a guess, its end mark, is only predicted, never read.
+            (answer.path, [[written[-1], *guess[:-1]] for guess in found or [()]])
+            for answer, written, found in zip(left, begun, guesses, strict=True)
+        )
+        for answer in left:
+            answer.walk(tree, end)
+    return None
 
 
 def generate(
@@ -110,18 +135,22 @@ def generate(
 ) -> list[str]:
     """Greedy answers to `prompts`, in their order, each at most its own number of tokens long."""
     model.eval()
-    answers = [Answer(encode_prompt(tokenizer, p), limit) for p, limit in zip(prompts, limits, strict=True)]
-    return write(model, tokenizer, answers, Known(()), config, advance=advance)
+    end, pad_id = cast(int, tokenizer.eos_token_id), cast(int, tokenizer.pad_token_id)
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+
+    def one(part: Sequence[int]) -> Sequence[str]:
+        tree = Tree(model, config, pad_id)
+        tree.begin([rows[at] for at in part], [[len(rows[at]) - 1] for at in part])
+        answers = [Answer(rows[at], tree.path(rows[at]), limits[at]) for at in part]
+        write(tree, model, answers, Known(()), config, end, pad_id)
+        return [text(tokenizer, answer) for answer in answers]
+
+    return in_parts(model, rows, one, config, advance)
 
 
-def likeliest(batch: Batch, logits: Tensor) -> list[list[int]]:
-    """The likeliest token at each answer position, a list a row."""
-    return [part.tolist() for part in logits.argmax(-1).split(batch.counts)]
-
-
-def _with_guess(at: int, answer: Answer, guess: Sequence[int]) -> Tokens:
-    ids = [*answer.prompt, *answer.written, *guess]
-    return Tokens(f"{at:09}", ids, list(range(len(ids) - len(guess), len(ids))))
+def text(tokenizer: PreTrainedTokenizerBase, answer: Answer) -> str:
+    """What was written, as it is compared."""
+    return str(tokenizer.decode(answer.written, skip_special_tokens=True)).strip()
 
 
 @torch.no_grad()

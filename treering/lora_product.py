@@ -97,7 +97,7 @@ class _Product(torch.autograd.Function):
         inner = flat @ a.T
         # What the adapters add comes first, and is rounded together with the rest: added to numbers that are rounded
         # already, the small steps of early training would all be lost in bfloat16.
-        y = torch.cat([part @ side.T for part, side in zip(inner.chunk(count, -1), b, strict=True)], -1)
+        y: Tensor = inner @ torch.block_diag(*b).T
         y.addmm_(flat, weight.T)
         ctx.save_for_backward(flat, weight, a, inner, *b)
         ctx.sizes, ctx.scale, ctx.like = sizes, scale, pairs[0]

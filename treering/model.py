@@ -11,7 +11,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -374,10 +374,17 @@ def logits_at(model: PreTrainedModel, ids: Tensor, mask: Tensor, at: Tensor, noi
         embedded = model.get_input_embeddings()(inputs.pop("input_ids"))
         added = noise.drawn(mask, embedded.shape[-1]).view_as(embedded)
         inputs["inputs_embeds"] = embedded + added.to(embedded.dtype)
+    return run(model, inputs, layout, at)
+
+
+def run(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], layout: attention.Layout | attention.Paths | None, at: Tensor
+) -> Tensor:
+    """Float32 logits `[len(at), vocabulary]` at the flat positions `at` of `inputs`, laid out so (`lean_output`)."""
     token = _PLACES.set(at)
     try:
         with attention.laid_out(layout):
-            return cast(Tensor, model(**inputs, use_cache=False).logits).float()
+            return cast(Tensor, cast(Any, model)(**inputs, use_cache=False).logits).float()
     finally:
         _PLACES.reset(token)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from treering import shares
-from treering.batches import Batch, make_batch
-from treering.model import Tokens, compute, logits_at, use_bf16
+from treering.model import Tokens
 from treering.progress import Advance
+from treering.tree import Tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,40 +21,87 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
+TOKENS = 2048
+"""Tokens that a part has at most, unless one row alone has more: memory grows with them."""
+
+ALIKE = 16
+"""Rows whose lengths differ by less go together whatever they are, so that rows that begin alike can."""
+
 
 def read(
     model: PreTrainedModel,
     rows: Sequence[Tokens],
-    make: Callable[[Batch, Tensor], Sequence[R]],
+    make: Callable[[Sequence[Tokens], Tensor], Sequence[R]],
     config: Config,
     pad_id: int,
     advance: Advance,
     stop: Stop | None = None,
 ) -> list[R]:
-    """What `make` makes of each batch and its logits (`logits_at` of its answer tokens): a result a row, in order.
+    """What `make` makes of some rows and the logits of all their answer tokens: a result a row, in order.
 
     Raises `UpdateInterruptedError` when `stop` was asked.
     """
-    order = sorted(range(len(rows)), key=lambda at: (len(rows[at].ids), rows[at].id))
-    size, bf16 = config.eval.batch_size, use_bf16(config)[0]
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
+
+    def one(part: Sequence[int]) -> Sequence[R]:
+        now = [rows[at] for at in part]
+        return make(now, read_answers(Tree(model, config, pad_id, keep=False), now))
+
+    return in_parts(model, [row.ids for row in rows], one, config, advance, stop)
+
+
+def read_answers(tree: Tree, rows: Sequence[Tokens]) -> Tensor:
+    """Float32 logits `[answer tokens, vocabulary]` that predict the answer tokens of `rows`, in a tree's first pass.
+
+    The last token of a row is only predicted, never read.
+    """
+    return tree.begin([row.ids[:-1] for row in rows], [[place - 1 for place in row.answers] for row in rows])
+
+
+def in_parts(
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    work: Callable[[Sequence[int]], Sequence[R]],
+    config: Config,
+    advance: Advance,
+    stop: Stop | None = None,
+) -> list[R]:
+    """What `work` makes of parts of `rows` (token ids), given by their places: a result a row, in order of the rows.
+
+    Raises `UpdateInterruptedError` when `stop` was asked.
+    """
     # Quantised layers keep notes of the pass they are in.
     at_once = torch.get_num_threads() if model.device.type == "cpu" and not config.quantization_bit else 1
+
+    def unless_stopped(part: Sequence[int]) -> Sequence[R]:
+        if stop is not None:
+            stop.check()
+        return work(part)
+
     found: dict[int, R] = {}
-
-    @torch.no_grad()
-    def one(batch: Sequence[int]) -> Sequence[R]:
-        made = make_batch([rows[at] for at in batch], pad_id, model.device)
-        with compute(bf16, model.device):
-            logits = logits_at(model, **made.inputs, at=made.at)
-        return make(made, logits)
-
+    parts = cut(rows, config.eval.batch_size, at_once)
     with shares.side_by_side(at_once) as compute_all:
-        for start in range(0, len(batches), at_once):
-            if stop is not None:
-                stop.check()
-            now = batches[start : start + at_once]
-            for batch, results in zip(now, compute_all(one, now), strict=True):
-                found.update(zip(batch, results, strict=True))
-                advance(len(batch))
+        for part, results in zip(parts, compute_all(unless_stopped, parts), strict=True):
+            found.update(zip(part, results, strict=True))
+            advance(len(part))
     return [found[at] for at in range(len(rows))]
+
+
+def cut(rows: Sequence[Sequence[int]], size: int, at_once: int) -> list[list[int]]:
+    """Places of `rows` (token ids) in parts of at most `size` rows and `TOKENS` tokens, about as long as each other.
+
+    Where `at_once` are worked on at a time, there are as many parts or a multiple, so that none waits for the last.
+    """
+    order = sorted(range(len(rows)), key=lambda at: (len(rows[at]) // ALIKE, rows[at]))
+    left = sum(map(len, rows))
+    rounds = max(-(-len(rows) // (size * at_once)), -(-left // (TOKENS * at_once)))
+    parts: list[list[int]] = []
+    room = 0.0
+    for at in order:
+        length = len(rows[at])
+        if not parts or len(parts[-1]) == size or room < length / 2:
+            parts.append([])
+            room = min(TOKENS, left / max(1, rounds * at_once - len(parts) + 1))
+        parts[-1].append(at)
+        room -= length
+        left -= length
+    return parts

@@ -290,10 +290,11 @@ def teach(
     """
     model.eval()
 
-    def highest(batch: Batch, logits: Tensor) -> list[Teacher]:
+    def highest(part: Sequence[Tokens], logits: Tensor) -> list[Teacher]:
         top = logits.topk(min(top_k, logits.shape[-1]))
         ids, values = top.indices.to(torch.int32).cpu(), top.values.half().cpu()
-        pairs = zip(ids.split(batch.counts), values.split(batch.counts), strict=True)
+        counts = [len(row.answers) for row in part]
+        pairs = zip(ids.split(counts), values.split(counts), strict=True)
         return [Teacher(row_ids.clone(), row_logits.clone()) for row_ids, row_logits in pairs]
 
     with bar("taking logits", len(rows), quiet) as advance:
