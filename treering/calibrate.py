@@ -18,6 +18,7 @@ from treering.candidate import Candidate
 from treering.manifest import base_name
 from treering.methods.lwf import TOP_K
 from treering.model import resolve
+from treering.passes import losses
 from treering.room import peak_gpu_memory_mb, peak_memory_mb
 
 if TYPE_CHECKING:
@@ -77,11 +78,14 @@ def calibrate(ws: Workspace, plan: Plan, config: Config, folder: Path) -> Estima
     steps = candidate.steps
     tokens = {id: len(row.ids) for id, row in candidate.rows.items()}
     candidate.steps = typical_steps(steps, tokens)
+    if candidate.aside:  # All of them are to be taken.
+        candidate.config = config.model_copy(update={"early_stopping_steps": len(candidate.steps) + 1})
     learned = {id for step in candidate.steps for batch in step for id in batch}
     candidate.plan = replace(plan, rows={task: [i for i in ids if i in learned] for task, ids in plan.rows.items()})
     log, learning = _timed(candidate.learn)
     stepping = [_tokens(step, tokens) / e["tokens_per_second"] for step, e in zip(candidate.steps, log, strict=True)]
-    saving = learning - sum(stepping)
+    looks, looking = _looks(candidate, len(steps))
+    saving = max(0.0, learning - sum(stepping) - _looks(candidate, len(candidate.steps))[0] * looking)
     checkpoints = list((folder / "checkpoints").glob("step-*"))
     checkpoint = max(map(_size_mb, checkpoints))
 
@@ -92,7 +96,7 @@ def calibrate(ws: Workspace, plan: Plan, config: Config, folder: Path) -> Estima
 
     seconds = _all_steps(steps, candidate.steps, stepping, tokens)
     saves = -(-len(steps) // config.save_steps)
-    training = seconds + saves * saving
+    training = seconds + saves * saving + looks * looking
     scoring = to_score * (before + after) / max(1, asked + len(results))
     # That of the beginning, two by count and the newest stay; the version is written beside them.
     fullest = checkpoint * min(4, saves + 2) + _size_mb(candidate.folder) + REPORT_MB
@@ -115,6 +119,15 @@ def typical_steps(steps: Sequence[Step], tokens: Mapping[str, int]) -> list[Step
     """
     ranked = sorted(steps, key=lambda step: max(len(batch) * max(tokens[id] for id in batch) for batch in step))
     return [ranked[-1], *(ranked[(len(ranked) - 1) * at // (SPREAD - 1)] for at in range(SPREAD))]
+
+
+def _looks(candidate: Candidate, steps: int) -> tuple[int, float]:
+    """How often the rows kept aside are measured in so many steps, and the seconds of each time."""
+    if not candidate.aside:
+        return 0, 0.0
+    rows = [candidate.rows[id] for id in candidate.aside]
+    _, seconds = _timed(lambda: losses(candidate.model, rows, candidate.config, candidate.pad_id))
+    return -(-steps // candidate.config.eval_steps), seconds
 
 
 def _all_steps(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from treering import early
 from treering.batches import make_batch
 from treering.config import names
 from treering.errors import ConfigError
@@ -77,7 +78,9 @@ class Candidate:
         for task, ids in plan.rows.items():
             self.metrics.setdefault(task, metric_for([self.examples[id].label for id in ids]))
         self.rows: dict[str, Tokens] = {}
+        self.aside: list[str] = []
         self.steps: list[Step] = []
+        self.log: list[dict[str, float]] = []
         self.train_seconds = 0.0
 
     def measure_parent(self) -> list[Result]:
@@ -98,23 +101,25 @@ class Candidate:
         self.model = self.methods.prepare(self.model, _state(self.parent))
         self.rows = {id: self._tokens(id) for id in [*self.plan.row_ids, *self.memory.rows]}
         lengths = {id: len(row.ids) for id, row in self.rows.items()}
-        self.steps = plan_steps(self.plan.row_ids, self.memory, self.methods, lengths, self.config)
+        self.aside = early.aside(self.plan.row_ids, self.config)
+        self.steps = plan_steps(self.new, self.memory, self.methods, lengths, self.config)
 
     def learn(self, track: Callable[[Mapping[str, float]], None] | None = None) -> list[dict[str, float]]:
-        """Train over `steps`: the new rows and what the methods mix in; returns the log, an entry a step.
+        """Train over `steps`: the new rows and what the methods mix in; returns the log, an entry a step taken.
 
-        `track` is given each entry when it is finished.
+        `track` is given each entry when it is finished, and what was measured on the rows kept aside.
         """
         started = time.perf_counter()
-        log = train(
+        self.log = train(
             self.model,
             self.rows,
             self.steps,
             self.methods,
             self.config,
-            pad_id=self._pad_id,
+            pad_id=self.pad_id,
             teachers=self.memory.teachers if "distill" in self.config.protect else None,
             parents=self._parents() if self.parent and "lwf" in self.config.protect else None,
+            aside=[self.rows[id] for id in self.aside],
             checkpoints=self._checkpoints,
             stop=self.stop,
             track=track,
@@ -127,7 +132,7 @@ class Candidate:
                 if parameter.requires_grad and "lora_" not in name:
                     parameter.data = parameter.data.bfloat16()
         self.train_seconds = time.perf_counter() - started
-        return log
+        return self.log
 
     def measure(self) -> list[Result]:
         """The candidate's results on every held-out row."""
@@ -152,13 +157,24 @@ class Candidate:
         write_results(folder / RESULTS, results)
         write_file(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log).encode())
         shutil.copyfile(self.staging / PARENT_RESULTS, folder / PARENT_RESULTS)
-        batches = [make_batch([self._tokens(id)], self._pad_id, self.model.device) for id in self.plan.row_ids]
+        batches = [make_batch([self._tokens(id)], self.pad_id, self.model.device) for id in self.plan.row_ids]
         state = self.methods.after_update(self.model, batches)
         if state:
             from safetensors.torch import save_file
 
             save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / "state.safetensors")
         fsync_tree(folder)  # Here, not in the commit, so that a rollback need not wait for it.
+
+    @property
+    def new(self) -> list[str]:
+        """The new rows that are learned: all but those kept aside."""
+        aside = set(self.aside)
+        return [id for id in self.plan.row_ids if id not in aside]
+
+    @property
+    def taken(self) -> list[Step]:
+        """The steps that were taken: all, but where training stopped early."""
+        return self.steps[: len(self.log)]
 
     @property
     def folder(self) -> Path:
@@ -175,7 +191,7 @@ class Candidate:
         rate = "as set" if self.config.learning_rate != "auto" else f"default for {self.config.finetuning_type}"
         found = {
             "learning_rate": {"value": peak_rate(self.config), "reason": rate},
-            "num_train_epochs": {"value": passes(self.config, len(self.plan.row_ids)), "reason": self._length},
+            "num_train_epochs": {"value": passes(self.config, len(self.new)), "reason": self._length},
             "bf16": dict(zip(("value", "reason"), use_bf16(self.config), strict=True)),
             "memory": {"value": len(self.memory), "reason": f"size {self.memory.size}, {self.memory.policy}"},
         }
@@ -183,6 +199,10 @@ class Candidate:
             few = "short answers, each used at least twice on average"
             reason = few if self.metrics[task] == "exact_match" else "answers are no small label set"
             found[f"metric of {task}"] = {"value": self.metrics[task], "reason": reason}
+        if self.config.early_stopping_steps is not None:
+            found["early_stopping_steps"] = early.choice(
+                self.log, len(self.plan.row_ids), len(self.aside), len(self.steps), self.config
+            )
         return found | Recovery(self._checkpoints).choices(peak_rate(self.config))
 
     @property
@@ -192,7 +212,7 @@ class Candidate:
             return f"not used: max_steps is {self.config.max_steps}"
         if self.config.num_train_epochs != "auto":
             return "as set"
-        return f"{len(self.plan.row_ids)} new rows, {len(self.steps)} steps with the replayed ones"
+        return f"{len(self.new)} new rows, {len(self.steps)} steps with the replayed ones"
 
     @property
     def trainable_parameters(self) -> int:
@@ -200,7 +220,8 @@ class Candidate:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     @property
-    def _pad_id(self) -> int:
+    def pad_id(self) -> int:
+        """The token that fills rows up to the length of their batch."""
         return cast(int, self.tokenizer.pad_token_id)
 
     def _tokens(self, id: str) -> Tokens:
@@ -214,10 +235,10 @@ class Candidate:
 
     def _parents(self) -> dict[str, Teacher]:
         """What the parent makes of the new rows; to be asked before the first step changes the model."""
-        return self._logits([self.rows[id] for id in self.plan.row_ids], TOP_K)
+        return self._logits([self.rows[id] for id in self.new], TOP_K)
 
     def _logits(self, rows: Sequence[Tokens], top_k: int) -> dict[str, Teacher]:
-        return teach(self.model, rows, self.config, top_k=top_k, pad_id=self._pad_id, stop=self.stop, quiet=self.quiet)
+        return teach(self.model, rows, self.config, top_k=top_k, pad_id=self.pad_id, stop=self.stop, quiet=self.quiet)
 
     def _score(self, rows: Sequence[tuple[str, str]], title: str) -> list[Result]:
         pairs = [(self.examples[id], task) for id, task in rows]

@@ -44,7 +44,7 @@ class Checkpoints:
 
     Three kinds stay: the first of all, for which nothing was learned yet; the last two at a multiple of `save_steps`;
     and the newest, whatever it was made for. Training goes back to those of the first two kinds alone, when a loss runs
-    away, so that no clock decides what becomes of it.
+    away, so that no clock decides what becomes of it. `best` are weights that are kept beside those of the moment.
     """
 
     def __init__(
@@ -54,8 +54,10 @@ class Checkpoints:
         optimizer: Optimizer,
         config: Config,
         recovery: Recovery,
+        best: dict[str, Tensor],
     ) -> None:
         self._folder, self._parameters, self._optimizer, self._recovery = folder, parameters, optimizer, recovery
+        self._best = best
         self._every, self._seconds = config.save_steps, 60 * config.save_minutes
         self._saved = time.monotonic()
 
@@ -74,6 +76,7 @@ class Checkpoints:
         tensors = random_state()
         for name, parameter in self._parameters.items():
             tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
+        tensors |= {f"best.{name}": weight.cpu().contiguous() for name, weight in self._best.items()}
         state = {"step": step, "retries": len(self._recovery.retries), "log": log}
         state["optimizer"] = _packed(self._optimizer.state_dict(), tensors, {})
         write_file(partial / "state.safetensors", safetensors.torch.save(tensors))
@@ -120,6 +123,9 @@ class Checkpoints:
         set_random_state(tensors)
         for name, parameter in self._parameters.items():
             parameter.copy_(tensors[f"weight.{name}"])
+        found = {name: tensors.get(f"best.{name}") for name in self._parameters}
+        self._best.clear()
+        self._best |= {name: best.to(self._parameters[name].device) for name, best in found.items() if best is not None}
         self._optimizer.load_state_dict(_unpacked(state["optimizer"], tensors))
         return cast(Log, state["log"])
 

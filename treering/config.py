@@ -129,6 +129,13 @@ class Config(Section):
     max_loss_retries: int = Field(3, ge=0)
     """Times that an update goes back to a checkpoint, with half the rate, when the loss is not finite or runs away."""
 
+    early_stopping_steps: int | None = Field(None, ge=1)
+    """Training ends after so many evaluations in a row with no lower loss, and the weights of the lowest are taken. The
+    loss is that of a tenth of the new rows, kept aside for it; the held-out rows judge and have no part in it."""
+
+    eval_steps: int = Field(10, ge=1)
+    """Optimiser steps between these evaluations."""
+
     bf16: bool | Literal["auto"] = "auto"
     """Compute in bfloat16; `auto`: where the machine has it in hardware."""
 

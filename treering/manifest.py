@@ -75,8 +75,8 @@ def of_update(
         "cost": {
             "seconds": candidate.train_seconds,
             "total_seconds": time.perf_counter() - candidate.started,
-            "steps": len(candidate.steps),
-            "rows_trained": sum(len(ids) for step in candidate.steps for ids in step),
+            "steps": len(candidate.taken),
+            "rows_trained": sum(len(ids) for step in candidate.taken for ids in step),
             "trainable_parameters": candidate.trainable_parameters,
             "peak_memory_mb": peak_memory_mb(),
             "peak_gpu_memory_mb": peak_gpu_memory_mb(),

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from treering import shares
 from treering.batches import Batch, make_batch
 from treering.model import Tokens, compute, logits_at, use_bf16
-from treering.progress import Advance
+from treering.progress import Advance, bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,3 +59,24 @@ def read(
                 found.update(zip(batch, results, strict=True))
                 advance(len(batch))
     return [found[at] for at in range(len(rows))]
+
+
+def losses(
+    model: PreTrainedModel, rows: Sequence[Tokens], config: Config, pad_id: int, stop: Stop | None = None
+) -> list[float]:
+    """The cross entropy of each row, the mean over its answer tokens in nats; `model` stays in the mode it is in.
+
+    Raises `UpdateInterruptedError` when `stop` was asked.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with bar("", len(rows), quiet=True) as advance:
+            return read(model, rows, _row_losses, config, pad_id, advance, stop)
+    finally:
+        model.train(training)
+
+
+def _row_losses(batch: Batch, logits: Tensor) -> list[float]:
+    found = cross_entropy(logits, batch.targets, reduction="none").split(batch.counts)
+    return [loss.mean().item() for loss in found]

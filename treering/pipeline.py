@@ -79,7 +79,7 @@ def update(
             log = candidate.learn(tracked.log)
             clear(ws, keep=staging)
             after = candidate.measure()
-            tracked.scores(after, len(candidate.steps))
+            tracked.scores(after, len(candidate.taken))
         candidate.remember()
         answers = {id: candidate.examples[id].answer for id in plan.fresh_ids}
         verdict = gate.judge(before, after, candidate.metrics, plan.fresh_ids, config.gate, config.seed, answers)

@@ -29,6 +29,9 @@ RAMPS = {"light": ("#f0f5fb", "#0a4286"), "dark": ("#1b2733", "#9fcdfb")}
 NO_LOSSES = {"step", "lr", "grad_norm", "tokens_per_second"}
 """What the log has beside losses."""
 
+NAMES = {"loss": "cross entropy", "eval_loss": "cross entropy on rows kept aside"}
+"""Losses of the log that are called otherwise in the report."""
+
 MOST_POINTS = 2000
 """Longer curves are thinned: a screen shows no more, and the file stays small."""
 
@@ -117,7 +120,7 @@ def _plots(log: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
     """The curves, plot by plot; how they look is the template's."""
     terms = dict.fromkeys(term for entry in log for term in entry if term not in NO_LOSSES)
     return [
-        _plot(log, "Loss", "loss", {term: "cross entropy" if term == "loss" else term for term in terms}),
+        _plot(log, "Loss", "loss", {term: NAMES.get(term, term) for term in terms}),
         _plot(log, "Learning rate", "learning rate", {"lr": "learning rate"}),
         _plot(log, "Speed", "tokens per second", {"tokens_per_second": "tokens per second"}),
     ]
