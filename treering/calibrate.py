@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from treering import registry
+from treering import rates, registry
 from treering.candidate import Candidate
 from treering.manifest import base_name
 from treering.methods.lwf import TOP_K
 from treering.model import resolve
 from treering.passes import losses
 from treering.room import peak_gpu_memory_mb, peak_memory_mb
+from treering.schedule import peak_rate
 
 if TYPE_CHECKING:
     from treering.config import Config
@@ -76,6 +77,7 @@ def calibrate(ws: Workspace, plan: Plan, config: Config, folder: Path) -> Estima
 
     candidate.prepare()
     steps = candidate.steps
+    trying = _trying(candidate)
     tokens = {id: len(row.ids) for id, row in candidate.rows.items()}
     candidate.steps = typical_steps(steps, tokens)
     if candidate.aside:  # All of them are to be taken.
@@ -92,11 +94,11 @@ def calibrate(ws: Workspace, plan: Plan, config: Config, folder: Path) -> Estima
     results, after = _timed(candidate.measure)
     candidate.remember()
     candidate.write(base_name(config), results, log)
-    rest = time.perf_counter() - candidate.started - before - learning - after
+    rest = time.perf_counter() - candidate.started - before - trying - learning - looking - after
 
     seconds = _all_steps(steps, candidate.steps, stepping, tokens)
     saves = -(-len(steps) // config.save_steps)
-    training = seconds + saves * saving + looks * looking
+    training = seconds + saves * saving + looks * looking + rates.RATES * trying
     scoring = to_score * (before + after) / max(1, asked + len(results))
     # That of the beginning, two by count and the newest stay; the version is written beside them.
     fullest = checkpoint * min(4, saves + 2) + _size_mb(candidate.folder) + REPORT_MB
@@ -119,6 +121,14 @@ def typical_steps(steps: Sequence[Step], tokens: Mapping[str, int]) -> list[Step
     """
     ranked = sorted(steps, key=lambda step: max(len(batch) * max(tokens[id] for id in batch) for batch in step))
     return [ranked[-1], *(ranked[(len(ranked) - 1) * at // (SPREAD - 1)] for at in range(SPREAD))]
+
+
+def _trying(candidate: Candidate) -> float:
+    """Seconds of a rate in the range test; 0 if there will be none."""
+    sample = rates.Sample.drawn(candidate.new, candidate.memory, candidate.config)
+    if rates.given(candidate.config, sample, candidate.steps) is not None:
+        return 0.0
+    return _timed(lambda: candidate.range_test(sample).after(peak_rate(candidate.config)))[1]
 
 
 def _looks(candidate: Candidate, steps: int) -> tuple[int, float]:

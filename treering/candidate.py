@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from treering import early
+from treering import early, rates
 from treering.batches import make_batch
 from treering.config import names
 from treering.errors import ConfigError
@@ -22,6 +22,7 @@ from treering.methods import Methods
 from treering.methods.lwf import TOP_K
 from treering.metrics import metric_for
 from treering.model import Tokens, encode, load, load_tokenizer, save_weights, use_bf16
+from treering.progress import bar
 from treering.recovery import Recovery
 from treering.registry import Version
 from treering.results import Result, read_results, write_results
@@ -81,6 +82,7 @@ class Candidate:
         self.aside: list[str] = []
         self.steps: list[Step] = []
         self.log: list[dict[str, float]] = []
+        self.rate = rates.Choice(peak_rate(config), "not chosen yet")
         self.train_seconds = 0.0
 
     def measure_parent(self) -> list[Result]:
@@ -104,6 +106,30 @@ class Candidate:
         self.aside = early.aside(self.plan.row_ids, self.config)
         self.steps = plan_steps(self.new, self.memory, self.methods, lengths, self.config)
 
+    def choose_rate(self) -> None:
+        """Settle the learning rate: as set, as an earlier run of this update chose it, or by a range test now."""
+        sample = rates.Sample.drawn(self.new, self.memory, self.config)
+        found = rates.given(self.config, sample, self.steps) or rates.saved(self.staging)
+        if found is None:
+            with bar("trying learning rates", rates.RATES, self.quiet) as advance:
+                found = self.range_test(sample).choose(advance)
+            rates.save(self.staging, found)
+        self.rate = found
+        self.config = self.config.model_copy(update={"learning_rate": found.value})
+
+    def range_test(self, sample: rates.Sample) -> rates.RangeTest:
+        """A range test on `sample`, before the first step."""
+        return rates.RangeTest(
+            self.model,
+            self.rows,
+            sample,
+            self.methods,
+            self.config,
+            pad_id=self.pad_id,
+            parents=self._parents(sample.new),
+            stop=self.stop,
+        )
+
     def learn(self, track: Callable[[Mapping[str, float]], None] | None = None) -> list[dict[str, float]]:
         """Train over `steps`: the new rows and what the methods mix in; returns the log, an entry a step taken.
 
@@ -118,7 +144,7 @@ class Candidate:
             self.config,
             pad_id=self.pad_id,
             teachers=self.memory.teachers if "distill" in self.config.protect else None,
-            parents=self._parents() if self.parent and "lwf" in self.config.protect else None,
+            parents=self._parents(self.new),
             aside=[self.rows[id] for id in self.aside],
             checkpoints=self._checkpoints,
             stop=self.stop,
@@ -188,9 +214,8 @@ class Candidate:
     @property
     def choices(self) -> dict[str, dict[str, Any]]:
         """What was chosen automatically, and why."""
-        rate = "as set" if self.config.learning_rate != "auto" else f"default for {self.config.finetuning_type}"
         found = {
-            "learning_rate": {"value": peak_rate(self.config), "reason": rate},
+            "learning_rate": {"value": self.rate.value, "reason": self.rate.reason},
             "num_train_epochs": {"value": passes(self.config, len(self.new)), "reason": self._length},
             "bf16": dict(zip(("value", "reason"), use_bf16(self.config), strict=True)),
             "memory": {"value": len(self.memory), "reason": f"size {self.memory.size}, {self.memory.policy}"},
@@ -203,7 +228,7 @@ class Candidate:
             found["early_stopping_steps"] = early.choice(
                 self.log, len(self.plan.row_ids), len(self.aside), len(self.steps), self.config
             )
-        return found | Recovery(self._checkpoints).choices(peak_rate(self.config))
+        return found | Recovery(self._checkpoints).choices(self.rate.value)
 
     @property
     def _length(self) -> str:
@@ -233,9 +258,11 @@ class Candidate:
             return []
         return read_results(self.parent.folder / RESULTS)
 
-    def _parents(self) -> dict[str, Teacher]:
-        """What the parent makes of the new rows; to be asked before the first step changes the model."""
-        return self._logits([self.rows[id] for id in self.new], TOP_K)
+    def _parents(self, new: Sequence[str]) -> dict[str, Teacher] | None:
+        """What the parent makes of those new rows, for `lwf`; to be asked before the first step changes the model."""
+        if self.parent is None or "lwf" not in self.config.protect:
+            return None
+        return self._logits([self.rows[id] for id in new], TOP_K)
 
     def _logits(self, rows: Sequence[Tokens], top_k: int) -> dict[str, Teacher]:
         return teach(self.model, rows, self.config, top_k=top_k, pad_id=self.pad_id, stop=self.stop, quiet=self.quiet)

@@ -75,6 +75,7 @@ def update(
         except (UsageError, ModelError, VersionError):
             registry.discard(staging)  # It could not begin, so there is nothing to resume.
             raise
+        candidate.choose_rate()
         with trackers.of_update(ws, plan, config) as tracked:
             log = candidate.learn(tracked.log)
             clear(ws, keep=staging)

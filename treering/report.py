@@ -58,7 +58,7 @@ def _content(name: str, manifest: Mapping[str, Any], log: Sequence[Mapping[str, 
         "tasks": [_task(task, manifest) for task in _task_names(manifest)],
         "shades": {theme: _shades(*ramp) for theme, ramp in RAMPS.items()},
         "settings": dict(_flat(manifest["config"])),
-        "plots": _plots(log) if log else [],
+        "plots": [*_plots(log), *_rates_plot(manifest.get("range_test"))] if log else [],
         "plotly": get_plotlyjs() if log else "",
     }
 
@@ -138,7 +138,24 @@ def _plot(log: Sequence[Mapping[str, float]], title: str, unit: str, terms: Mapp
         x, y = zip(*points[:-1:every], points[-1], strict=True)
         # plotly reads tags in a name as markup.
         curves.append({"name": html.escape(name, quote=False), "x": x, "y": y})
-    return {"title": title, "unit": unit, "curves": curves, "words": "; ".join(words)}
+    return {"title": title, "over": "step", "unit": unit, "curves": curves, "words": "; ".join(words)}
+
+
+def _rates_plot(test: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """What the range test measured at each rate, beside what there was before."""
+    if test is None:
+        return []
+    tried = sorted((one for one in test["tried"] if one["losses"]), key=lambda one: one["rate"])
+    curves, words = [], []
+    for kind, name in {"new": "other new rows", "old": "remembered rows"}.items():
+        x, y = [one["rate"] for one in tried], [one["losses"][kind] for one in tried]
+        if x and any(y):
+            curves.append({"name": name, "x": x, "y": y})
+            found = ", ".join(f"{loss:.4g} at {rate:g}" for rate, loss in zip(x, y, strict=True))
+            words.append(f"{name}: {test['before'][kind]:.4g} before, {found}")
+    words.append(f"{test['value']:g} was taken")
+    plot = {"title": "Range test", "over": "learning rate", "unit": "loss after a short training", "curves": curves}
+    return [{**plot, "words": "; ".join(words)}]
 
 
 def _shades(low: str, high: str) -> list[tuple[str, str]]:
