@@ -115,6 +115,7 @@ class Candidate:
                 found = self.range_test(sample).choose(advance)
             rates.save(self.staging, found)
         self.rate = found
+        self.train_seconds += found.seconds
         self.config = self.config.model_copy(update={"learning_rate": found.value})
 
     def range_test(self, sample: rates.Sample) -> rates.RangeTest:
@@ -157,7 +158,7 @@ class Candidate:
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad and "lora_" not in name:
                     parameter.data = parameter.data.bfloat16()
-        self.train_seconds = time.perf_counter() - started
+        self.train_seconds += time.perf_counter() - started
         return self.log
 
     def measure(self) -> list[Result]:

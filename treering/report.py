@@ -58,7 +58,7 @@ def _content(name: str, manifest: Mapping[str, Any], log: Sequence[Mapping[str, 
         "tasks": [_task(task, manifest) for task in _task_names(manifest)],
         "shades": {theme: _shades(*ramp) for theme, ramp in RAMPS.items()},
         "settings": dict(_flat(manifest["config"])),
-        "plots": [*_plots(log), *_rates_plot(manifest.get("range_test"))] if log else [],
+        "plots": [*_plots(log), *_rates_plot(manifest["range_test"])] if log else [],
         "plotly": get_plotlyjs() if log else "",
     }
 
