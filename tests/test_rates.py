@@ -211,7 +211,10 @@ def test_a_version_says_which_rate_and_why(workspace: Callable[..., Workspace]) 
         assert f'"lr": {said["value"]!r}' in log
         assert version.manifest["config"]["learning_rate"] == "auto"
         page = (version.folder / "report.html").read_text()
-        assert f"Range test over the learning rate: other new rows: {test['before']['new']:.4g} before" in page
+        assert (
+            f"Range test: loss after a few steps over the learning rate: other new rows: {test['before']['new']:.4g} before"
+            in page
+        )
         held_out = {id for ids in version.manifest["held_out"].values() for id in ids}
         assert held_out.isdisjoint(version.rows)
     ws.update("learning_rate=0.01") if ws.ingest(toy_rows("hats", 10), task="hats") else None

@@ -312,7 +312,7 @@ def test_the_range_test_is_drawn(tmp_path: Path, manifest: dict[str, Any]) -> No
         ("remembered rows", [5e-4, 1e-3], [0.125, 0.25]),
     ]
     labels = [tag["aria-label"] or "" for tag in found.named("div") if tag.get("role") == "img"]
-    assert labels[-1] == f"Range test over the learning rate: {drawn['words']}"
+    assert labels[-1] == f"Range test: loss after a few steps over the learning rate: {drawn['words']}"
     assert drawn["words"].startswith(
         "other new rows: 4 before, 2.5 at 0.0005, 1.5 at 0.001; remembered rows: 0.1 before"
     )

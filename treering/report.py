@@ -153,8 +153,10 @@ def _rates_plot(test: Mapping[str, Any] | None) -> list[dict[str, Any]]:
             curves.append({"name": name, "x": x, "y": y})
             found = ", ".join(f"{loss:.4g} at {rate:g}" for rate, loss in zip(x, y, strict=True))
             words.append(f"{name}: {test['before'][kind]:.4g} before, {found}")
+    if not curves:
+        return []
     words.append(f"{test['value']:g} was taken")
-    plot = {"title": "Range test", "over": "learning rate", "unit": "loss after a short training", "curves": curves}
+    plot = {"title": "Range test: loss after a few steps", "over": "learning rate", "unit": "loss", "curves": curves}
     return [{**plot, "words": "; ".join(words)}]
 
 
