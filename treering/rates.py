@@ -44,10 +44,12 @@ STEPS, ROWS = 6, 8
 MEASURED, LEAST = 24, 8
 """New rows that are measured, and remembered ones; with fewer new ones than the second there is no test."""
 
-RATES = 4
-"""Rates that are tried at most, each `FACTOR` times its neighbour, from the default on."""
+RATES, UP = 4, 2
+"""Rates that are tried at most, and how many above the default: a few steps favour high rates, more so where there is
+nothing to forget."""
 
 FACTOR = 2.0
+"""What a rate is apart from its neighbour."""
 
 OLD_WEIGHT = 0.5
 """What a nat on remembered rows counts beside one on new rows: a part of what a few steps forget, the rest of the
@@ -240,12 +242,13 @@ def gained(before: Losses, after: Losses | None) -> float:
 def search(default: float, gain: Callable[[float], float]) -> float:
     """The rate with the highest `gain`: from `default` up by `FACTOR` as long as that gains, or else down.
 
-    It asks for no more than `RATES` of them. Below rates that fail (a gain of minus infinity) it goes on down.
+    It asks for `RATES` of them at most, `UP` of these above `default`. Below rates that fail (a gain of minus infinity)
+    it goes on down.
     """
     gains = {default: gain(default)}
     best = default
-    for factor in (FACTOR, 1 / FACTOR):
-        while len(gains) < RATES:
+    for factor, most in ((FACTOR, 1 + UP), (1 / FACTOR, RATES)):
+        while len(gains) < most:
             rate = best * factor
             gains[rate] = gain(rate)
             if gains[rate] <= gains[best] and (factor > 1 or gains[best] > -math.inf):
