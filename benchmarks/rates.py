@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -74,7 +75,7 @@ def _scores(figures: dict[str, Any]) -> dict[str, float]:
 
 
 def _error(values: list[float]) -> float:
-    return stdev(values) / len(values) ** 0.5
+    return stdev(values) / sqrt(len(values))
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ LONG: dict[str, Any] = {"num_train_epochs": 20.0, "per_device_train_batch_size":
 QUICK_GATE = {"margin": 1.0, "floor": 1.0}
 
 
-def no_bar(_: int = 0, __: str = "") -> None:
+def no_bar(steps: int = 1, note: str = "") -> None:
     pass
 
 

@@ -298,7 +298,7 @@ def test_it_can_be_read_aloud(tmp_path: Path, manifest: dict[str, Any]) -> None:
 
 def test_the_range_test_is_drawn(tmp_path: Path, manifest: dict[str, Any]) -> None:
     """One point a rate that did not fail, in the order of the rates; the memory's only where there was one."""
-    tried = [
+    tried: list[dict[str, Any]] = [
         {"rate": 1e-3, "losses": {"new": 1.5, "old": 0.25}},
         {"rate": 2e-3, "losses": None},
         {"rate": 5e-4, "losses": {"new": 2.5, "old": 0.125}},
