@@ -24,7 +24,7 @@ from treering.rates import Choice, Losses, RangeTest, Sample, Tried
 from treering.schedule import LEARNING_RATES
 from treering.testing import toy_rows
 
-LONG: dict[str, Any] = {"num_train_epochs": 20.0, "per_device_train_batch_size": 8, "eval": {"max_new_tokens": 4}}
+LONG: dict[str, Any] = {"num_train_epochs": 15.0, "per_device_train_batch_size": 8, "eval": {"max_new_tokens": 4}}
 """Settings of updates that repay a range test."""
 
 QUICK_GATE = {"margin": 1.0, "floor": 1.0}
@@ -62,7 +62,7 @@ def test_what_is_forgotten_counts() -> None:
     before = Losses(4.0, 0.5)
     assert rates.gained(before, Losses(1.0, 0.5)) == 3.0
     assert rates.gained(before, Losses(1.0, 2.5)) == 3.0 - 2 * rates.OLD_WEIGHT
-    assert rates.gained(before, None) == rates.gained(before, Losses(math.nan, 0.5)) == -math.inf
+    assert rates.gained(before, None) == -math.inf
 
 
 def remembered(count: int) -> Memory:
@@ -153,6 +153,12 @@ def test_it_leaves_no_trace(model_folder: Path, way: str) -> None:
     log = run.train()
     assert [e["loss"] for e in untested.train()] == [e["loss"] for e in log]
     assert same_bits(run.weights(), untested.weights())
+
+
+def test_a_loss_that_is_not_finite_is_a_failure(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test = range_test(Run(model_folder, settings(model_folder)))
+    monkeypatch.setattr(rates, "losses", lambda *_: [1.0, math.nan])
+    assert test.after(1e-3) is None
 
 
 def test_methods_keep_their_state(model_folder: Path) -> None:

@@ -28,6 +28,9 @@ ENOUGH = 4 * LEAST
 LOSS = "eval_loss"
 """What the training log calls the loss on the rows kept aside, as transformers does."""
 
+BOUNDLESS = 1e30
+"""What a loss that is not finite is noted as: JSON has no word for it."""
+
 Log = Sequence[Mapping[str, float]]
 
 
@@ -46,7 +49,7 @@ def aside(new: Sequence[str], config: Config) -> list[str]:
 
 def best(log: Log) -> tuple[int, float] | None:
     """The step of the lowest loss on the rows kept aside, the first of equals, and that loss; None: never measured."""
-    found = [(entry[LOSS], int(entry["step"])) for entry in log if math.isfinite(entry.get(LOSS, math.nan))]
+    found = [(entry[LOSS], int(entry["step"])) for entry in log if LOSS in entry]
     return (min(found)[1], min(found)[0]) if found else None
 
 
@@ -90,8 +93,9 @@ class EarlyStopping:
         assert self._measure is not None
         before = best(log)
         with averaged(self._optimizer):
-            loss = self._measure()
-            if math.isfinite(loss) and (before is None or loss < before[1]):
+            measured = self._measure()
+            loss = measured if math.isfinite(measured) else BOUNDLESS
+            if before is None or loss < before[1]:
                 self.weights.update({name: p.detach().clone() for name, p in self._parameters.items()})
         log[-1][LOSS] = loss
 

@@ -72,7 +72,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class Tried:
-    """What came of one rate; `losses` is None where its training failed (`LossError`)."""
+    """What came of one rate; `losses` is None where its training failed: a loss was not finite or ran away."""
 
     rate: float
     losses: Losses | None
@@ -202,9 +202,11 @@ class RangeTest:
                 stop=self._stop,
                 quiet=True,
             )
-            return self.measure()
+            found = self.measure()
         except LossError:
             return None
+        else:
+            return found if math.isfinite(found.new + found.old) else None
         finally:
             with torch.no_grad():
                 for name, weight in learned.items():
@@ -232,9 +234,9 @@ class RangeTest:
 def gained(before: Losses, after: Losses | None) -> float:
     """How good a rate is: how far the loss of new rows falls, less `OLD_WEIGHT` of what that of remembered ones rises.
 
-    Minus infinity where its training failed, or what it left has no finite loss.
+    Minus infinity where its training failed.
     """
-    if after is None or not (math.isfinite(after.new) and math.isfinite(after.old)):
+    if after is None:
         return -math.inf
     return before.new - after.new + OLD_WEIGHT * (before.old - after.old)
 
