@@ -192,6 +192,7 @@ def test_a_version_says_where_it_stopped_and_why(workspace: Callable[..., Worksp
     assert f"stopped after step {len(log)} of 30" in said["reason"]
     assert f"on 8 of {new} new rows" in said["reason"]
     assert "cross entropy on rows kept aside" in (version.folder / "report.html").read_text()
+    assert len(manifest["aside"]) == 8 and set(manifest["aside"]) < set(manifest["rows"]["pens"])
     assert registry.consumed(ws, version) == {id for ids in manifest["rows"].values() for id in ids}
 
 

@@ -63,6 +63,7 @@ def of_update(
         "machine": {**plan.machine, "platform": platform.platform()},
         "libraries": {name: library_version(name) for name in libraries(candidate.config)},
         "rows": plan.rows,
+        "aside": candidate.aside,
         "held_out": candidate.held_out,
         "metrics": candidate.metrics,
         "evaluation": conditions(candidate.config),
