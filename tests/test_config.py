@@ -81,6 +81,10 @@ def test_all_mistakes_are_told_at_once_with_near_names() -> None:
             {"optim": "schedule_free_adamw"},
             "optim is schedule_free_adamw, but lr_scheduler_type is cosine: set lr_scheduler_type: constant",
         ),
+        (
+            {"early_stopping_steps": 2, "launcher": "ray"},
+            "early_stopping_steps is 2, but launcher is ray.*set launcher: local, or drop it",
+        ),
         ({"memory": 3}, "memory: .*memory.size.*got 3"),
         ({"gate": {"confidence": 0.5}}, "gate.confidence: .*0.5"),
         ({"distill": {"top_k": 17}}, "distill.top_k: .*16.*got 17"),

@@ -47,7 +47,7 @@ def of_an_update(ws: Workspace) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"finetuning_type": "lora", "protect": ["replay", "distill", "lwf"]},
+        {"finetuning_type": "lora", "protect": ["replay", "distill", "lwf"], "early_stopping_steps": 50},
         {"finetuning_type": "full", "gradient_accumulation_steps": 2},
     ],
     ids=lambda settings: settings["finetuning_type"],
@@ -68,6 +68,7 @@ def test_an_update_takes_what_was_planned(
     assert planned.plan.digest == manifest["plan"] and planned.problems == []
     assert set(estimate) - {"disk_mb"} <= set(cost)
     assert (estimate["steps"], estimate["rows_trained"]) == (cost["steps"], cost["rows_trained"])
+    assert manifest["range_test"] is not None  # It takes no step of the update's.
     assert estimate["peak_memory_mb"] == pytest.approx(cost["peak_memory_mb"], rel=0.2)
     assert 0 < estimate["seconds"] < estimate["total_seconds"] and cost["seconds"] < cost["total_seconds"]
     page = (ws.versions / manifest["name"] / "report.html").read_text(encoding="utf-8")

@@ -55,6 +55,7 @@ def test_llama_factory() -> None:
         "lora_target": "all",
         "cutoff_len": 1024,
         "save_steps": 500,
+        "eval_steps": 500,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 8,
         "learning_rate": 1e-4,

@@ -119,6 +119,7 @@ def make_manifest(
             "peak_memory_mb": 1843.2,
             "peak_gpu_memory_mb": None,
         },
+        "range_test": None,
         "estimate": None,
     }
 
@@ -293,6 +294,32 @@ def test_it_can_be_read_aloud(tmp_path: Path, manifest: dict[str, Any]) -> None:
     plots = [tag["aria-label"] or "" for tag in found.named("div") if tag.get("role") == "img"]
     assert [label.split(" over")[0] for label in plots] == ["Loss", "Learning rate", "Speed"]
     assert re.search(r"cross entropy: [\d.]+ at step 1, [\d.]+ at step 20; distill: [\d.]+ at step 4", plots[0])
+
+
+def test_the_range_test_is_drawn(tmp_path: Path, manifest: dict[str, Any]) -> None:
+    """One point a rate that did not fail, in the order of the rates; the memory's only where there was one."""
+    tried: list[dict[str, Any]] = [
+        {"rate": 1e-3, "losses": {"new": 1.5, "old": 0.25}},
+        {"rate": 2e-3, "losses": None},
+        {"rate": 5e-4, "losses": {"new": 2.5, "old": 0.125}},
+    ]
+    test = {"value": 1e-3, "before": {"new": 4.0, "old": 0.1}, "tried": tried}
+    found = page(tmp_path, {**manifest, "range_test": test}, training_log(9))
+    *others, drawn = json.loads(found.scripts[0])
+    assert [plot["over"] for plot in others] == ["step"] * 3 and drawn["over"] == "learning rate"
+    assert [(curve["name"], curve["x"], curve["y"]) for curve in drawn["curves"]] == [
+        ("other new rows", [5e-4, 1e-3], [2.5, 1.5]),
+        ("remembered rows", [5e-4, 1e-3], [0.125, 0.25]),
+    ]
+    labels = [tag["aria-label"] or "" for tag in found.named("div") if tag.get("role") == "img"]
+    assert labels[-1] == f"Range test: loss after a few steps over the learning rate: {drawn['words']}"
+    assert drawn["words"].startswith(
+        "other new rows: 4 before, 2.5 at 0.0005, 1.5 at 0.001; remembered rows: 0.1 before"
+    )
+    for one in tried:
+        one["losses"] = one["losses"] and {"new": 1.5, "old": 0.0}
+    first = json.loads(page(tmp_path, {**manifest, "range_test": test}, training_log(9)).scripts[0])[-1]
+    assert [curve["name"] for curve in first["curves"]] == ["other new rows"]
 
 
 def test_forty_tasks_and_updates(tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from treering import registry
+from treering import rates, registry
 from treering.candidate import Candidate
 from treering.manifest import base_name
 from treering.methods.lwf import TOP_K
 from treering.model import resolve
+from treering.passes import losses
+from treering.schedule import peak_rate
 
 if TYPE_CHECKING:
     from treering.config import Config
@@ -74,27 +76,31 @@ def calibrate(ws: Workspace, plan: Plan, config: Config, folder: Path) -> Estima
 
     candidate.prepare()
     steps = candidate.steps
+    trying = _trying(candidate)
     tokens = {id: len(row.ids) for id, row in candidate.rows.items()}
     candidate.steps = typical_steps(steps, tokens)
+    if candidate.aside:  # All of them are to be taken.
+        candidate.config = config.model_copy(update={"early_stopping_steps": len(candidate.steps) + 1})
     learned = {id for step in candidate.steps for batch in step for id in batch}
     candidate.plan = replace(plan, rows={task: [i for i in ids if i in learned] for task, ids in plan.rows.items()})
     log, learning = _timed(candidate.learn)
     stepping = [_tokens(step, tokens) / e["tokens_per_second"] for step, e in zip(candidate.steps, log, strict=True)]
+    looks, looking = _looks(candidate, len(steps))
     # Processes of their own begin once, however many the steps are.
     starting = learning - candidate.processes[0].seconds if candidate.processes else 0.0
-    saving = learning - starting - sum(stepping)
+    saving = max(0.0, learning - starting - sum(stepping) - _looks(candidate, len(candidate.steps))[0] * looking)
     checkpoints = list((folder / "checkpoints").glob("step-*"))
     checkpoint = max(map(_size_mb, checkpoints))
 
     results, after = _timed(candidate.measure)
     candidate.remember()
     candidate.write(base_name(config), results, log)
-    rest = time.perf_counter() - candidate.started - before - learning - after + starting
+    rest = time.perf_counter() - candidate.started - before - trying - learning - looking - after + starting
     memory, gpu_memory = candidate.peaks
 
     seconds = _all_steps(steps, candidate.steps, stepping, tokens)
     saves = -(-len(steps) // config.save_steps)
-    training = seconds + saves * saving
+    training = seconds + saves * saving + looks * looking + rates.RATES * trying
     scoring = to_score * (before + after) / max(1, asked + len(results))
     # That of the beginning, two by count and the newest stay; the version is written beside them.
     fullest = checkpoint * min(4, saves + 2) + _size_mb(candidate.folder) + REPORT_MB
@@ -117,6 +123,23 @@ def typical_steps(steps: Sequence[Step], tokens: Mapping[str, int]) -> list[Step
     """
     ranked = sorted(steps, key=lambda step: max(len(batch) * max(tokens[id] for id in batch) for batch in step))
     return [ranked[-1], *(ranked[(len(ranked) - 1) * at // (SPREAD - 1)] for at in range(SPREAD))]
+
+
+def _trying(candidate: Candidate) -> float:
+    """Seconds of a rate in the range test; 0 if there will be none."""
+    sample = rates.Sample.drawn(candidate.new, candidate.memory, candidate.config)
+    if rates.given(candidate.config, sample, candidate.steps) is not None:
+        return 0.0
+    return _timed(lambda: candidate.range_test(sample).after(peak_rate(candidate.config)))[1]
+
+
+def _looks(candidate: Candidate, steps: int) -> tuple[int, float]:
+    """How often the rows kept aside are measured in so many steps, and the seconds of each time."""
+    if not candidate.aside:
+        return 0, 0.0
+    rows = [candidate.rows[id] for id in candidate.aside]
+    _, seconds = _timed(lambda: losses(candidate.model, rows, candidate.config, candidate.pad_id))
+    return -(-steps // candidate.config.eval_steps), seconds
 
 
 def _all_steps(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from treering import launch
+from treering import early, launch, rates
 from treering.batches import make_batch
 from treering.config import names
 from treering.errors import ConfigError, TreeringError
@@ -23,6 +23,7 @@ from treering.methods import Methods
 from treering.methods.lwf import TOP_K
 from treering.metrics import metric_for
 from treering.model import Tokens, encode, load, load_tokenizer, save_weights, use_bf16
+from treering.progress import bar
 from treering.recovery import Recovery
 from treering.registry import Version
 from treering.results import Result, read_results, write_results
@@ -84,7 +85,10 @@ class Candidate:
         for task, ids in plan.rows.items():
             self.metrics.setdefault(task, metric_for([self.examples[id].label for id in ids]))
         self.rows: dict[str, Tokens] = {}
+        self.aside: list[str] = []
         self.steps: list[Step] = []
+        self.log: list[dict[str, float]] = []
+        self.rate = rates.Choice(peak_rate(config), "not chosen yet")
         self.train_seconds = 0.0
         self.processes: list[Trained] = []
 
@@ -105,29 +109,56 @@ class Candidate:
         self.model = _prepared(self.model, self.methods, self.config, self.parent)
         self.rows = {id: self._tokens(id) for id in [*self.plan.row_ids, *self.memory.rows]}
         lengths = {id: len(row.ids) for id, row in self.rows.items()}
-        self.steps = plan_steps(self.plan.row_ids, self.memory, self.methods, lengths, self.config)
+        self.aside = early.aside(self.plan.row_ids, self.config)
+        self.steps = plan_steps(self.new, self.memory, self.methods, lengths, self.config)
+
+    def choose_rate(self) -> None:
+        """Settle the learning rate: as set, as an earlier run of this update chose it, or by a range test now."""
+        sample = rates.Sample.drawn(self.new, self.memory, self.config)
+        found = rates.given(self.config, sample, self.steps) or rates.saved(self.staging)
+        if found is None:
+            with bar("trying learning rates", rates.RATES, self.quiet) as advance:
+                found = self.range_test(sample).choose(advance)
+            rates.save(self.staging, found)
+        self.rate = found
+        self.train_seconds += found.seconds
+        self.config = self.config.model_copy(update={"learning_rate": found.value})
+
+    def range_test(self, sample: rates.Sample) -> rates.RangeTest:
+        """A range test on `sample`, before the first step."""
+        return rates.RangeTest(
+            self.model,
+            self.rows,
+            sample,
+            self.methods,
+            self.config,
+            pad_id=self.pad_id,
+            parents=self._parents(sample.new),
+            stop=self.stop,
+        )
 
     def learn(self, track: Callable[[Mapping[str, float]], None] | None = None) -> list[dict[str, float]]:
-        """Train over `steps`: the new rows and what the methods mix in; returns the log, an entry a step.
+        """Train over `steps`: the new rows and what the methods mix in; returns the log, an entry a step taken.
 
-        `track` is given each entry when it is finished.
+        `track` is given each entry when it is finished, and what was measured on the rows kept aside.
         """
         started = time.perf_counter()
         teachers = self.memory.teachers if "distill" in self.config.protect else None
-        parents = self._parents() if self.parent and "lwf" in self.config.protect else None
+        parents = self._parents(self.new)
         if self.config.launcher != "local":
             self._learn_in_processes(teachers, parents, track)
             track = None  # It was told.
         # Where processes did it, the last checkpoint has all steps done.
-        log = train(
+        self.log = train(
             self.model,
             self.rows,
             self.steps,
             self.methods,
             self.config,
-            pad_id=self._pad_id,
+            pad_id=self.pad_id,
             teachers=teachers,
             parents=parents,
+            aside=[self.rows[id] for id in self.aside],
             checkpoints=self._checkpoints,
             stop=self.stop,
             track=track,
@@ -139,8 +170,8 @@ class Candidate:
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad and "lora_" not in name:
                     parameter.data = parameter.data.bfloat16()
-        self.train_seconds = time.perf_counter() - started
-        return log
+        self.train_seconds += time.perf_counter() - started
+        return self.log
 
     def _learn_in_processes(
         self,
@@ -154,7 +185,7 @@ class Candidate:
             self.parent,
             self.rows,
             self.steps,
-            self._pad_id,
+            self.pad_id,
             launch.threads(self.config, self.plan.machine["threads"]),
             self._checkpoints,
             teachers,
@@ -196,13 +227,24 @@ class Candidate:
         write_results(folder / RESULTS, results)
         write_file(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log).encode())
         shutil.copyfile(self.staging / PARENT_RESULTS, folder / PARENT_RESULTS)
-        batches = [make_batch([self._tokens(id)], self._pad_id, self.model.device) for id in self.plan.row_ids]
+        batches = [make_batch([self._tokens(id)], self.pad_id, self.model.device) for id in self.plan.row_ids]
         state = self.methods.after_update(self.model, batches)
         if state:
             from safetensors.torch import save_file
 
             save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / "state.safetensors")
         fsync_tree(folder)  # Here, not in the commit, so that a rollback need not wait for it.
+
+    @property
+    def new(self) -> list[str]:
+        """The new rows that are learned: all but those kept aside."""
+        aside = set(self.aside)
+        return [id for id in self.plan.row_ids if id not in aside]
+
+    @property
+    def taken(self) -> list[Step]:
+        """The steps that were taken: all, but where training stopped early."""
+        return self.steps[: len(self.log)]
 
     @property
     def folder(self) -> Path:
@@ -216,10 +258,9 @@ class Candidate:
     @property
     def choices(self) -> dict[str, dict[str, Any]]:
         """What was chosen automatically, and why."""
-        rate = "as set" if self.config.learning_rate != "auto" else f"default for {self.config.finetuning_type}"
         found = {
-            "learning_rate": {"value": peak_rate(self.config), "reason": rate},
-            "num_train_epochs": {"value": passes(self.config, len(self.plan.row_ids)), "reason": self._length},
+            "learning_rate": {"value": self.rate.value, "reason": self.rate.reason},
+            "num_train_epochs": {"value": passes(self.config, len(self.new)), "reason": self._length},
             "bf16": dict(zip(("value", "reason"), use_bf16(self.config), strict=True)),
             "memory": {"value": len(self.memory), "reason": f"size {self.memory.size}, {self.memory.policy}"},
         }
@@ -227,7 +268,11 @@ class Candidate:
             few = "short answers, each used at least twice on average"
             reason = few if self.metrics[task] == "exact_match" else "answers are no small label set"
             found[f"metric of {task}"] = {"value": self.metrics[task], "reason": reason}
-        return found | Recovery(self._checkpoints).choices(peak_rate(self.config))
+        if self.config.early_stopping_steps is not None:
+            found["early_stopping_steps"] = early.choice(
+                self.log, len(self.plan.row_ids), len(self.aside), len(self.steps), self.config
+            )
+        return found | Recovery(self._checkpoints).choices(self.rate.value)
 
     @property
     def _length(self) -> str:
@@ -236,7 +281,7 @@ class Candidate:
             return f"not used: max_steps is {self.config.max_steps}"
         if self.config.num_train_epochs != "auto":
             return "as set"
-        return f"{len(self.plan.row_ids)} new rows, {len(self.steps)} steps with the replayed ones"
+        return f"{len(self.new)} new rows, {len(self.steps)} steps with the replayed ones"
 
     @property
     def peaks(self) -> tuple[float, float | None]:
@@ -252,7 +297,8 @@ class Candidate:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     @property
-    def _pad_id(self) -> int:
+    def pad_id(self) -> int:
+        """The token that fills rows up to the length of their batch."""
         return cast(int, self.tokenizer.pad_token_id)
 
     def _tokens(self, id: str) -> Tokens:
@@ -264,12 +310,14 @@ class Candidate:
             return []
         return read_results(self.parent.folder / RESULTS)
 
-    def _parents(self) -> dict[str, Teacher]:
-        """What the parent makes of the new rows; to be asked before the first step changes the model."""
-        return self._logits([self.rows[id] for id in self.plan.row_ids], TOP_K)
+    def _parents(self, new: Sequence[str]) -> dict[str, Teacher] | None:
+        """What the parent makes of those new rows, for `lwf`; to be asked before the first step changes the model."""
+        if self.parent is None or "lwf" not in self.config.protect:
+            return None
+        return self._logits([self.rows[id] for id in new], TOP_K)
 
     def _logits(self, rows: Sequence[Tokens], top_k: int) -> dict[str, Teacher]:
-        return teach(self.model, rows, self.config, top_k=top_k, pad_id=self._pad_id, stop=self.stop, quiet=self.quiet)
+        return teach(self.model, rows, self.config, top_k=top_k, pad_id=self.pad_id, stop=self.stop, quiet=self.quiet)
 
     def _score(self, rows: Sequence[tuple[str, str]], title: str) -> list[Result]:
         pairs = [(self.examples[id], task) for id, task in rows]

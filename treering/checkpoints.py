@@ -46,7 +46,8 @@ class Checkpoints:
 
     Three kinds stay: the first of all, for which nothing was learned yet; the last two at a multiple of `save_steps`;
     and the newest, whatever it was made for. Training goes back to those of the first two kinds alone, when a loss runs
-    away, so that no clock decides what becomes of it. Of the processes in `ranks` the first writes, all read.
+    away, so that no clock decides what becomes of it. `best` are weights that are kept beside those of the moment.
+    Of the processes in `ranks` the first writes, all read.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class Checkpoints:
         config: Config,
         recovery: Recovery,
         ranks: Ranks,
+        best: dict[str, Tensor],
     ) -> None:
         self._ranks = ranks
         self._folder, self._parameters, self._optimizer, self._recovery = folder, parameters, optimizer, recovery
+        self._best = best
         self._every, self._seconds = config.save_steps, 60 * config.save_minutes
         self._saved = time.monotonic()
 
@@ -75,6 +78,7 @@ class Checkpoints:
         tensors = random_state()
         for name, parameter in self._parameters.items():
             tensors[f"weight.{name}"] = whole(parameter.detach()).cpu().contiguous()
+        tensors |= {f"best.{name}": weight.cpu().contiguous() for name, weight in self._best.items()}
         state = {"step": step, "retries": len(self._recovery.retries), "log": log}
         state["optimizer"] = _packed(self._optimizer.state_dict(), tensors, {})
         if not self._ranks.first:
@@ -129,6 +133,9 @@ class Checkpoints:
         set_random_state(tensors)
         for name, parameter in self._parameters.items():
             parameter.copy_(parted(tensors[f"weight.{name}"], parameter))
+        found = {name: tensors.get(f"best.{name}") for name in self._parameters}
+        self._best.clear()
+        self._best |= {name: best.to(self._parameters[name].device) for name, best in found.items() if best is not None}
         state_of_optimizer = _unpacked(state["optimizer"], tensors)
         self._optimizer.load_state_dict(parted_state(state_of_optimizer, list(self._parameters.values())))
         return cast(Log, state["log"])

@@ -91,7 +91,8 @@ class Config(Section):
     schedule_free_adamw (needs no falling rate; `pip install 'treering[schedulefree]'`)."""
 
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Peak rate; `auto` takes the measured default of the `finetuning_type`."""
+    """Peak rate; `auto`: what a range test on the update's own rows and its memory finds best, or the default of the
+    `finetuning_type` (lora 1e-3, freeze 2e-4, full 5e-5) where the update is too short to repay one."""
 
     num_train_epochs: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Passes over the new rows; `auto`: 3, and with few rows as many as make 50 optimiser steps of them, 20 at most."""
@@ -131,6 +132,13 @@ class Config(Section):
 
     max_loss_retries: int = Field(3, ge=0)
     """Times that an update goes back to a checkpoint, with half the rate, when the loss is not finite or runs away."""
+
+    early_stopping_steps: int | None = Field(None, ge=1)
+    """Training ends after so many evaluations in a row with no lower loss, and the weights of the lowest are taken. The
+    loss is that of a tenth of the new rows, kept aside for it; the held-out rows judge and have no part in it."""
+
+    eval_steps: int = Field(10, ge=1)
+    """Optimiser steps between these evaluations."""
 
     bf16: bool | Literal["auto"] = "auto"
     """Compute in bfloat16; `auto`: where the machine has it in hardware."""
@@ -217,6 +225,11 @@ class Config(Section):
             raise ValueError(
                 f"accelerate_config is {self.accelerate_config}, but launcher is {self.launcher}: set launcher: "
                 "accelerate, or drop it"
+            )
+        if self.early_stopping_steps is not None and self.launcher != "local":
+            raise ValueError(
+                f"early_stopping_steps is {self.early_stopping_steps}, but launcher is {self.launcher}, and only one "
+                "process looks when to stop: set launcher: local, or drop it"
             )
         if self.use_dora and self.quantization_bit == 8:
             raise ValueError(

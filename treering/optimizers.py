@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from treering.extras import needed
@@ -103,6 +104,17 @@ def finish(optimizer: Optimizer) -> None:
     """Training has ended: one that averages puts the average in place."""
     if hasattr(optimizer, "eval"):
         optimizer.eval()
+
+
+@contextmanager
+def averaged(optimizer: Optimizer) -> Iterator[None]:
+    """Inside, the weights are what they would be if training ended now: of one that averages, the average."""
+    finish(optimizer)
+    try:
+        yield
+    finally:
+        if hasattr(optimizer, "train"):
+            optimizer.train()
 
 
 def _made(name: str, weights: Sequence[nn.Parameter], config: Config, rate: float) -> Any:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from treering import shares
 from treering.model import Tokens
-from treering.progress import Advance
+from treering.progress import Advance, bar
 from treering.tree import Tree
 
 if TYPE_CHECKING:
@@ -105,3 +106,25 @@ def cut(rows: Sequence[Sequence[int]], size: int, at_once: int) -> list[list[int
         room -= length
         left -= length
     return parts
+
+
+def losses(
+    model: PreTrainedModel, rows: Sequence[Tokens], config: Config, pad_id: int, stop: Stop | None = None
+) -> list[float]:
+    """The cross entropy of each row, the mean over its answer tokens in nats; `model` stays in the mode it is in.
+
+    Raises `UpdateInterruptedError` when `stop` was asked.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with bar("", len(rows), quiet=True) as advance:
+            return read(model, rows, _row_losses, config, pad_id, advance, stop)
+    finally:
+        model.train(training)
+
+
+def _row_losses(rows: Sequence[Tokens], logits: Tensor) -> list[float]:
+    targets = torch.tensor([row.ids[place] for row in rows for place in row.answers], device=logits.device)
+    found = cross_entropy(logits, targets, reduction="none").split([len(row.answers) for row in rows])
+    return [loss.mean().item() for loss in found]

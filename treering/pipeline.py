@@ -78,11 +78,12 @@ def update(
         except (UsageError, ModelError, VersionError):
             registry.discard(staging)  # It could not begin, so there is nothing to resume.
             raise
+        candidate.choose_rate()
         with trackers.of_update(ws, plan, config) as tracked:
             log = candidate.learn(tracked.log)
             clear(ws, keep=staging)
             after = candidate.measure()
-            tracked.scores(after, len(candidate.steps))
+            tracked.scores(after, len(candidate.taken))
         candidate.remember()
         answers = {id: candidate.examples[id].answer for id in plan.fresh_ids}
         verdict = gate.judge(before, after, candidate.metrics, plan.fresh_ids, config.gate, config.seed, answers)

@@ -29,6 +29,9 @@ RAMPS = {"light": ("#f0f5fb", "#0a4286"), "dark": ("#1b2733", "#9fcdfb")}
 NO_LOSSES = {"step", "lr", "grad_norm", "tokens_per_second"}
 """What the log has beside losses."""
 
+NAMES = {"loss": "cross entropy", "eval_loss": "cross entropy on rows kept aside"}
+"""Losses of the log that are called otherwise in the report."""
+
 MOST_POINTS = 2000
 """Longer curves are thinned: a screen shows no more, and the file stays small."""
 
@@ -55,7 +58,7 @@ def _content(name: str, manifest: Mapping[str, Any], log: Sequence[Mapping[str, 
         "tasks": [_task(task, manifest) for task in _task_names(manifest)],
         "shades": {theme: _shades(*ramp) for theme, ramp in RAMPS.items()},
         "settings": dict(_flat(manifest["config"])),
-        "plots": _plots(log) if log else [],
+        "plots": [*_plots(log), *_rates_plot(manifest["range_test"])] if log else [],
         "plotly": get_plotlyjs() if log else "",
     }
 
@@ -117,7 +120,7 @@ def _plots(log: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
     """The curves, plot by plot; how they look is the template's."""
     terms = dict.fromkeys(term for entry in log for term in entry if term not in NO_LOSSES)
     return [
-        _plot(log, "Loss", "loss", {term: "cross entropy" if term == "loss" else term for term in terms}),
+        _plot(log, "Loss", "loss", {term: NAMES.get(term, term) for term in terms}),
         _plot(log, "Learning rate", "learning rate", {"lr": "learning rate"}),
         _plot(log, "Speed", "tokens per second", {"tokens_per_second": "tokens per second"}),
     ]
@@ -135,7 +138,26 @@ def _plot(log: Sequence[Mapping[str, float]], title: str, unit: str, terms: Mapp
         x, y = zip(*points[:-1:every], points[-1], strict=True)
         # plotly reads tags in a name as markup.
         curves.append({"name": html.escape(name, quote=False), "x": x, "y": y})
-    return {"title": title, "unit": unit, "curves": curves, "words": "; ".join(words)}
+    return {"title": title, "over": "step", "unit": unit, "curves": curves, "words": "; ".join(words)}
+
+
+def _rates_plot(test: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """What the range test measured at each rate, beside what there was before."""
+    if test is None:
+        return []
+    tried = sorted((one for one in test["tried"] if one["losses"]), key=lambda one: one["rate"])
+    curves, words = [], []
+    for kind, name in {"new": "other new rows", "old": "remembered rows"}.items():
+        x, y = [one["rate"] for one in tried], [one["losses"][kind] for one in tried]
+        if x and any(y):
+            curves.append({"name": name, "x": x, "y": y})
+            found = ", ".join(f"{loss:.4g} at {rate:g}" for rate, loss in zip(x, y, strict=True))
+            words.append(f"{name}: {test['before'][kind]:.4g} before, {found}")
+    if not curves:
+        return []
+    words.append(f"{test['value']:g} was taken")
+    plot = {"title": "Range test: loss after a few steps", "over": "learning rate", "unit": "loss", "curves": curves}
+    return [{**plot, "words": "; ".join(words)}]
 
 
 def _shades(low: str, high: str) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,12 +21,13 @@ from treering import optimizers, sharding, shares
 from treering.attention import recomputed
 from treering.batches import Batch, as_step, make_batch, with_noise
 from treering.checkpoints import Checkpoints, Log, random_state, set_random_state
+from treering.early import LOSS, EarlyStopping
 from treering.errors import ConfigError, UpdateInterruptedError, no_memory
 from treering.memory import Teacher
 from treering.methods import Methods
 from treering.model import Tokens, compute, logits_at, use_bf16
 from treering.optimizers import Optimizer
-from treering.passes import read
+from treering.passes import losses, read
 from treering.progress import bar
 from treering.ranks import Ranks
 from treering.recovery import LossError, Recovery, check_loss, worst
@@ -59,6 +61,7 @@ def train(
     pad_id: int,
     teachers: Mapping[str, Teacher] | None = None,
     parents: Mapping[str, Teacher] | None = None,
+    aside: Sequence[Tokens] = (),
     checkpoints: Path | None = None,
     stop: Stop | None = None,
     track: Callable[[Mapping[str, float]], None] | None = None,
@@ -70,8 +73,9 @@ def train(
     Loss: cross entropy averaged over the answer tokens of the optimiser step, plus what the methods add.
     With `checkpoints` (a folder) the state is kept there now and then, and an earlier run is resumed to the same bits.
     Where memory runs out, the step is taken again in smaller pieces; where its loss is no good (`check_loss`), training
-    goes back to a checkpoint, and on from there at a lower rate. Where several processes train, each computes its share
-    of every step and takes the whole step; one writes and tracks.
+    goes back to a checkpoint, and on from there at a lower rate. With rows `aside` their loss is measured every
+    `eval_steps`, the log ends where it decides so (`early.over`), and the weights are those of its lowest. Where
+    several processes train, each computes its share of every step and takes the whole step; one writes and tracks.
 
     Raises:
         UpdateInterruptedError: `stop` was asked; there is a checkpoint of where the step under way began.
@@ -92,12 +96,15 @@ def train(
     stop, sharded = stop or Stop(), sharding.asked()
     gradients_of = partial(sharding.gradients if sharded else partial(_gradients, stop), losses_of, weights)
     recovery = Recovery(checkpoints, writes=ranks.first)
-    kept = Checkpoints(checkpoints, parameters, optimizer, config, recovery, ranks)
+    early = EarlyStopping(
+        partial(_mean_loss, model, aside, config, pad_id, stop) if aside else None, parameters, optimizer, config
+    )
+    kept = Checkpoints(checkpoints, parameters, optimizer, config, recovery, ranks, early.weights)
     log = kept.resume()
     with bar("training", len(steps), quiet) as advance, shares.side_by_side(parts) as compute_all:
         computed = partial(_computed, collate, config, ranks, partial(compute_all, gradients_of), weights)
         advance(len(log))
-        while len(log) < len(steps):
+        while _goes_on(log, len(steps), early, kept, track):
             started = time.perf_counter()
             step = len(log) + 1
             shares_of_all = ranks.count * parts * recovery.pieces(step)
@@ -126,6 +133,7 @@ def train(
             if ranks.any(kept.due(step) or step == len(steps)):
                 kept.save(log)
     optimizers.finish(optimizer)
+    early.take_best()
     return log
 
 
@@ -135,6 +143,31 @@ def _made_ready(model: PreTrainedModel, config: Config, accelerator: Accelerator
         _checkpoint_layers(model)
     if sharding.asked():
         sharding.shard(model, accelerator)
+
+
+def _goes_on(
+    log: Log,
+    steps: int,
+    early: EarlyStopping,
+    kept: Checkpoints,
+    track: Callable[[Mapping[str, float]], None] | None,
+) -> bool:
+    """Whether there is a step after those in `log`, once what is to be measured before it has been."""
+    if early.due(log, steps):
+        try:
+            early.look(log)
+        except UpdateInterruptedError:
+            kept.save(log)
+            raise
+        if track is not None:
+            track({name: log[-1][name] for name in ("step", LOSS)})
+    if early.ended(log):
+        kept.save(log)
+    return len(log) < steps and not early.ended(log)
+
+
+def _mean_loss(model: PreTrainedModel, rows: Sequence[Tokens], config: Config, pad_id: int, stop: Stop | None) -> float:
+    return math.fsum(losses(model, rows, config, pad_id, stop)) / len(rows)
 
 
 def _checkpoint_layers(model: PreTrainedModel) -> None:

@@ -40,7 +40,7 @@ def perform(ws: Workspace, order: dict[str, Any]) -> dict[str, Any]:
         return _calibrated(ws, Path(order["folder"]), order["overrides"])
     from treering import pipeline
 
-    settings = culprit.careful(ws.config()) if order["careful"] else ()
+    settings = culprit.careful(ws, order["file"]) if order["careful"] else ()
     outcome = pipeline.update(ws, settings, inbox=False, file=order["file"], rolled_back=False)
     version = outcome.version.name if outcome.version else None
     return {"status": outcome.status, "reason": outcome.reason, "version": version}

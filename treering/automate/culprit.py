@@ -10,7 +10,6 @@ from treering import registry
 from treering.schedule import peak_rate
 
 if TYPE_CHECKING:
-    from treering.config import Config
     from treering.registry import Version
     from treering.workspace import Workspace
 
@@ -31,10 +30,13 @@ def only_forgot(version: Version) -> bool:
     return right and {j["about"] for j in judgements if not j["passed"]} == {"old"}
 
 
-def careful(config: Config) -> list[str]:
-    """Settings that protect more: half the rate, and half as many new rows among the replayed ones."""
+def careful(ws: Workspace, file: str) -> list[str]:
+    """Settings that protect more than when `file` was held: half the rate, and half as many new rows among old ones."""
+    config = ws.config()
+    held = next((v for v in reversed(registry.versions(ws)) if not v.promote and files(ws, v) == [file]), None)
+    rate = held.manifest["choices"]["learning_rate"]["value"] if held else peak_rate(config)
     share = (1 + config.memory.replay_share) / 2
-    return [f"learning_rate={peak_rate(config) / 2!r}", f"memory.replay_share={share!r}"]
+    return [f"learning_rate={rate / 2!r}", f"memory.replay_share={share!r}"]
 
 
 def files(ws: Workspace, version: Version) -> list[str]:
