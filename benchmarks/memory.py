@@ -64,15 +64,21 @@ def write_model(folder: Path, size: str) -> None:
 
 
 def train_a_little(folder: Path, way: str, rows: int, length: int) -> None:
-    """Train, and print the peak of this process's memory in MB and the seconds of the last step."""
+    """Train, and print the peak of this process's memory in MB and the seconds of the last step.
+
+    What needs more than there is fails by itself; the kernel would end whoever it likes.
+    """
+    import resource
+
     import torch
 
     from treering.config import Config
     from treering.methods import Methods
     from treering.model import Tokens, load_base
-    from treering.room import peak_gpu_memory_mb, peak_memory_mb
+    from treering.room import peak_gpu_memory_mb, peak_memory_mb, room
     from treering.train import train
 
+    resource.setrlimit(resource.RLIMIT_DATA, (int(room(folder)["memory_mb"]) * 2**20, resource.RLIM_INFINITY))
     values = {"model_name_or_path": str(folder), "protect": [], "per_device_train_batch_size": rows}
     config = Config.build({**values, "max_steps": STEPS, **WAYS[way]})
     methods = Methods(config)
