@@ -7,6 +7,7 @@ so that what else the machine does meets all of them.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import statistics
@@ -86,9 +87,12 @@ class Race:
         if len(rows) < size:
             raise UsageError(f"--data {self.data} has {len(rows)} training rows; a batch needs {size}")
         lengths = {id: len(row.ids) for id, row in rows.items()}
-        settings = config.model_copy(update={"max_steps": wanted, "gradient_accumulation_steps": 1})
+        # Full ones alone: after a shorter one, the last of an epoch, those of the peers would be of other rows.
+        enough = wanted + math.ceil(wanted / (len(rows) // size))
+        settings = config.model_copy(update={"max_steps": enough, "gradient_accumulation_steps": 1})
         steps = plan_steps(sorted(rows), Memory(), Methods(config), lengths, settings)
-        return [[rows[id] for id in batch] for step in steps for batch in step]
+        batches = [[rows[id] for id in batch] for step in steps for batch in step]
+        return [batch for batch in batches if len(batch) == size][:wanted]
 
     def held_out(self) -> list[Example]:
         """The rows that are scored; none if `data` has no held-out files."""
