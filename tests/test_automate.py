@@ -100,6 +100,12 @@ class Rig:
             self.clock.on(seconds=wait)
         raise AssertionError("it never comes to rest")
 
+    def learn(self, *tasks: str) -> None:
+        """An update a task."""
+        for task in tasks:
+            put(self.ws, task)
+            self.until_idle()
+
     @property
     def seen(self) -> list[str]:
         return [entry["event"] for entry in events.history(self.ws)]
@@ -579,9 +585,7 @@ def test_what_a_move_overtook_is_learned_on_what_is_current_then(
     rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     auto = rig()
-    for task in ("pens", "cups"):
-        put(auto.ws, task)
-        auto.until_idle()
+    auto.learn("pens", "cups")
     during_judging(monkeypatch, auto.ws.rollback)
     put(auto.ws, "hats")
     auto.until_idle()
@@ -599,9 +603,7 @@ def test_what_there_and_back_overtook_is_learned_after_all(
     rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     auto = rig()
-    for task in ("pens", "cups"):
-        put(auto.ws, task)
-        auto.until_idle()
+    auto.learn("pens", "cups")
     during_judging(monkeypatch, auto.ws.rollback)
     put(auto.ws, "hats")
     while "update.held" not in auto.seen:
@@ -639,9 +641,7 @@ def test_a_suspect_that_was_overtaken_is_tried_again(
 
 def test_what_the_user_rolled_back_is_not_learned_again_by_itself(rig: Callable[..., Rig]) -> None:
     auto = rig()
-    for task in ("pens", "cups"):
-        put(auto.ws, task)
-        auto.until_idle()
+    auto.learn("pens", "cups")
     assert current(auto.ws) == "v2"
     auto.ws.rollback()
     auto.until_idle()
@@ -664,9 +664,7 @@ def test_what_the_user_rolled_back_is_not_learned_again_by_itself(rig: Callable[
 
 def test_a_version_that_is_gone_stops_nothing(rig: Callable[..., Rig]) -> None:
     auto = rig()
-    for task in ("pens", "cups"):
-        put(auto.ws, task)
-        auto.until_idle()
+    auto.learn("pens", "cups")
     auto.ws.rollback()
     shutil.rmtree(auto.ws.versions / "v2")
     auto.until_idle()
