@@ -655,6 +655,10 @@ def test_what_the_user_rolled_back_is_not_learned_again_by_itself(rig: Callable[
     auto.until_idle()
     assert (current(auto.ws), waiting(auto.ws)) == ("v3", {"cups": 18})
     assert overview.status(auto.ws)["rolled_back"] == {"cups": 18}
+    damaged, whole = auto.ws.versions / "v2" / "manifest.json", (auto.ws.versions / "v2" / "manifest.json").read_text()
+    damaged.write_text("{")
+    assert overview.status(auto.ws)["waiting"] == {"cups": 18}
+    damaged.write_text(whole)
     version = registry.get(auto.ws)
     assert {task: len(ids) for task, ids in version.manifest["rows"].items()} == {"cups": 18, "hats": 18}
     assert {task: len(ids) for task, ids in version.manifest["held_out"].items()} == {"cups": 2, "hats": 2, "pens": 2}
