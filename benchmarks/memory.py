@@ -72,10 +72,11 @@ def train_a_little(folder: Path, way: str, rows: int, length: int) -> None:
 
     import torch
 
+    from treering.bench.contestant import used_mb
     from treering.config import Config
     from treering.methods import Methods
     from treering.model import Tokens, load_base
-    from treering.room import peak_gpu_memory_mb, peak_memory_mb, room
+    from treering.room import room
     from treering.train import train
 
     resource.setrlimit(resource.RLIMIT_DATA, (int(room(folder)["memory_mb"]) * 2**20, resource.RLIM_INFINITY))
@@ -94,7 +95,7 @@ def train_a_little(folder: Path, way: str, rows: int, length: int) -> None:
     steps = [[[f"{step} {row}" for row in range(rows)]] for step in range(STEPS)]
     log = train(model, tokens, steps, methods, config, pad_id=0, quiet=True)
     seconds = rows * (length - 1) / log[-1]["tokens_per_second"]
-    print(json.dumps({"peak_memory_mb": peak_gpu_memory_mb() or peak_memory_mb(), "step_seconds": seconds}))
+    print(json.dumps({"peak_memory_mb": used_mb(), "step_seconds": seconds}))
 
 
 def run(words: list[str]) -> str:

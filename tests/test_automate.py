@@ -569,6 +569,16 @@ def test_the_search_goes_on_after_a_crash(rig: Callable[..., Rig], strict_gate: 
     assert (current(auto.ws), waiting(auto.ws)) == ("v3", {})
 
 
+@pytest.fixture
+def moved(rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> Rig:
+    """v2 is current, hats wait, and while their update runs the user rolls back to v1."""
+    auto = rig()
+    auto.learn("pens", "cups")
+    during_judging(monkeypatch, auto.ws.rollback)
+    put(auto.ws, "hats")
+    return auto
+
+
 def during_judging(monkeypatch: pytest.MonkeyPatch, *acts: Callable[[], object]) -> None:
     """Do something while an update runs: one act an update."""
     left, judge = list(acts), gate.judge
@@ -581,13 +591,8 @@ def during_judging(monkeypatch: pytest.MonkeyPatch, *acts: Callable[[], object])
     monkeypatch.setattr(gate, "judge", acting)
 
 
-def test_what_a_move_overtook_is_learned_on_what_is_current_then(
-    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    auto = rig()
-    auto.learn("pens", "cups")
-    during_judging(monkeypatch, auto.ws.rollback)
-    put(auto.ws, "hats")
+def test_what_a_move_overtook_is_learned_on_what_is_current_then(moved: Rig) -> None:
+    auto = moved
     auto.until_idle()
     assert auto.last("update.held")["reason"] == "held: its parent v2 is no longer current"
     assert (current(auto.ws), registry.get(auto.ws).parent, waiting(auto.ws)) == ("v4", "v1", {"cups": 18})
@@ -599,13 +604,8 @@ def test_what_a_move_overtook_is_learned_on_what_is_current_then(
     assert auto.ws.catalog.counts()["quarantined"] == 0
 
 
-def test_what_there_and_back_overtook_is_learned_after_all(
-    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    auto = rig()
-    auto.learn("pens", "cups")
-    during_judging(monkeypatch, auto.ws.rollback)
-    put(auto.ws, "hats")
+def test_what_there_and_back_overtook_is_learned_after_all(moved: Rig) -> None:
+    auto = moved
     while "update.held" not in auto.seen:
         auto.clock.on(seconds=auto.look())
     auto.ws.promote("v2")
