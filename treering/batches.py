@@ -59,15 +59,13 @@ class Batch:
     `inputs`: `ids` and `mask`, `[rows, length]`. `at`: `[answer tokens]` flat positions whose logits predict `targets`
     `[answer tokens]`; `of` is how many the whole optimiser step has, so that a sum over a batch, divided by it, is the
     batch's part of a mean over the step. `teacher`: what the memory has stored of replayed rows. `parent`: what the
-    version before makes of new rows. `noise`: what is added to the embeddings. `counts` has how many answer tokens each
-    row has.
+    version before makes of new rows. `noise`: what is added to the embeddings.
     """
 
     inputs: Inputs
     at: Tensor
     targets: Tensor
     of: int
-    counts: list[int]
     teacher: Taught | None = None
     parent: Taught | None = None
     noise: Noise | None = None
@@ -91,7 +89,6 @@ def make_batch(
         torch.tensor(at).to(device),
         torch.tensor(targets).to(device),
         len(targets),
-        [len(row.answers) for row in rows],
         _taught(rows, teachers or {}, device),
         _taught(rows, parents or {}, device),
     )

@@ -179,7 +179,7 @@ def distill(logits: Tensor, teacher: Taught | None, **values: Any) -> Tensor | N
     method = Distill(Config.build({"distill": values}))
     empty = torch.empty(0, dtype=torch.long)
     model: Any = None
-    return method.loss(model, Batch({}, empty, empty, 0, [], teacher), logits)
+    return method.loss(model, Batch({}, empty, empty, 0, teacher), logits)
 
 
 def own(logits: Tensor, top_k: int) -> Taught:
@@ -228,9 +228,7 @@ def lwf(logits: Tensor, answers: list[int], ids: list[list[int]], parent: list[l
     method = LwF(Config.build({"lwf": values}))
     taught = Taught(torch.arange(len(ids)), torch.tensor(ids), torch.tensor(parent).half(), len(ids))
     model: Any = None
-    found = method.loss(
-        model, Batch({}, torch.empty(0), torch.tensor(answers), len(answers), [len(answers)], parent=taught), logits
-    )
+    found = method.loss(model, Batch({}, torch.empty(0), torch.tensor(answers), len(answers), parent=taught), logits)
     assert found is not None
     return found
 
@@ -258,7 +256,7 @@ def test_lwf_leaves_the_answer_free() -> None:
 
 def test_lwf_wants_a_parent() -> None:
     model: Any = None
-    batch = Batch({}, torch.empty(0), torch.tensor([1]), 1, [1])
+    batch = Batch({}, torch.empty(0), torch.tensor([1]), 1)
     assert LwF(Config()).loss(model, batch, torch.zeros(1, 4)) is None
 
 
@@ -390,7 +388,7 @@ def test_state_comes_back_in_the_next_update(model_folder: Path) -> None:
     methods.by_name["mine"] = Stateful()
     model: Any = object()
     empty = torch.empty(0, dtype=torch.long)
-    state = methods.after_update(model, [Batch({}, empty, empty, 0, [])] * 3)
+    state = methods.after_update(model, [Batch({}, empty, empty, 0)] * 3)
     assert {name: tensor.tolist() for name, tensor in state.items()} == {"mine.count": [3.0]}
     later = Methods(settings(model_folder, protect=[]))
     later.by_name = {"mine": Stateful()}
@@ -406,6 +404,6 @@ def test_without_hooks_nothing_happens() -> None:
     model: Any = object()
     assert methods.prepare(model, {}) is model
     assert methods.replay(["a"], Memory(), 0) == []
-    assert methods.losses(model, Batch({}, empty, empty, 0, []), torch.empty(0)) == {}
+    assert methods.losses(model, Batch({}, empty, empty, 0), torch.empty(0)) == {}
     assert methods.after_update(model, []) == {}
     methods.after_step(model)

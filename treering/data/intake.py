@@ -95,7 +95,7 @@ def ingest(
     with ws.catalog.writing() as writer, bar("ingesting files", len(batches), quiet) as advance:
         versions = registry.versions(ws)
         trained = {id for version in versions for id in version.rows}
-        judged = {id for version in versions for ids in version.manifest["held_out"].values() for id in ids}
+        judged = {id for version in versions for id in registry.measured(version)}
         incoming: dict[str, Stored] = {}
         # Held-out files first, so that a row in both is held out.
         for batch in sorted(batches, key=lambda b: b.split != "held_out"):
