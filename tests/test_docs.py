@@ -7,13 +7,15 @@ import re
 import shutil
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 from xml.etree import ElementTree
 
 import pytest
 
 from treering import Workspace
 from treering.config import Config
-from treering.sections import Section
+from treering.methods import FINETUNING_TYPES, PROTECT
+from treering.sections import MemoryConfig, Section
 from treering.testing import toy_rows
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +57,12 @@ def test_every_setting_has_a_row_with_its_meaning(make_docs: ModuleType) -> None
     inner = {f"{group}.{key}" for group in groups for key in type(getattr(Config(), group)).model_fields}
     assert set(rows) == set(Config.model_fields) - groups | inner
     assert all(meaning.endswith(".") for meaning in rows.values())
+
+
+def test_the_page_of_methods_has_a_row_for_each() -> None:
+    rows = re.findall(r"^\| `([\w]+)` ", (ROOT / "docs" / "methods.md").read_text(), re.M)
+    policies = get_args(MemoryConfig.model_fields["policy"].annotation)
+    assert set(rows) == {*FINETUNING_TYPES, *PROTECT, *policies}
 
 
 def test_the_page_of_the_long_tests_lists_each_with_its_figures() -> None:

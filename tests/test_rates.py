@@ -18,9 +18,10 @@ from treering.candidate import Candidate
 from treering.config import Config
 from treering.errors import UpdateInterruptedError
 from treering.memory import Memory, Remembered
+from treering.methods import Losses
 from treering.model import Tokens
 from treering.passes import losses
-from treering.rates import Choice, Losses, RangeTest, Sample, Tried
+from treering.rates import Choice, RangeTest, Sample, Tried
 from treering.schedule import LEARNING_RATES
 from treering.testing import toy_rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,17 +13,18 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from treering import early, launch, rates
-from treering.batches import make_batch
+from treering.batches import Batch, make_batch
 from treering.config import names
 from treering.errors import ConfigError, TreeringError
 from treering.evaluate import conditions, evaluate
 from treering.files import fsync_tree, write_file
 from treering.handover import Handover
-from treering.memory import Memory, Teacher
-from treering.methods import Methods
+from treering.memory import Memory, Teacher, some
+from treering.methods import Losses, Methods
 from treering.methods.lwf import TOP_K
 from treering.metrics import metric_for
 from treering.model import Tokens, encode, load, load_tokenizer, save_weights, use_bf16
+from treering.passes import losses
 from treering.progress import bar
 from treering.recovery import Recovery
 from treering.registry import Version
@@ -44,6 +46,9 @@ if TYPE_CHECKING:
 
 RESULTS = "results.parquet"
 PARENT_RESULTS = "parent.parquet"
+
+MEASURED = 64
+"""Rows that methods are told the losses of, new ones and remembered ones."""
 
 
 class Candidate:
@@ -164,6 +169,7 @@ class Candidate:
             track=track,
             quiet=self.quiet or self.config.launcher != "local",
         )
+        self.methods.after_training(self.model, self._losses)
         if use_bf16(self.config)[0]:
             # As it will be saved, so that what is measured is what serves; buffers (rotary frequencies) and LoRA's
             # matrices stay float32.
@@ -227,8 +233,7 @@ class Candidate:
         write_results(folder / RESULTS, results)
         write_file(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log).encode())
         shutil.copyfile(self.staging / PARENT_RESULTS, folder / PARENT_RESULTS)
-        batches = [make_batch([self._tokens(id)], self.pad_id, self.model.device) for id in self.plan.row_ids]
-        state = self.methods.after_update(self.model, batches)
+        state = self.methods.after_update(self.model, self._learned)
         if state:
             from safetensors.torch import save_file
 
@@ -315,6 +320,19 @@ class Candidate:
         if self.parent is None or "lwf" not in self.config.protect:
             return None
         return self._logits([self.rows[id] for id in new], TOP_K)
+
+    def _learned(self) -> list[Batch]:
+        """The new rows, each a batch of its own."""
+        return [make_batch([self._tokens(id)], self.pad_id, self.model.device) for id in self.plan.row_ids]
+
+    def _losses(self) -> Losses:
+        """The losses of the model as it is, on some rows that were new and some that are remembered."""
+        means = [0.0, 0.0]
+        for at, ids in enumerate((self.new, self.memory.rows)):
+            rows = [self.rows[id] for id in some(ids, MEASURED, f"{self.config.seed}:losses")]
+            if rows:
+                means[at] = math.fsum(losses(self.model, rows, self.config, self.pad_id, self.stop)) / len(rows)
+        return Losses(*means)
 
     def _logits(self, rows: Sequence[Tokens], top_k: int) -> dict[str, Teacher]:
         return teach(self.model, rows, self.config, top_k=top_k, pad_id=self.pad_id, stop=self.stop, quiet=self.quiet)

@@ -46,7 +46,7 @@ class Checkpoints:
 
     Three kinds stay: the first of all, for which nothing was learned yet; the last two at a multiple of `save_steps`;
     and the newest, whatever it was made for. Training goes back to those of the first two kinds alone, when a loss runs
-    away, so that no clock decides what becomes of it. `best` are weights that are kept beside those of the moment.
+    away, so that no clock decides what becomes of it. What is `beside` the weights, by name, is kept with them.
     Of the processes in `ranks` the first writes, all read.
     """
 
@@ -58,11 +58,11 @@ class Checkpoints:
         config: Config,
         recovery: Recovery,
         ranks: Ranks,
-        best: dict[str, Tensor],
+        beside: Mapping[str, dict[str, Tensor]],
     ) -> None:
         self._ranks = ranks
         self._folder, self._parameters, self._optimizer, self._recovery = folder, parameters, optimizer, recovery
-        self._best = best
+        self._beside = beside
         self._every, self._seconds = config.save_steps, 60 * config.save_minutes
         self._saved = time.monotonic()
 
@@ -78,7 +78,8 @@ class Checkpoints:
         tensors = random_state()
         for name, parameter in self._parameters.items():
             tensors[f"weight.{name}"] = whole(parameter.detach()).cpu().contiguous()
-        tensors |= {f"best.{name}": weight.cpu().contiguous() for name, weight in self._best.items()}
+        for kind, kept in self._beside.items():
+            tensors |= {f"{kind}.{name}": whole(tensor.detach()).cpu().contiguous() for name, tensor in kept.items()}
         state = {"step": step, "retries": len(self._recovery.retries), "log": log}
         state["optimizer"] = _packed(self._optimizer.state_dict(), tensors, {})
         if not self._ranks.first:
@@ -133,9 +134,14 @@ class Checkpoints:
         set_random_state(tensors)
         for name, parameter in self._parameters.items():
             parameter.copy_(parted(tensors[f"weight.{name}"], parameter))
-        found = {name: tensors.get(f"best.{name}") for name in self._parameters}
-        self._best.clear()
-        self._best |= {name: best.to(self._parameters[name].device) for name, best in found.items() if best is not None}
+        device = next(iter(self._parameters.values())).device
+        for kind, kept in self._beside.items():
+            kept.clear()
+            kept |= {
+                name.removeprefix(f"{kind}."): tensor.to(device)
+                for name, tensor in tensors.items()
+                if name.startswith(f"{kind}.")
+            }
         state_of_optimizer = _unpacked(state["optimizer"], tensors)
         self._optimizer.load_state_dict(parted_state(state_of_optimizer, list(self._parameters.values())))
         return cast(Log, state["log"])

@@ -6,7 +6,6 @@ what is judged, and a verdict better than the truth.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from treering.memory import some
 from treering.optimizers import Optimizer, averaged
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ def aside(new: Sequence[str], config: Config) -> list[str]:
     if config.early_stopping_steps is None or len(new) < ENOUGH:
         return []
     count = min(max(LEAST, round(SHARE * len(new))), MOST)
-    return sorted(new, key=lambda id: hashlib.blake2b(f"{config.seed}:aside:{id}".encode(), digest_size=8).digest())[
-        :count
-    ]
+    return some(new, count, f"{config.seed}:aside")
 
 
 def best(log: Log) -> tuple[int, float] | None:

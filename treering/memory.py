@@ -48,6 +48,11 @@ class Teacher:
     logits: Tensor
 
 
+def some(ids: Iterable[str], count: int, seed: str) -> list[str]:
+    """At most `count` of `ids`, drawn by the hash of `seed` and each: the same whatever their order."""
+    return sorted(ids, key=lambda id: hashlib.blake2b(f"{seed}:{id}".encode(), digest_size=8).digest())[:count]
+
+
 def stack(teachers: Sequence[Teacher]) -> tuple[Tensor, Tensor]:
     """Ids and logits of all, row after row, `[answer tokens, widest k]`; what a narrower one lacks is -inf."""
     import torch

@@ -22,7 +22,7 @@ import torch
 from treering.checkpoints import random_state, set_random_state
 from treering.files import write_json
 from treering.memory import Memory, Teacher
-from treering.methods import Methods
+from treering.methods import Losses, Methods
 from treering.model import Tokens
 from treering.passes import losses
 from treering.progress import Advance
@@ -60,14 +60,6 @@ READING = 1 / 3
 
 MOST = 0.3
 """The test may cost this share of the training, in rows, or the default is taken."""
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Mean cross entropy of the measured rows in nats, new and remembered; 0 where there are none."""
-
-    new: float
-    old: float
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,9 @@ def train(
     early = EarlyStopping(
         partial(_mean_loss, model, aside, config, pad_id, stop) if aside else None, parameters, optimizer, config
     )
-    kept = Checkpoints(checkpoints, parameters, optimizer, config, recovery, ranks, early.weights)
+    kept = Checkpoints(
+        checkpoints, parameters, optimizer, config, recovery, ranks, {"best": early.weights, **methods.running}
+    )
     log = kept.resume()
     with bar("training", len(steps), quiet) as advance, shares.side_by_side(parts) as compute_all:
         computed = partial(_computed, collate, config, ranks, partial(compute_all, gradients_of), weights)
@@ -108,13 +110,15 @@ def train(
             started = time.perf_counter()
             step = len(log) + 1
             shares_of_all = ranks.count * parts * recovery.pieces(step)
-            dealt = [ids for batch in steps[step - 1] for ids in shares.dealt(batch, shares_of_all)]
-            pieces = [[rows[id] for id in ids] for ids in dealt]
+            pieces = [
+                [rows[id] for id in ids] for batch in steps[step - 1] for ids in shares.dealt(batch, shares_of_all)
+            ]
             try:
                 with _undone_on_failure(optimizer):
                     ranks.begin(config.seed, step)
                     own = _in_step(ranks, stop, partial(computed, step, pieces))
-                    entry = {"step": float(step), **ranks.summed(own, names, [] if sharded else weights)}
+                    summed = ranks.summed(own, names, [] if sharded else weights)
+                    entry = {"step": float(step), **summed, **_penalized(methods, model, weights)}
                     entry["grad_norm"] = sharding.clipped(weights, config.max_grad_norm)
                     check_loss(entry, log, model.get_output_embeddings().weight.shape[0])
             except Exception as error:
@@ -254,8 +258,18 @@ def _take(model: PreTrainedModel, optimizer: Optimizer, methods: Methods, rate: 
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
-    optimizer.zero_grad()
     methods.after_step(model)
+    optimizer.zero_grad()
+
+
+def _penalized(methods: Methods, model: PreTrainedModel, parameters: Sequence[Tensor]) -> dict[str, float]:
+    """The losses of the weights alone, whose gradients `parameters` get as well."""
+    penalties = methods.penalties(model)
+    if penalties:
+        total = torch.stack(list(penalties.values())).sum()
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        _add_up([({}, gradients)], parameters)
+    return {name: float(penalty.detach()) for name, penalty in penalties.items()}
 
 
 def _add_up(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.training import same_bits
 from treering import methods as registry
 from treering.batches import Batch, Taught
 from treering.config import Config
 from treering.data.example import Example
-from treering.errors import ConfigError, ModelError
+from treering.errors import ConfigError, ModelError, UpdateInterruptedError
 from treering.memory import Memory
-from treering.methods import FINETUNING_TYPES, PROTECT, Methods
+from treering.methods import FINETUNING_TYPES, PROTECT, Losses, Methods
 from treering.methods.distill import Distill
 from treering.methods.freeze import Freeze
 from treering.methods.full import Full
@@ -26,6 +27,7 @@ from treering.methods.lwf import LwF
 from treering.methods.replay import Replay
 from treering.model import encode, load_base, load_tokenizer
 from treering.schedule import plan_steps
+from treering.stop import Stop
 from treering.testing import tiny_model, toy_rows
 from treering.train import train
 
@@ -335,6 +337,24 @@ class OnlyAfterStep:
                 parameter.zero_()
 
 
+class Pulls:
+    """A user's own method that pulls all weights to zero, and counts its steps by what gradients there were."""
+
+    def __init__(self) -> None:
+        self.running = {"steps": torch.zeros(1)}
+        self.gradients = 0
+
+    def penalty(self, model: Any) -> Tensor:
+        return 1e6 * torch.stack([weight.square().sum() for weight in trained(model).values()]).sum()
+
+    def after_step(self, model: Any) -> None:
+        self.running["steps"] += 1
+        agree = [
+            float((w.grad.sign() == w.sign()).float().mean()) for w in trained(model).values() if w.grad is not None
+        ]
+        self.gradients += len(agree) == len(trained(model)) and min(agree) > 0.9
+
+
 class Stateful:
     """A user's own method that keeps something from one update to the next."""
 
@@ -349,7 +369,7 @@ class Stateful:
         return {"count": self.given.get("count", torch.zeros(1)) + len(batches)}
 
 
-def run(folder: Path, method: Any) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+def run(folder: Path, method: Any, **options: Any) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     config = settings(folder, protect=[], max_steps=3, finetuning_type="freeze", freeze_trainable_layers=1)
     methods = Methods(config)
     if method is not None:
@@ -363,7 +383,7 @@ def run(folder: Path, method: Any) -> tuple[dict[str, Tensor], list[dict[str, fl
     rows = {example.id: encode(tokenizer, example) for example in examples}
     lengths = {id: len(row.ids) for id, row in rows.items()}
     steps = plan_steps(list(rows), Memory(), methods, lengths, config)
-    log = train(model, rows, steps, methods, config, pad_id=0, quiet=True)
+    log = train(model, rows, steps, methods, config, pad_id=0, quiet=True, **options)
     return {name: weight.detach().clone() for name, weight in trained(model).items()}, log
 
 
@@ -383,18 +403,44 @@ def test_a_method_of_ones_own_may_act_after_steps_alone(model_folder: Path) -> N
     assert not any(weight.any() for weight in weights.values())
 
 
+def test_a_method_of_ones_own_may_have_a_loss_of_the_weights(model_folder: Path) -> None:
+    method = Pulls()
+    weights, log = run(model_folder, method)
+    plain, plain_log = run(model_folder, None)
+    assert log[0]["loss"] == plain_log[0]["loss"]
+    assert log[0]["mine"] > 0
+    assert method.gradients == 3
+    assert sum(float(w.abs().sum()) for w in weights.values()) < sum(float(w.abs().sum()) for w in plain.values())
+
+
+def test_what_a_method_changes_from_step_to_step_is_kept(model_folder: Path, tmp_path: Path) -> None:
+    whole, broken, again = Pulls(), Pulls(), Pulls()
+    weights, _ = run(model_folder, whole)
+    stop = Stop()
+
+    def ask(entry: Mapping[str, float]) -> None:
+        stop.asked = entry["step"] == 2
+
+    with pytest.raises(UpdateInterruptedError):
+        run(model_folder, broken, checkpoints=tmp_path, stop=stop, track=ask)
+    assert broken.running == {"steps": torch.tensor([2.0])}
+    resumed, _ = run(model_folder, again, checkpoints=tmp_path)
+    assert whole.running == again.running == {"steps": torch.tensor([3.0])}
+    assert same_bits(weights, resumed)
+
+
 def test_state_comes_back_in_the_next_update(model_folder: Path) -> None:
     methods = Methods(settings(model_folder))
     methods.by_name["mine"] = Stateful()
     model: Any = object()
     empty = torch.empty(0, dtype=torch.long)
-    state = methods.after_update(model, [Batch({}, empty, empty, 0)] * 3)
+    state = methods.after_update(model, lambda: [Batch({}, empty, empty, 0)] * 3)
     assert {name: tensor.tolist() for name, tensor in state.items()} == {"mine.count": [3.0]}
     later = Methods(settings(model_folder, protect=[]))
     later.by_name = {"mine": Stateful()}
     later.prepare(model, {**state, "other.count": torch.ones(1), "mined": torch.ones(1)})
     assert later.by_name["mine"].given.keys() == {"count"}
-    assert later.after_update(model, [])["mine.count"].tolist() == [3.0]
+    assert later.after_update(model, lambda: [])["mine.count"].tolist() == [3.0]
 
 
 def test_without_hooks_nothing_happens() -> None:
@@ -405,5 +451,8 @@ def test_without_hooks_nothing_happens() -> None:
     assert methods.prepare(model, {}) is model
     assert methods.replay(["a"], Memory(), 0) == []
     assert methods.losses(model, Batch({}, empty, empty, 0), torch.empty(0)) == {}
-    assert methods.after_update(model, []) == {}
+    assert methods.after_update(model, lambda: pytest.fail("nobody asked for the rows")) == {}
+    assert methods.penalties(model) == {}
+    assert methods.running == {}
     methods.after_step(model)
+    methods.after_training(model, lambda: Losses(0.0, 0.0))

@@ -6,7 +6,8 @@ Importing this module loads no method: settings are checked without torch.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -35,8 +36,12 @@ PROTECT: dict[str, str] = {
 class Method(Protocol):
     """The hooks of a method. Each is optional: a method has only those it needs.
 
-    A method is built from the whole `Config` and knows nothing of files, tasks' names or versions.
+    A method is built from the whole `Config` and knows nothing of files, tasks' names or versions. Tensors that it
+    changes from step to step it holds in `running`: they are kept in the checkpoints with the weights, so that an
+    interrupted update goes on with the same.
     """
+
+    running: dict[str, Tensor]
 
     def prepare(self, model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
         """Freeze, wrap or load what `after_update` returned last time; returns the model to train."""
@@ -50,11 +55,28 @@ class Method(Protocol):
         `logits` is `[answer tokens of the batch, vocabulary]`, float32. Batches of a step come from several threads.
         """
 
+    def penalty(self, model: PreTrainedModel) -> Tensor | None:
+        """An extra scalar loss of the weights alone, or None; asked for once an optimiser step."""
+
     def after_step(self, model: PreTrainedModel) -> None:
-        """Called after each optimiser step: projection, averaging."""
+        """Called after each optimiser step, while its gradients (those of `penalty` too, clipped) are there."""
+
+    def after_training(self, model: PreTrainedModel, measure: Callable[[], Losses]) -> None:
+        """Called once, when the last step is done: averaging, merging. `measure` is for choices; it takes seconds."""
 
     def after_update(self, model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """Tensors to keep in the version; they come back as `state` in the next update."""
+        """Tensors to keep in the version; they come back as `state` in the next update.
+
+        `batches` are the rows that were new, each alone.
+        """
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean cross entropy of some training rows in nats, new and remembered; 0 where there are none."""
+
+    new: float
+    old: float
 
 
 class Methods:
@@ -81,18 +103,31 @@ class Methods:
         found = {name: hook(model, batch, logits) for name, hook in self._hooks("loss")}
         return {name: loss for name, loss in found.items() if loss is not None}
 
+    def penalties(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """The losses of the weights alone, by method name."""
+        found = {name: hook(model) for name, hook in self._hooks("penalty")}
+        return {name: penalty for name, penalty in found.items() if penalty is not None}
+
     def after_step(self, model: PreTrainedModel) -> None:
         """Let each method act on the weights after an optimiser step."""
         for _, hook in self._hooks("after_step"):
             hook(model)
 
-    def after_update(self, model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """The state of all methods, keys `<name>.<key>`."""
-        return {
-            f"{name}.{key}": tensor
-            for name, hook in self._hooks("after_update")
-            for key, tensor in hook(model, batches).items()
-        }
+    def after_training(self, model: PreTrainedModel, measure: Callable[[], Losses]) -> None:
+        """Let each method act on the weights after the last step."""
+        for _, hook in self._hooks("after_training"):
+            hook(model, measure)
+
+    @property
+    def running(self) -> dict[str, dict[str, Tensor]]:
+        """What each method that has any changes from step to step, by its name: to be kept, and put back in place."""
+        return dict(self._hooks("running"))
+
+    def after_update(self, model: PreTrainedModel, learned: Callable[[], Sequence[Batch]]) -> dict[str, Tensor]:
+        """The state of all methods, keys `<name>.<key>`; `learned` makes the batches that they are given."""
+        hooks = self._hooks("after_update")
+        batches = learned() if hooks else []
+        return {f"{name}.{key}": tensor for name, hook in hooks for key, tensor in hook(model, batches).items()}
 
     def _hooks(self, hook: str) -> list[tuple[str, Any]]:
         return [(name, getattr(method, hook)) for name, method in self.by_name.items() if hasattr(method, hook)]
