@@ -127,7 +127,7 @@ def typical_steps(steps: Sequence[Step], tokens: Mapping[str, int]) -> list[Step
 
 def _trying(candidate: Candidate) -> float:
     """Seconds of a rate in the range test; 0 if there will be none."""
-    sample = rates.Sample.drawn(candidate.new, candidate.memory, candidate.config)
+    sample = rates.Sample.drawn(candidate.new, candidate.replayed, candidate.config)
     if rates.given(candidate.config, sample, candidate.steps) is not None:
         return 0.0
     return _timed(lambda: candidate.range_test(sample).after(peak_rate(candidate.config)))[1]

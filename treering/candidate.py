@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from treering import early, launch, rates
+from treering import early, experts, launch, rates
 from treering.batches import Batch, make_batch
 from treering.config import names
 from treering.errors import ConfigError, TreeringError
 from treering.evaluate import conditions, evaluate
+from treering.features import features
 from treering.files import fsync_tree, write_file
 from treering.handover import Handover
 from treering.memory import Memory, Teacher, some
@@ -94,6 +95,9 @@ class Candidate:
         self.steps: list[Step] = []
         self.log: list[dict[str, float]] = []
         self.rate = rates.Choice(peak_rate(config), "not chosen yet")
+        self.expert: experts.Choice | None = None
+        self.vectors = torch.empty(0)
+        self.replayed = self.memory
         self.train_seconds = 0.0
         self.processes: list[Trained] = []
 
@@ -111,15 +115,17 @@ class Candidate:
 
     def prepare(self) -> None:
         """Make the model ready to learn, and decide what it is taught at each step."""
+        if self.config.adapter_composition == "experts":
+            self._choose_expert()
         self.model = _prepared(self.model, self.methods, self.config, self.parent)
         self.rows = {id: self._tokens(id) for id in [*self.plan.row_ids, *self.memory.rows]}
         lengths = {id: len(row.ids) for id, row in self.rows.items()}
         self.aside = early.aside(self.plan.row_ids, self.config)
-        self.steps = plan_steps(self.new, self.memory, self.methods, lengths, self.config)
+        self.steps = plan_steps(self.new, self.replayed, self.methods, lengths, self.config)
 
     def choose_rate(self) -> None:
         """Settle the learning rate: as set, as an earlier run of this update chose it, or by a range test now."""
-        sample = rates.Sample.drawn(self.new, self.memory, self.config)
+        sample = rates.Sample.drawn(self.new, self.replayed, self.config)
         found = rates.given(self.config, sample, self.steps) or rates.saved(self.staging)
         if found is None:
             with bar("trying learning rates", rates.RATES, self.quiet) as advance:
@@ -176,6 +182,8 @@ class Candidate:
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad and "lora_" not in name:
                     parameter.data = parameter.data.bfloat16()
+        if self.expert is not None:
+            experts.keep(self.model, self.expert, self.vectors, self._classes)
         self.train_seconds += time.perf_counter() - started
         return self.log
 
@@ -229,6 +237,10 @@ class Candidate:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         save_weights(self.model, self.tokenizer, folder, base_name)
+        if self.expert is not None:
+            found = experts.of(self.model)
+            assert found is not None
+            experts.save(folder, found, self.expert.expert, self.parent.folder if self.parent else None)
         self.memory.save(folder)
         write_results(folder / RESULTS, results)
         write_file(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log).encode())
@@ -269,6 +281,8 @@ class Candidate:
             "bf16": dict(zip(("value", "reason"), use_bf16(self.config), strict=True)),
             "memory": {"value": len(self.memory), "reason": f"size {self.memory.size}, {self.memory.policy}"},
         }
+        if self.expert is not None:
+            found["expert"] = {"value": self.expert.expert, "reason": self.expert.reason}
         for task in self.plan.rows:
             few = "short answers, each used at least twice on average"
             reason = few if self.metrics[task] == "exact_match" else "answers are no small label set"
@@ -321,6 +335,25 @@ class Candidate:
             return None
         return self._logits([self.rows[id] for id in new], TOP_K)
 
+    def _choose_expert(self) -> None:
+        """Have the adapter that is taught be that of the expert which the new rows are for."""
+        prompts = [self.examples[id].prompt for id in self.plan.row_ids]
+        with bar("reading the new rows", len(prompts), self.quiet) as advance:
+            self.vectors = features(self.model, self.tokenizer, prompts, self.config, advance=advance, stop=self.stop)
+        known = experts.of(self.model)
+        self.expert = experts.choose(known, self.vectors, self._classes)
+        experts.begin(self.model, self.expert)
+        self.replayed = experts.part(self.memory, self.expert, known, self._classes)
+
+    @property
+    def _classes(self) -> list[str]:
+        """The class of each new row, as the router knows it."""
+        return [
+            experts.class_of(task, self.examples[id].label if self.metrics[task] == "exact_match" else "")
+            for task, ids in self.plan.rows.items()
+            for id in ids
+        ]
+
     def _learned(self) -> list[Batch]:
         """The new rows, each a batch of its own."""
         return [make_batch([self._tokens(id)], self.pad_id, self.model.device) for id in self.plan.row_ids]
@@ -328,7 +361,7 @@ class Candidate:
     def _losses(self) -> Losses:
         """The losses of the model as it is, on some rows that were new and some that are remembered."""
         means = [0.0, 0.0]
-        for at, ids in enumerate((self.new, self.memory.rows)):
+        for at, ids in enumerate((self.new, self.replayed.rows)):
             rows = [self.rows[id] for id in some(ids, MEASURED, f"{self.config.seed}:losses")]
             if rows:
                 means[at] = math.fsum(losses(self.model, rows, self.config, self.pad_id, self.stop)) / len(rows)
@@ -366,6 +399,12 @@ def _check_kind(parent: Version | None, config: Config) -> None:
         raise ConfigError(
             f"finetuning_type is {config.finetuning_type}, but {parent.name} is {what}: "
             f"set finetuning_type: {kind}, or start a new workspace"
+        )
+    found = "experts" if (parent.folder / experts.FOLDER).exists() else "continue"
+    if found != config.adapter_composition:
+        raise ConfigError(
+            f"adapter_composition is {config.adapter_composition}, but {parent.name} was made with {found}: "
+            f"set adapter_composition: {found}, or start a new workspace"
         )
     for key in ("lora_target", "additional_target") if adapter else ():
         wanted, found = getattr(config, key), parent.manifest["config"].get(key)

@@ -49,6 +49,10 @@ class Config(Section):
     protect: tuple[str, ...] = ("replay", "distill")
     """What protects old knowledge; any subset, freely combined."""
 
+    adapter_composition: Literal["continue", "experts"] = "continue"
+    """How updates build on each other, with `lora`: `continue` trains on the parent's adapter; with `experts` an update
+    whose rows are unlike what is known gets an adapter of its own, and a router says which of them answers a prompt."""
+
     lora_rank: int = Field(8, ge=1)
     """Rank of the LoRA matrices."""
 
@@ -210,6 +214,13 @@ class Config(Section):
                     raise ValueError(
                         f"{key} is {value}, but finetuning_type is {self.finetuning_type}, and only lora has adapters: "
                         "drop either"
+                    )
+        if self.adapter_composition == "experts":
+            for key, needed in (("finetuning_type", "lora"), ("launcher", "local"), ("additional_target", None)):
+                if (value := getattr(self, key)) != needed:
+                    raise ValueError(
+                        f"adapter_composition is experts, but {key} is {value}: "
+                        f"set {key}: {needed or 'null'}, or adapter_composition: continue"
                     )
         if self.optim == "schedule_free_adamw" and self.lr_scheduler_type != "constant":
             raise ValueError(

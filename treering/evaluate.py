@@ -13,10 +13,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from treering.data.example import Example
+from treering.experts import routed
 from treering.greedy import Answer, Known, text, write
 from treering.metrics import exact_match, token_f1
 from treering.model import encode
-from treering.passes import in_parts, read_answers
+from treering.passes import read_answers
 from treering.progress import bar
 from treering.results import Result
 from treering.stop import Stop
@@ -83,7 +84,8 @@ def evaluate(
         return [(texts[at], loss) for at, loss in zip(part, losses, strict=True)]
 
     with bar(title, len(rows), quiet) as advance:
-        found = in_parts(model, [row.ids for row in tokens], score, config, advance, stop)
+        prompts, read = [example.prompt for example, _ in rows], [row.ids for row in tokens]
+        found = routed(model, tokenizer, prompts, read, score, config, advance, stop)
     return [
         Result(example.id, task, metrics[task], METRICS[metrics[task]](written, example.answer), loss, written)
         for (example, task), (written, loss) in zip(rows, found, strict=True)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from treering.data.example import Message
+from treering.experts import routed
 from treering.model import compute, encode_prompt, lean_output, pad, use_bf16
-from treering.passes import in_parts
 from treering.progress import Advance, silent
 from treering.tree import Path, Tree
 
@@ -145,7 +145,7 @@ def generate(
         write(tree, model, answers, Known(()), config, end, pad_id)
         return [text(tokenizer, answer) for answer in answers]
 
-    return in_parts(model, rows, one, config, advance)
+    return routed(model, tokenizer, prompts, rows, one, config, advance)
 
 
 def text(tokenizer: PreTrainedTokenizerBase, answer: Answer) -> str:

@@ -14,7 +14,7 @@ import json
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,6 +95,13 @@ class Memory:
         kept = self._balanced() if self.policy == "balanced" else self._first(self.rows.values(), self._budget())
         self.rows = {row.id: row for row in sorted(kept, key=self._priority)}
         self.teachers = {id: teacher for id, teacher in self.teachers.items() if id in self.rows}
+
+    def part(self, wanted: Callable[[Remembered], bool]) -> Memory:
+        """The rows that are `wanted`, with what is stored for them: to draw from, not to add to."""
+        found = Memory(self.size, self.policy, self.seed)
+        found.rows = {id: row for id, row in self.rows.items() if wanted(row)}
+        found.teachers = self.teachers
+        return found
 
     def draw(self, count: int, epoch: int = 0) -> list[str]:
         """`count` ids, each kept row as often as the others (give or take one), in an order that `epoch` decides."""

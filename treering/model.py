@@ -253,13 +253,17 @@ def load(base: Path, config: Config, version: Version | None = None) -> PreTrain
         raise VersionError(f"{version.name} has no adapter_model.safetensors; other formats are not loaded")
     from peft import LoraConfig, PeftModel
 
+    from treering import experts
     from treering.lora_product import join
 
     made = LoraConfig.from_pretrained(str(version.folder))
     made.lora_dropout = config.lora_dropout  # How the next update trains, whatever the last one did.
     adapted = PeftModel.from_pretrained(load_base(base, config), str(version.folder), is_trainable=True, config=made)
     join(adapted)  # As it was trained, so that it gives the same bits.
-    return cast("PreTrainedModel", adapted)
+    model = cast("PreTrainedModel", adapted)
+    if (version.folder / experts.FOLDER).exists():
+        experts.load(model, version.folder)
+    return model
 
 
 def save_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, base_name: str) -> None:

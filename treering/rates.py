@@ -98,10 +98,9 @@ class Sample:
         draw.shuffle(fresh)
         draw.shuffle(old)
         measured, measured_old = min(MEASURED, len(fresh) // 3), min(MEASURED, math.ceil(len(old) / 2))
-        replayed = Memory(memory.size, memory.policy, memory.seed)
-        replayed.rows = {id: memory.rows[id] for id in old[measured_old:]}
-        replayed.teachers = memory.teachers
-        return cls(fresh[measured:], replayed, fresh[:measured], old[:measured_old])
+        replayed = set(old[measured_old:])
+        learned = memory.part(lambda row: row.id in replayed)
+        return cls(fresh[measured:], learned, fresh[:measured], old[:measured_old])
 
     @property
     def cost(self) -> float:

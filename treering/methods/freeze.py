@@ -22,7 +22,7 @@ class Freeze:
     def prepare(self, model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
         """Returns the model with the chosen layers in float32 and trained, everything else frozen."""
         model.requires_grad_(False)
-        stack = _decoder_layers(model)
+        stack = decoder_layers(model)
         if abs(self.layers) > len(stack):
             raise ConfigError(f"freeze_trainable_layers is {self.layers}, but the model has {len(stack)} layers")
         chosen = list(stack)[-self.layers :] if self.layers > 0 else list(stack)[: -self.layers]
@@ -31,7 +31,8 @@ class Freeze:
         return model
 
 
-def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of `model`, from the first on. Raises `ModelError` where they are no list."""
     count = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:

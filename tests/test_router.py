@@ -1,0 +1,101 @@
+"""The router is a linear discriminant of all rows ever shown, and knows what is far from all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from treering.router import SHRINKAGE, Known, Router
+
+SIZE = 6
+
+
+def rows(count: int, centre: float, seed: int, spread: float = 1.0) -> Tensor:
+    drawn = torch.randn(count, SIZE, generator=torch.Generator().manual_seed(seed))
+    return drawn * torch.tensor([spread, 1.0, 0.2, 1.0, 3.0, 1.0]) + centre
+
+
+@pytest.fixture
+def taught() -> Router:
+    router = Router(SIZE)
+    router.learn(torch.cat([rows(40, 0, 1), rows(30, 5, 2)]), ["a"] * 40 + ["b"] * 30, "e1")
+    router.learn(rows(50, -5, 3), ["c"] * 50, "e2")
+    return router
+
+
+def test_it_is_fishers_discriminant(taught: Router) -> None:
+    parts = {"a": rows(40, 0, 1), "b": rows(30, 5, 2), "c": rows(50, -5, 3)}
+    arrays = {name: part.double().numpy() for name, part in parts.items()}
+    means = np.stack([part.mean(0) for part in arrays.values()])
+    scatter = sum((part - part.mean(0)).T @ (part - part.mean(0)) for part in arrays.values()) / 120
+    shrunk = (1 - SHRINKAGE) * scatter + SHRINKAGE * np.trace(scatter) / SIZE * np.eye(SIZE)
+    asked = rows(20, 1, 9)
+    off = asked.double().numpy()[:, None] - means
+    distances = np.einsum("rci,ij,rcj->rc", off, np.linalg.inv(shrunk), off)
+    experts, logs = taught.nearest(asked)
+    assert experts == [["e1", "e1", "e2"][at] for at in distances.argmin(1)]
+    np.testing.assert_allclose(logs.numpy(), np.log(distances.min(1)), rtol=1e-6)
+
+
+def test_rows_may_come_in_any_order_and_in_parts() -> None:
+    one, other = Router(SIZE), Router(SIZE)
+    a, b = rows(20, 0, 1), rows(20, 4, 2)
+    one.learn(torch.cat([a, b]), ["a"] * 20 + ["b"] * 20, "e1")
+    other.learn(b[:7], ["b"] * 7, "e1")
+    other.learn(torch.cat([a, b[7:]]).flip(0), ["b"] * 13 + ["a"] * 20, "e1")
+    asked = rows(30, 2, 5)
+    torch.testing.assert_close(one.nearest(asked)[1], other.nearest(asked)[1])
+
+
+def test_near_rows_get_an_expert_and_far_ones_none(taught: Router) -> None:
+    assert set(taught.route(torch.cat([rows(50, 0, 11), rows(50, 5, 12)]))) == {"e1"}
+    assert set(taught.route(rows(50, -5, 13))) == {"e2"}
+    assert set(taught.route(rows(50, 60, 14))) == {None}
+    assert taught.route(rows(0, 0, 1)) == []
+
+
+def test_a_class_belongs_to_who_learned_it_last(taught: Router) -> None:
+    taught.learn(rows(10, -5, 21), ["c"] * 10, "e1")
+    assert set(taught.route(rows(50, -5, 13))) == {"e1"}
+
+
+def test_what_is_unlike_is_novel(taught: Router) -> None:
+    assert abs(taught.novelty(rows(100, 5, 31))) < 0.4
+    assert taught.novelty(rows(100, 12, 32)) > 1
+
+
+def test_distances_are_those_of_rows_that_were_not_learned() -> None:
+    """Few rows in many dimensions lie near to the mean that they made themselves."""
+    router = Router(SIZE)
+    few = rows(12, 0, 41)
+    router.learn(few, ["a"] * 12, "e1")
+    unseen = router.nearest(rows(400, 0, 42))[1]
+    assert abs(router.known.mean - unseen.mean()) < abs(float(router.nearest(few)[1].mean()) - unseen.mean())
+
+
+def test_new_distances_count_as_much_as_all_before() -> None:
+    old, new = torch.full((100,), 4.0), torch.tensor([1.0, 3.0])
+    known = Known().with_new(old).with_new(new)
+    same = torch.cat([torch.full((2,), 4.0), new])
+    assert known.mean == pytest.approx(float(same.mean()))
+    assert known.variance == pytest.approx(float(same.var(correction=0)))
+    assert Known().with_new(torch.empty(0)) == Known()
+
+
+def test_one_row_is_a_beginning() -> None:
+    router = Router(SIZE)
+    router.learn(rows(1, 0, 1), ["a"], "e1")
+    assert router.route(rows(1, 0, 1)) == ["e1"]
+
+
+def test_it_comes_back_as_it_was_kept(taught: Router, tmp_path: Path) -> None:
+    taught.save(tmp_path)
+    found = Router.load(tmp_path)
+    asked = rows(30, 2, 5)
+    assert found.nearest(asked)[0] == taught.nearest(asked)[0]
+    assert torch.equal(found.nearest(asked)[1], taught.nearest(asked)[1])
+    assert found.known == taught.known
