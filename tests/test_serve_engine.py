@@ -170,6 +170,20 @@ def test_a_worker_that_talks_nonsense_is_replaced(run: Run, what: str) -> None:
     run(test)
 
 
+def test_a_silent_worker_is_not_alive(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtin, "PING_SECONDS", 0.01)
+    monkeypatch.setattr(builtin, "PINGS", 10_000)
+
+    async def test(engine: BuiltinEngine) -> None:
+        assert engine._process is not None
+        engine._process.send_signal(signal.SIGSTOP)
+        await until(lambda: not engine.alive)
+        engine._process.send_signal(signal.SIGCONT)
+        await until(lambda: engine.alive)
+
+    run(test)
+
+
 def test_embeddings_are_started_over(run: Run) -> None:
     async def test(engine: BuiltinEngine) -> None:
         made = await engine.embed("base", ["a", "b"])

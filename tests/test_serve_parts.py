@@ -18,6 +18,7 @@ from treering.serve import keys
 from treering.serve.answered import Answered
 from treering.serve.engine import EngineError, Job
 from treering.serve.errors import ApiError
+from treering.serve.grammars import KEPT, Grammars
 from treering.serve.limits import Limits, TooManyError
 from treering.serve.sampling import Sampler
 from treering.serve.text import Writer
@@ -62,7 +63,7 @@ def job(**settings: Any) -> Job:
 def test_greedy_takes_the_likeliest_and_penalties_move_it(tokenizer: Any) -> None:
     logits = torch.tensor([0.0, 2.0, 1.0, -1.0])
     assert Sampler(job(), 0, tokenizer, None).choose(logits)[0] == 1
-    assert Sampler(job(logit_bias={3: 50.0, 9: 99.0}), 0, tokenizer, None).choose(logits)[0] == 3
+    assert Sampler(job(logit_bias={3: 50.0}), 0, tokenizer, None).choose(logits)[0] == 3
     penalised = Sampler(job(frequency_penalty=0.75, presence_penalty=0.5), 0, tokenizer, None)
     assert [penalised.choose(logits)[0] for _ in range(3)] == [1, 2, 1]
     _, token = Sampler(job(logprobs=2, logit_bias={0: 50.0}), 0, tokenizer, None).choose(logits)
@@ -73,9 +74,15 @@ def test_greedy_takes_the_likeliest_and_penalties_move_it(tokenizer: Any) -> Non
 
 
 def test_biases_are_few(tokenizer: Any) -> None:
-    Sampler(job(logit_bias=dict.fromkeys(range(300), 1.0)), 0, tokenizer, None)
+    Sampler(job(logit_bias=dict.fromkeys(range(len(tokenizer)), 1.0)), 0, tokenizer, None)
     with pytest.raises(EngineError, match="301 tokens; name 300 at most"):
         Sampler(job(logit_bias=dict.fromkeys(range(301), 1.0)), 0, tokenizer, None)
+
+
+def test_biases_are_of_tokens_that_there_are(tokenizer: Any) -> None:
+    for id in (-1, len(tokenizer)):
+        with pytest.raises(EngineError, match=f"the token {id}; this model has those from 0 to {len(tokenizer) - 1}"):
+            Sampler(job(logit_bias={id: 1.0}), 0, tokenizer, None)
 
 
 def test_the_coldest_temperatures_take_the_likeliest(tokenizer: Any) -> None:
@@ -91,22 +98,47 @@ def test_without_scores_there_is_nothing_to_choose(tokenizer: Any) -> None:
 
 
 def test_a_grammar_needs_no_compiler(tokenizer: Any) -> None:
-    import llguidance.hf
-
-    grammar = llguidance.hf.from_tokenizer(tokenizer, n_vocab=len(tokenizer))
-    schema = {"enum": ["ab"]}
+    grammars = Grammars(tokenizer, len(tokenizer))
     with torch.compiler.set_stance("fail_on_recompile"):
-        sampler = Sampler(job(json_schema=schema), 0, tokenizer, grammar)
-        written = ""
-        while not sampler.ended:
-            written += tokenizer.decode([sampler.choose(torch.zeros(len(tokenizer) + 5))[0]])
-    assert written == '"ab"'
-    with pytest.raises(EngineError, match="cannot be followed"):
-        Sampler(job(json_schema={"const": "\ud800"}), 0, tokenizer, grammar)
-    around = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
-    with pytest.raises(EngineError, match="cannot be followed: nothing fits it"):
-        Sampler(job(json_schema=around), 0, tokenizer, grammar)
-    Sampler(job(json_schema={"oneOf": [{"type": "object"}, {"type": "object"}]}), 0, tokenizer, grammar)
+        for _ in range(2):  # Each use is one from the beginning.
+            matcher = grammars.of({"enum": ["ab"]}).result().deep_copy()
+            sampler, written = Sampler(job(), 0, tokenizer, matcher), ""
+            while not sampler.ended:
+                written += tokenizer.decode([sampler.choose(torch.zeros(len(tokenizer) + 5))[0]])
+            assert written == '"ab"'
+
+
+def test_a_grammar_is_built_once(tokenizer: Any) -> None:
+    grammars = Grammars(tokenizer, len(tokenizer))
+    first = grammars.of({"enum": ["a"]})
+    assert grammars.of({"enum": ["a"]}) is first
+    for number in range(KEPT):
+        grammars.of({"enum": [number]})
+    assert grammars.of({"enum": ["a"]}) is not first
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"const": "\ud800"}, "cannot be followed"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "nothing fits it"),
+        ({"enum": ["x" * 210_000]}, "210014 characters; 200000 is the most"),
+        ({"type": "integer", "multipleOf": 999983}, "multipleOf asks for 999983; 10000 is the most"),
+        ({"type": "number", "multipleOf": 0.00012345}, "multipleOf asks for"),
+        ({"allOf": [{"type": "integer", "multipleOf": 997}, {"multipleOf": 991}]}, "asks for 988027"),
+    ],
+)
+def test_schemas_that_cannot_be_followed(tokenizer: Any, schema: dict[str, Any], reason: str) -> None:
+    with pytest.raises(EngineError, match=f"cannot be followed.*{reason}" if "cannot" not in reason else reason):
+        Grammars(tokenizer, len(tokenizer)).of(schema).result()
+
+
+def test_schemas_that_can_be_followed(tokenizer: Any) -> None:
+    grammars = Grammars(tokenizer, len(tokenizer))
+    grammars.of({"oneOf": [{"type": "object"}, {"type": "object"}]}).result()
+    prices = {name: {"type": "number", "multipleOf": 0.01} for name in "abcdef"}
+    grammars.of({"type": "object", "properties": prices}).result()
+    grammars.of({"type": "integer", "multipleOf": 9973}).result()
 
 
 def test_drawn_tokens_follow_the_distribution(tokenizer: Any) -> None:

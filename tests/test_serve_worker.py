@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
@@ -16,6 +17,7 @@ from treering.errors import ModelError
 from treering.serve.adapters import Adapter
 from treering.serve.batch import Batch
 from treering.serve.engine import BASE, Job
+from treering.serve.grammars import Grammars
 from treering.serve.texts import Texts
 from treering.serve.versions import Loaded
 from treering.serve.worker import Worker
@@ -110,6 +112,29 @@ def test_every_kind_of_adapter_is_served(workspace: Callable[..., Workspace], va
     for version in ("base", "v1"):
         assert inside.text(version) == greedy(ws, version, ASK, 12)
     assert inside.text("base") != inside.text("v1")
+
+
+def test_nobody_waits_for_anothers_schema(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, build = threading.Event(), Grammars._build
+
+    def slowly(self: Grammars, text: str) -> Any:
+        assert go_on.wait(60)
+        return build(self, text)
+
+    monkeypatch.setattr(Grammars, "_build", slowly)
+    inside.generate("slow", json_schema={"enum": ["ab"]})
+    inside.generate("left", json_schema={"enum": ["cd"]})
+    inside.generate("other")
+
+    def release(event: Message) -> None:
+        if event.get("id") == "other" and event.get("finish"):
+            inside.put(op="cancel", id="left")
+            go_on.set()
+
+    inside.then = release
+    inside.run(2)
+    assert inside.text("other") and inside.text("slow") == '"ab"'
+    assert not any(event.get("id") == "left" for event in inside.events)
 
 
 def test_a_request_breaks_only_itself(inside: Inside) -> None:

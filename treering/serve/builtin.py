@@ -32,6 +32,9 @@ PING_SECONDS = 10.0
 PINGS = 12
 """A worker that answers none of so many, one sent every so many seconds, hangs, and is ended."""
 
+SILENT_PINGS = 3
+"""One that has left so many unanswered is not alive, as who asks is told, but may come back."""
+
 LINE_BYTES = 64 * 2**20
 WORKER = (sys.executable, "-m", "treering.serve.worker")
 
@@ -72,8 +75,8 @@ class BuiltinEngine:
 
     @property
     def alive(self) -> bool:
-        """Whether a worker is up."""
-        return self._ready.is_set()
+        """Whether a worker is up, and not silent."""
+        return self._ready.is_set() and self._unanswered < SILENT_PINGS
 
     async def start(self) -> None:
         """Start the worker and wait until the base model is loaded. Raises `EngineError` if it cannot be."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -21,19 +20,25 @@ COLDEST = 1e-5
 """Below this temperature the likeliest token has all the probability that numbers can tell."""
 
 
-SPACE = "[ ]?"
-"""What may stand between the parts of JSON: some models would fill their limit with blanks."""
-
-
 class Sampler:
-    """Chooses the tokens of one job. Raises `EngineError` for a job whose settings cannot be followed."""
+    """Chooses the tokens of one job, those that `matcher` allows if there is one.
 
-    def __init__(self, job: Job, temperature: float, tokenizer: Any, grammar: llguidance.LLTokenizer | None) -> None:
+    Raises `EngineError` for a job whose settings cannot be followed.
+    """
+
+    def __init__(self, job: Job, temperature: float, tokenizer: Any, matcher: llguidance.LLMatcher | None) -> None:
         if len(job.logit_bias) > MOST_BIASES:
             raise EngineError(
                 f"logit_bias names {len(job.logit_bias)} tokens; name {MOST_BIASES} at most",
                 status=400,
                 code="too_many_biases",
+            )
+        unknown = [id for id in job.logit_bias if not 0 <= id < len(tokenizer)]
+        if unknown:
+            raise EngineError(
+                f"logit_bias names the token {unknown[0]}; this model has those from 0 to {len(tokenizer) - 1}",
+                status=400,
+                code="unknown_token",
             )
         self._job = job
         self._temperature = temperature
@@ -45,7 +50,7 @@ class Sampler:
             self._random.seed()
         else:
             self._random.manual_seed(job.seed)
-        self._matcher = None if grammar is None else _matcher(grammar, job.json_schema)
+        self._matcher = matcher
 
     @property
     def ended(self) -> bool:
@@ -85,8 +90,7 @@ class Sampler:
             if self._shift is None:
                 self._shift = torch.zeros_like(scores)
                 for id, bias in self._job.logit_bias.items():
-                    if 0 <= id < len(scores):
-                        self._shift[id] = bias
+                    self._shift[id] = bias
             scores = scores + self._shift
         if self._matcher is not None:
             allowed = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
@@ -119,20 +123,3 @@ class Sampler:
 
     def _text(self, id: int) -> str:
         return name_of(self._tokenizer, id)
-
-
-def _matcher(grammar: llguidance.LLTokenizer, schema: dict[str, Any] | None) -> llguidance.LLMatcher:
-    try:
-        text = llguidance.LLMatcher.grammar_from_json_schema(
-            json.dumps(schema), overrides={"whitespace_pattern": SPACE, "coerce_one_of": True}
-        )
-        matcher = llguidance.LLMatcher(grammar, text)
-        allowed = int.from_bytes(matcher.deep_copy().compute_bitmask(), "little")
-        reason = matcher.get_error() if matcher.is_error() else ""
-        if not reason and not allowed & ~(1 << grammar.eos_token):
-            reason = "nothing fits it"
-    except Exception as error:  # Schemas are the client's, and may be anything.
-        reason = str(error) or type(error).__name__
-    if reason:
-        raise EngineError(f"this JSON schema cannot be followed: {reason}", status=400, code="invalid_json_schema")
-    return matcher

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, cast
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import llguidance.hf
+import llguidance
 import torch
 
 from treering import model as models
@@ -29,6 +30,7 @@ from treering.errors import TreeringError, no_memory
 from treering.pipes import own_output
 from treering.serve.batch import Batch, Row
 from treering.serve.engine import EngineError, Job, Piece, Token
+from treering.serve.grammars import Grammars
 from treering.serve.prompts import Prompts
 from treering.serve.sampling import Sampler
 from treering.serve.text import Writer
@@ -80,7 +82,8 @@ class Worker:
         self._vocabulary = int(model.config.vocab_size)
         self._prompts = Prompts(self._tokenizer, self._context, self._vocabulary, config.default_system)
         self._slice = SLICE_TOKENS.get(model.device.type, FAST_SLICE_TOKENS)
-        self._grammar: Any = None
+        self._grammars = Grammars(self._tokenizer, self._vocabulary)
+        self._drafts: deque[tuple[Job, Future[llguidance.LLMatcher]]] = deque()
         self._waiting: deque[tuple[str, Answer]] = deque()
         self._texts: deque[Texts] = deque()
         self._ends = self._end_tokens(model)
@@ -90,6 +93,7 @@ class Worker:
         self._send({"event": "ready"})
         while self._receive():
             self._settle()
+            self._finish_drafts()
             self._embed()
             for batch in self._loaded.batches():
                 self._step(batch)
@@ -100,7 +104,7 @@ class Worker:
         """Take what has come in; wait for it if there is nothing else to do. False: there will be no more."""
         awaited = self._awaited()
         busy = any(map(self._loaded.has, awaited)) or any(batch.rows for batch in self._loaded.batches())
-        soon = self._loaded.busy or bool(awaited)
+        soon = self._loaded.busy or bool(awaited) or bool(self._drafts)
         while True:
             try:
                 message = self._inbox.get(block=not busy, timeout=IDLE_SECONDS if soon else None)
@@ -120,7 +124,11 @@ class Worker:
             case "generate":
                 with self._failing(message["job"]["id"]):
                     job = Job.model_validate(message["job"])
-                    self._waiting.append((job.version, self._prepare(job)))
+                    if job.json_schema is None:
+                        self._waiting.append((job.version, self._prepare(job)))
+                    else:
+                        self._prompts.of(job)  # What is wrong with it is told at once.
+                        self._drafts.append((job, self._grammars.of(job.json_schema)))
                     self._loaded.want(job.version)
             case "embed":
                 with self._failing(message["id"]):
@@ -132,12 +140,18 @@ class Worker:
             case "ping":
                 self._send({"event": "pong"})
 
-    def _prepare(self, job: Job) -> Answer:
+    def _finish_drafts(self) -> None:
+        """Jobs whose grammars are there wait for their versions with the others."""
+        for job, building in list(self._drafts):
+            if building.done():
+                self._drafts.remove((job, building))
+                with self._failing(job.id):
+                    self._waiting.append((job.version, self._prepare(job, building.result().deep_copy())))
+
+    def _prepare(self, job: Job, matcher: llguidance.LLMatcher | None = None) -> Answer:
         """Tokenise and check. Raises `EngineError`."""
         prompt = self._prompts.of(job)
         settings = self._config.serve
-        if job.json_schema is not None and self._grammar is None:
-            self._grammar = llguidance.hf.from_tokenizer(cast(Any, self._tokenizer), n_vocab=self._vocabulary)
         return Answer(
             job,
             prompt,
@@ -146,7 +160,7 @@ class Worker:
                 job,
                 settings.temperature if job.temperature is None else job.temperature,
                 self._tokenizer,
-                self._grammar if job.json_schema is not None else None,
+                matcher,
             ),
             Writer(cast(Any, self._tokenizer).backend_tokenizer, job.stop),
         )
@@ -309,6 +323,7 @@ class Worker:
         )
 
     def _cancel(self, id: str) -> None:
+        self._drafts = deque(draft for draft in self._drafts if draft[0].id != id)
         self._waiting = deque(pair for pair in self._waiting if pair[1].job.id != id)
         self._texts = deque(texts for texts in self._texts if texts.id != id)
         for batch in self._loaded.batches():
