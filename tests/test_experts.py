@@ -1,0 +1,234 @@
+"""Experts: an update that is unlike what is known touches nothing of it, and prompts find who answers them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from treering import Workspace, experts, registry
+from treering.config import Config
+from treering.data.example import Example, Message
+from treering.errors import ConfigError
+from treering.experts import Choice, Experts, class_of
+from treering.features import features
+from treering.memory import Memory
+from treering.methods import Methods
+from treering.model import load, load_base, load_tokenizer
+from treering.progress import silent
+from treering.registry import Version
+from treering.results import read_results
+from treering.router import Router
+from treering.testing import toy_rows
+
+SETTINGS: dict[str, Any] = {
+    "adapter_composition": "experts",
+    "learning_rate": 1e-2,
+    "num_train_epochs": 8.0,
+    "per_device_train_batch_size": 8,
+    "gate": {"floor": 1.0, "margin": 1.0},
+}
+UNLIKE = "QXZJ!"
+"""Of other letters than the first task, so that even the tiny model sees it is another."""
+
+
+def unlike(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{**row, "text": f"{UNLIKE * 3} {row['text'].upper()} {UNLIKE * 3}"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Workspace:
+    """A workspace that was taught two unlike tasks. Tests only read it."""
+    settings = {"model_name_or_path": str(model_folder), "bf16": False, **SETTINGS}
+    ws = Workspace.create(tmp_path_factory.mktemp("experts"), **settings)
+    for task, rows in (("pens", toy_rows("pens", 80)), ("cups", unlike(toy_rows("cups", 80)))):
+        ws.ingest(rows, task=task)
+        version = ws.update()
+        assert version is not None
+        ws.promote(version.name, force=True)
+    return ws
+
+
+@pytest.fixture
+def copied(two: Workspace, tmp_path: Path) -> Workspace:
+    """A copy of it that a test may change."""
+    shutil.copytree(two.root, tmp_path / "copied", symlinks=True)
+    return Workspace(tmp_path / "copied")
+
+
+def version(ws: Workspace, name: str) -> Version:
+    return registry.get(ws, name)
+
+
+def expert(made: Version) -> dict[str, Any]:
+    found: dict[str, Any] = made.manifest["choices"]["expert"]
+    return found
+
+
+def test_what_is_unlike_gets_an_expert_of_its_own(two: Workspace) -> None:
+    first, second = version(two, "v1"), version(two, "v2")
+    assert expert(first) == {"value": "e1", "reason": "the first"}
+    assert expert(second)["value"] == "e2"
+    assert "72 of 72 new rows have labels or tasks that no expert knows" in expert(second)["reason"]
+    assert sorted(path.name for path in (second.folder / "experts").iterdir()) == ["e1", "e2"]
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        kept, before = second.folder / "experts" / "e1" / name, first.folder / "experts" / "e1" / name
+        assert kept.samefile(before)  # What did not change costs nothing.
+        assert (second.folder / name).samefile(second.folder / "experts" / "e2" / name)
+    assert second.problems() == []
+
+
+def test_nothing_is_forgotten(two: Workspace) -> None:
+    before = {row.id: row for row in read_results(version(two, "v1").folder / "results.parquet") if row.task == "pens"}
+    after = {row.id: row for row in read_results(version(two, "v2").folder / "results.parquet")}
+    assert len(before) == 8
+    assert all((after[id].prediction, after[id].loss) == (row.prediction, row.loss) for id, row in before.items())
+    assert version(two, "v2").scores["cups"] > 0.5
+
+
+def test_each_expert_is_a_plain_peft_folder(two: Workspace) -> None:
+    from peft import PeftModel
+
+    config, base = two.config(), Path(str(two.config().model_name_or_path))
+    model: Any = load(base, config, version(two, "v2"))
+    found = experts.of(model)
+    assert found is not None
+    ids = torch.arange(5)[None]
+    for name in ("e1", "e2"):
+        plain: Any = PeftModel.from_pretrained(
+            load_base(base, config), str(version(two, "v2").folder / "experts" / name)
+        )
+        with torch.no_grad(), experts.using(model, found, name):
+            torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_task_that_returns_goes_on_with_its_expert(copied: Workspace) -> None:
+    ws = copied
+    ws.ingest([{**row, "text": row["text"] + " again"} for row in toy_rows("pens", 40)], task="pens")
+    made = ws.update()
+    assert made is not None
+    assert expert(made)["value"] == "e1"
+    assert expert(made)["reason"] == "36 of 36 new rows are of what it knows, or nearest to it"
+    one, other = (made.folder / "experts" / name / "adapter_model.safetensors" for name in ("e1", "e2"))
+    assert other.samefile(version(ws, "v2").folder / "experts" / "e2" / "adapter_model.safetensors")
+    assert one.read_bytes() != (version(ws, "v2").folder / "experts" / "e1" / "adapter_model.safetensors").read_bytes()
+
+
+def test_prompts_find_their_experts_and_answers_their_order(two: Workspace) -> None:
+    config, base = two.config(), Path(str(two.config().model_name_or_path))
+    model, tokenizer = load(base, config, version(two, "v2")), load_tokenizer(base)
+    found = experts.of(model)
+    assert found is not None
+    asked = [row["text"] for pair in zip(toy_rows("pens", 6), unlike(toy_rows("cups", 6)), strict=True) for row in pair]
+    prompts = [[Message("user", text)] for text in asked]
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+
+    def work(part: Any) -> list[tuple[int, str]]:
+        places = {name: p.data_ptr() for name, p in model.named_parameters()}
+        [who] = [e for e, own in found.adapters.items() if all(places[n] == own[n].data_ptr() for n in own)]
+        return [(at, who) for at in part]
+
+    rows = [[1, 2, 3]] * len(prompts)
+    assert experts.routed(model, tokenizer, prompts, rows, work, config, silent) == [
+        (at, ("e1", "e2")[at % 2]) for at in range(len(prompts))
+    ]
+    assert before == {name: p.data_ptr() for name, p in model.named_parameters()}
+
+
+def test_where_no_expert_is_near_the_base_model_answers(model_folder: Path) -> None:
+    config = Config(bf16=False)
+    model = Methods(config).prepare(load_base(model_folder, config), {})
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.1)
+    ids = torch.arange(5)[None]
+    experts.attach(model, Experts(Router(4), {"e1": {n: p.data for n, p in model.named_parameters() if "lora_" in n}}))
+    found = experts.of(model)
+    assert found is not None
+    with torch.no_grad():
+        with experts.using(model, found, None):
+            bare = model(ids).logits
+        torch.testing.assert_close(bare, load_base(model_folder, config)(ids).logits)
+        assert not torch.allclose(bare, model(ids).logits)
+
+
+def known(**owners: str) -> Experts:
+    """Experts whose classes lie 10 apart on a line."""
+    router = Router(2)
+    for at, (name, owner) in enumerate(owners.items()):
+        router.learn(cluster(10 * at), [name] * 40, owner)
+    return Experts(router, {owner: {} for owner in owners.values()})
+
+
+def cluster(at: float, seed: int = 0) -> Tensor:
+    return torch.randn(40, 2, generator=torch.Generator().manual_seed(seed)) + torch.tensor([at, 0.0])
+
+
+def test_who_is_chosen() -> None:
+    assert experts.choose(None, cluster(0), ["a"] * 40) == Choice("e1", True, None, "the first")
+    both = known(a="e1", b="e2")
+    assert experts.choose(both, cluster(10), ["b"] * 40).expert == "e2"
+    assert experts.choose(both, cluster(0), ["b"] * 21 + ["a"] * 19).expert == "e2"  # Who knows the label counts.
+    near, far = experts.choose(both, cluster(10, 1), ["c"] * 40), experts.choose(both, cluster(40), ["c"] * 40)
+    assert (near.expert, near.new, near.begins) == ("e2", False, "e2")
+    assert (far.expert, far.new, far.begins) == ("e3", True, "e2")
+
+
+def test_only_rows_of_the_chosen_expert_are_replayed() -> None:
+    both, memory = known(**{class_of("t", "a"): "e1", class_of("t", "b"): "e2"}), Memory(100)
+    rows = [
+        Example.of([{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "ab"[n % 2]}])
+        for n in range(8)
+    ]
+    memory.add(rows, "t")
+    for choice, labels in (
+        (Choice("e1", False, "e1", ""), {"a"}),
+        (Choice("e3", True, "e1", ""), set()),
+    ):
+        found = experts.part(memory, choice, both, [class_of("t", "c")])
+        assert {row.label for row in found.rows.values()} == labels
+    taken = experts.part(memory, Choice("e1", False, "e1", ""), both, [class_of("t", "b")])
+    assert len(taken) == len(memory)  # What an expert takes over, it is to know.
+
+
+def test_features_are_the_base_models(model_folder: Path) -> None:
+    config = Config(bf16=False)
+    tokenizer, base = load_tokenizer(model_folder), load_base(model_folder, config)
+    prompts = [[Message("system", "s"), Message("user", text)] for text in ("short", "a longer one", "x" * 600)]
+    alone = torch.cat([features(base, tokenizer, [prompt], config) for prompt in prompts])
+    torch.testing.assert_close(features(base, tokenizer, prompts, config), alone, rtol=1e-4, atol=1e-5)
+    adapted = Methods(config).prepare(base, {})
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.1)
+    torch.testing.assert_close(features(adapted, tokenizer, prompts, config), alone, rtol=1e-4, atol=1e-5)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "system", "content": "s"}, {"role": "user", "content": "short"}],
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    hidden = load_base(model_folder, config)(torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0]
+    start = len(tokenizer("<|im_start|>system\ns<|im_end|>\n<|im_start|>user\n", add_special_tokens=False)["input_ids"])
+    torch.testing.assert_close(alone[0], hidden[start:].mean(0), rtol=1e-4, atol=1e-5)
+    assert features(base, tokenizer, [], config).shape == (0, 64)
+
+
+@pytest.mark.parametrize(
+    "other", [{"finetuning_type": "full"}, {"launcher": "ray"}, {"additional_target": "lm_head"}], ids=str
+)
+def test_what_does_not_go_together(other: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"adapter_composition is experts, but {next(iter(other))} is"):
+        Config.build({"adapter_composition": "experts", **other})
+
+
+def test_the_composition_stays(copied: Workspace) -> None:
+    ws = copied
+    ws.ingest(toy_rows("hats"), task="hats")
+    with pytest.raises(ConfigError, match="adapter_composition is continue, but v2 was made with experts"):
+        ws.update("adapter_composition=continue")
