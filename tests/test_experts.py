@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.serving import greedy
+from tests.test_serve_worker import Inside
 from treering import Workspace, experts, registry
 from treering.config import Config
 from treering.data.example import Example, Message
@@ -232,3 +234,26 @@ def test_the_composition_stays(copied: Workspace) -> None:
     ws.ingest(toy_rows("hats"), task="hats")
     with pytest.raises(ConfigError, match="adapter_composition is continue, but v2 was made with experts"):
         ws.update("adapter_composition=continue")
+
+
+def test_they_answer_side_by_side_in_the_server(two: Workspace) -> None:
+    asked: dict[str, list[dict[str, Any]]] = {
+        "pens": [{"role": "user", "content": toy_rows("pens", 1)[0]["text"]}],
+        "cups": [{"role": "user", "content": unlike(toy_rows("cups", 1))[0]["text"]}],
+        "far": [{"role": "system", "content": "~" * 300}, {"role": "user", "content": "\u4e16" * 100}],
+    }
+    whose = {"pens": "v2/experts/e1", "cups": "v2/experts/e2", "far": "base"}
+    wanted = {name: greedy(two, whose[name], messages, 12) for name, messages in asked.items()}
+    assert len(set(wanted.values())) == 3
+    inside, slots = Inside(two), set()
+
+    def note(_: Any) -> None:
+        slots.add(tuple(sorted(row.slot for row in inside.worker._loaded.batches()[0].rows)))
+
+    inside.then = note
+    inside.put(op="load", version="v2", keep=True)
+    for name, messages in asked.items():
+        inside.generate(name, "v2", messages=messages)
+    inside.run(3)
+    assert {name: inside.text(name) for name in asked} == wanted
+    assert (0, 1, 2) in slots

@@ -64,8 +64,12 @@ def test_a_class_belongs_to_who_learned_it_last(taught: Router) -> None:
 
 
 def test_what_is_unlike_is_novel(taught: Router) -> None:
-    assert abs(taught.novelty(rows(100, 5, 31))) < 0.4
-    assert taught.novelty(rows(100, 12, 32)) > 1
+    before = dict(taught.expert)
+    assert taught.novelty(rows(100, 12, 32), ["d"] * 100) == 1
+    assert taught.novelty(rows(100, 5, 31), ["d"] * 100) < 0.7
+    half = torch.cat([rows(50, 12, 32), rows(50, 5, 31)])
+    assert 0.5 < taught.novelty(half, ["d"] * 50 + ["e"] * 50) < 0.9
+    assert taught.expert == before
 
 
 def test_distances_are_those_of_rows_that_were_not_learned() -> None:

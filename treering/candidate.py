@@ -240,7 +240,7 @@ class Candidate:
         if self.expert is not None:
             found = experts.of(self.model)
             assert found is not None
-            experts.save(folder, found, self.expert.expert, self.parent.folder if self.parent else None)
+            experts.save(folder, found, self.expert.expert, self.parent)
         self.memory.save(folder)
         write_results(folder / RESULTS, results)
         write_file(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log).encode())
@@ -400,7 +400,7 @@ def _check_kind(parent: Version | None, config: Config) -> None:
             f"finetuning_type is {config.finetuning_type}, but {parent.name} is {what}: "
             f"set finetuning_type: {kind}, or start a new workspace"
         )
-    found = "experts" if (parent.folder / experts.FOLDER).exists() else "continue"
+    found = "experts" if parent.experts else "continue"
     if found != config.adapter_composition:
         raise ConfigError(
             f"adapter_composition is {config.adapter_composition}, but {parent.name} was made with {found}: "

@@ -34,6 +34,10 @@ TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
 """What `report_to` may name."""
 
 
+_OF_EXPERTS = {"finetuning_type": "lora", "launcher": "local", "additional_target": None, "use_dora": False}
+"""What settings have to be for experts: plain adapters, taught here."""
+
+
 class Config(Section):
     """All settings of a workspace."""
 
@@ -216,11 +220,11 @@ class Config(Section):
                         "drop either"
                     )
         if self.adapter_composition == "experts":
-            for key, needed in (("finetuning_type", "lora"), ("launcher", "local"), ("additional_target", None)):
+            for key, needed in _OF_EXPERTS.items():
                 if (value := getattr(self, key)) != needed:
                     raise ValueError(
                         f"adapter_composition is experts, but {key} is {value}: "
-                        f"set {key}: {needed or 'null'}, or adapter_composition: continue"
+                        f"set {key}: {yaml.safe_dump(needed).split()[0]}, or adapter_composition: continue"
                     )
         if self.optim == "schedule_free_adamw" and self.lr_scheduler_type != "constant":
             raise ValueError(

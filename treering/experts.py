@@ -22,6 +22,7 @@ from treering.adopt import ADAPTER_FILES
 from treering.features import features
 from treering.passes import in_parts
 from treering.progress import Advance
+from treering.registry import EXPERTS, Version
 from treering.router import NOVEL, Router
 
 if TYPE_CHECKING:
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from treering.data.example import Message
     from treering.memory import Memory, Remembered
     from treering.stop import Stop
-
-FOLDER = "experts"
-"""In a version's folder: a PEFT folder for each expert."""
 
 R = TypeVar("R")
 
@@ -74,8 +72,8 @@ def class_of(task: str, label: str) -> str:
 def choose(experts: Experts | None, vectors: Tensor, classes: Sequence[str]) -> Choice:
     """Which expert is to learn new rows of these `classes`, whose vectors are `[rows, size]`.
 
-    A new one, if most rows are of classes that nobody knows, and lie far from those that somebody does; else the one
-    that knows, or is nearest to, most of them.
+    A new one, if most rows are of classes that nobody knows, and prompts of theirs would find it; else the one that
+    knows, or is nearest to, most of them.
     """
     if experts is None or not experts.adapters:
         return Choice("e1", True, None, "the first")
@@ -86,12 +84,12 @@ def choose(experts: Experts | None, vectors: Tensor, classes: Sequence[str]) -> 
     best, count = max(votes.items(), key=lambda vote: (vote[1], vote[0]))
     of_all = f"of {len(classes)} new rows"
     if 2 * len(unseen) > len(classes):
-        novelty = router.novelty(vectors[unseen])
+        novelty = router.novelty(vectors[unseen], [classes[at] for at in unseen])
         found = (
-            f"{len(unseen)} {of_all} have labels or tasks that no expert knows; they lie {novelty:.2g} standard "
-            f"deviations farther than known rows (new above {NOVEL:g})"
+            f"{len(unseen)} {of_all} have labels or tasks that no expert knows; {novelty:.0%} of them are told apart "
+            f"from what is known (new from {NOVEL:.0%})"
         )
-        if novelty > NOVEL:
+        if novelty >= NOVEL:
             return Choice(f"e{len(experts.adapters) + 1}", True, best, f"{found}; it begins from {best}")
         return Choice(best, False, best, f"{found}, and {count} are nearest to it")
     return Choice(best, False, best, f"{count} {of_all} are of what it knows, or nearest to it")
@@ -171,27 +169,28 @@ def using(model: PreTrainedModel, experts: Experts, expert: str | None) -> Itera
         _put(model, before)
 
 
-def save(folder: Path, experts: Experts, trained: str, parent: Path | None) -> None:
-    """Write all experts into the version `folder`: `trained` is its own adapter, the others are those in `parent`."""
+def save(folder: Path, experts: Experts, trained: str, parent: Version | None) -> None:
+    """Write all experts into the version `folder`: `trained` is its own adapter, the others are those of `parent`."""
+    before = parent.experts if parent else {}
     for expert in experts.adapters:
-        own = folder / FOLDER / expert
+        own = folder / EXPERTS / expert
         own.mkdir(parents=True)
-        source = folder if expert == trained else cast(Path, parent) / FOLDER / expert
+        source = folder if expert == trained else before[expert]
         for name in ADAPTER_FILES:
             _link(source / name, own / name)
     experts.router.save(folder)
 
 
-def load(model: PreTrainedModel, folder: Path) -> None:
-    """Attach the experts that `save` wrote to `model`, whose adapter is left as it is."""
+def load(model: PreTrainedModel, version: Version) -> None:
+    """Attach the experts of `version` to `model`, whose adapter is left as it is."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    experts = Experts(Router.load(folder))
+    experts = Experts(Router.load(version.folder))
     before = {name: p.detach().clone() for name, p in _weights(model).items()}
-    for path in sorted((folder / FOLDER).iterdir(), key=lambda path: (len(path.name), path.name)):
-        set_peft_model_state_dict(model, load_file(path / ADAPTER_FILES[1]))
-        experts.adapters[path.name] = {name: p.detach().clone() for name, p in _weights(model).items()}
+    for name, folder in version.experts.items():
+        set_peft_model_state_dict(model, load_file(folder / ADAPTER_FILES[1]))
+        experts.adapters[name] = {key: p.detach().clone() for key, p in _weights(model).items()}
     _put(model, before)
     attach(model, experts)
 

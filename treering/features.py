@@ -43,9 +43,35 @@ def features(
 
     Raises `UpdateInterruptedError` when `stop` was asked.
     """
-    pairs = [_question(tokenizer, prompt) for prompt in prompts]
-    rows = [ids[-LONGEST:] for ids, _ in pairs]
-    starts = [max(0, start - max(0, len(ids) - LONGEST)) for ids, start in pairs]
+    asked = []
+    for prompt in prompts:
+        ids, empty = (encode_prompt(tokenizer, turns) for turns in (prompt, emptied(prompt)))
+        asked.append((ids, last_turn(ids, empty)))
+    return vectors(model, asked, config, advance=advance, stop=stop)
+
+
+def emptied(prompt: Sequence[Message]) -> list[Message]:
+    """The same with nothing in its last turn."""
+    return [*prompt[:-1], Message(prompt[-1].role, "")]
+
+
+def last_turn(ids: Sequence[int], empty: Sequence[int]) -> int:
+    """Where among the tokens `ids` of a prompt its last turn begins: where those of the same `emptied` differ."""
+    start = next((at for at, (one, other) in enumerate(zip(ids, empty, strict=False)) if one != other), 0)
+    return min(start, len(ids) - 1)
+
+
+def vectors(
+    model: PreTrainedModel,
+    asked: Sequence[tuple[Sequence[int], int]],
+    config: Config,
+    *,
+    advance: Advance = silent,
+    stop: Stop | None = None,
+) -> Tensor:
+    """As `features`, of prompts given as their tokens and the place where the last turn begins (`last_turn`)."""
+    rows = [ids[-LONGEST:] for ids, _ in asked]
+    starts = [max(0, start - max(0, len(ids) - LONGEST)) for ids, start in asked]
     layers = decoder_layers(model)
     middle = layers[len(layers) // 2 - 1]
 
@@ -65,14 +91,6 @@ def features(
     finally:
         model.train(training)
     return torch.stack(found) if found else torch.empty(0, model.config.get_text_config().hidden_size)
-
-
-def _question(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> tuple[list[int], int]:
-    """The tokens of `prompt`, and where among them its last turn begins: where those of an empty one differ."""
-    ids = encode_prompt(tokenizer, prompt)
-    empty = encode_prompt(tokenizer, [*prompt[:-1], Message(prompt[-1].role, "")])
-    start = next((at for at, (one, other) in enumerate(zip(ids, empty, strict=False)) if one != other), 0)
-    return ids, min(start, len(ids) - 1)
 
 
 class _Reached(Exception):  # noqa: N818

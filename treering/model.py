@@ -261,8 +261,8 @@ def load(base: Path, config: Config, version: Version | None = None) -> PreTrain
     adapted = PeftModel.from_pretrained(load_base(base, config), str(version.folder), is_trainable=True, config=made)
     join(adapted)  # As it was trained, so that it gives the same bits.
     model = cast("PreTrainedModel", adapted)
-    if (version.folder / experts.FOLDER).exists():
-        experts.load(model, version.folder)
+    if version.experts:
+        experts.load(model, version)
     return model
 
 

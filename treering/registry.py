@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from treering.workspace import Workspace
 
 FORMAT = 1
+EXPERTS = "experts"
+"""In the folder of a version that has some: a PEFT folder for each expert."""
+
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 _NAME = re.compile(r"v[1-9][0-9]*")
@@ -94,6 +97,13 @@ class Version:
     def rows(self) -> list[str]:
         """Ids of the rows that this version's own update consumed."""
         return [id for ids in self.manifest["rows"].values() for id in ids]
+
+    @property
+    def experts(self) -> dict[str, Path]:
+        """The folder of each expert by its name, in the order they were made; empty: it answers by one adapter."""
+        return {
+            path.name: path for path in sorted(self.folder.glob(f"{EXPERTS}/*"), key=lambda p: (len(p.name), p.name))
+        }
 
     def problems(self) -> list[str]:
         """What `manifest.json` promises and the folder does not hold, file by file."""

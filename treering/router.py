@@ -27,11 +27,14 @@ SHRINKAGE = 0.05
 FOLDS = 5
 """Parts of new rows; each is measured by a router that knows the others."""
 
-FAR = 3.0
+_OTHERS = ""
+"""Whose classes those others are meanwhile."""
+
+FAR = 2.5
 """Standard deviations above the mean distance of known rows from which on a prompt gets no expert."""
 
-NOVEL = 0.5
-"""The same of the mean of an update's rows from which on they are unlike what is known."""
+NOVEL = 0.8
+"""Rows that are unlike what is known: of each other, so large a share is told apart from it."""
 
 
 ENOUGH = 10
@@ -87,7 +90,7 @@ class Router:
     def learn(self, features: Tensor, classes: Sequence[str], expert: str) -> None:
         """Rows `[n, size]` of these classes, which `expert` answers from now on."""
         rows = features.double()
-        measured = [self._distances(rows, classes, part) for part in _folds(len(rows))]
+        measured = [self._told(rows, classes, part)[1] for part in _folds(len(rows))]
         self._add(rows, classes, expert)
         self.known = self.known.with_new(torch.cat(measured))
 
@@ -113,9 +116,11 @@ class Router:
         far = self.known.deviations(logs) > FAR
         return [None if away else expert for expert, away in zip(experts, far.tolist(), strict=True)]
 
-    def novelty(self, features: Tensor) -> float:
-        """By how many standard deviations of known rows the rows `features` `[n, size]` lie farther, on average."""
-        return float(self.known.deviations(self.nearest(features)[1]).mean())
+    def novelty(self, features: Tensor, classes: Sequence[str]) -> float:
+        """The share of the rows `features` `[n, size]` that go to `classes` of the others, not to what is known."""
+        rows = features.double()
+        found = [owner for part in _folds(len(rows)) for owner in self._told(rows, classes, part)[0]]
+        return found.count(_OTHERS) / max(1, len(rows))
 
     def save(self, folder: Path) -> None:
         """Write `router.json` and `router.safetensors` into `folder`."""
@@ -145,14 +150,14 @@ class Router:
         self.sums = self.sums.index_add(0, places, rows)
         self.products = self.products + rows.T @ rows
 
-    def _distances(self, rows: Tensor, classes: Sequence[str], part: range) -> Tensor:
-        """How far the rows at the places in `part` lie for a router that knows all others of `rows`; the logarithms."""
+    def _told(self, rows: Tensor, classes: Sequence[str], part: range) -> tuple[list[str], Tensor]:
+        """`nearest` of the rows at the places in `part`, once all others of `rows` are known, as those of `_OTHERS`."""
         others = [at for at in range(len(rows)) if at not in part]
-        without = replace(self, expert=dict(self.expert))
-        without._add(rows[others], [classes[at] for at in others], "")
-        if not without.expert:  # The first row of all has no other to be measured by.
-            return rows.new_empty(0)
-        return without.nearest(rows[part.start :: part.step])[1]
+        told = replace(self, expert=dict(self.expert))
+        told._add(rows[others], [classes[at] for at in others], _OTHERS)
+        if not told.expert:  # The first row of all has no other to be measured by.
+            return [], rows.new_empty(0)
+        return told.nearest(rows[part.start :: part.step])
 
 
 def _folds(count: int) -> list[range]:

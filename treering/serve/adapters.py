@@ -61,7 +61,9 @@ def read_adapter(folder: Path, dtype: torch.dtype) -> Adapter | None:
 
 
 class Slots:
-    """Places for `count` adapters on `model`, numbered from 1; slot 0 is the base model without any."""
+    """Places for adapters on `model`, numbered from 1; slot 0 is the base model without any. There are `count`, or more
+    once more are used.
+    """
 
     def __init__(self, model: nn.Module, count: int) -> None:
         self.model = model
@@ -86,11 +88,13 @@ class Slots:
     def put(self, slot: int, adapter: Adapter) -> None:
         """Replace what `slot` holds. Raises `ValueError` for an adapter of another model."""
         self.check(adapter)
+        self.count = max(self.count, slot)
         for name in adapter.weights:
             if name not in self._groups:
                 group = _Group(self, _together(self.model, name))
                 self._groups.update(dict.fromkeys(group.names, group))
         for group in set(self._groups.values()):
+            group.grow(self.count)
             group.put(slot, [adapter.weights.get(name) for name in group.names])
 
     def use(self, slots: list[int]) -> None:
@@ -122,6 +126,12 @@ class _Group:
         for at, name in enumerate(names):
             parent, _, last = name.rpartition(".")
             setattr(slots.model.get_submodule(parent), last, _Member(self, at))
+
+    def grow(self, count: int) -> None:
+        """Have places for so many."""
+        more = count - len(self._a)
+        if more:
+            self._a, self._b = (pad(part, (0, 0, 0, 0, 0, 0, 0, more)) for part in (self._a, self._b))
 
     def put(self, slot: int, weights: Sequence[tuple[Tensor, Tensor] | None]) -> None:
         """Fill a slot; what is left of a larger rank stays zero."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+from treering.features import last_turn
 from treering.serve.engine import EngineError, Job
 
 if TYPE_CHECKING:
@@ -39,6 +40,13 @@ class Prompts:
             raise self._last
         return self._last
 
+    def question(self, job: Job) -> int:
+        """Where among the tokens of its prompt the last turn begins; 0 for a plain text."""
+        if job.messages is None:
+            return 0
+        *before, last = job.messages
+        return last_turn(self.of(job), self._rendered(job, [*before, {**last, "content": ""}]))
+
     def text(self, text: str | list[int]) -> list[int]:
         """The tokens of a text to embed, at least one. Raises `EngineError`."""
         ids = text if isinstance(text, list) else self._ids(text)
@@ -53,7 +61,7 @@ class Prompts:
 
     def _read(self, job: Job) -> list[int]:
         if job.messages is not None:
-            ids = self._ids(self._conversation(job, job.messages), add_special_tokens=False)
+            ids = self._rendered(job, job.messages)
         else:
             ids = job.prompt if isinstance(job.prompt, list) else self._ids(cast(str, job.prompt))
             if not ids or not self._known(ids):
@@ -65,6 +73,9 @@ class Prompts:
         if len(ids) >= self._context:
             raise self._too_long(f"{len(ids)}")
         return ids
+
+    def _rendered(self, job: Job, messages: list[dict[str, Any]]) -> list[int]:
+        return self._ids(self._conversation(job, messages), add_special_tokens=False)
 
     def _conversation(self, job: Job, messages: list[dict[str, Any]]) -> str:
         if job.tools and "tools" not in self._tokenizer.chat_template:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from treering.config import Config
+from treering.features import vectors
 from treering.model import fingerprint, load, load_base
 from treering.registry import Version
+from treering.router import Router
 from treering.serve.adapters import Adapter, Slots, read_adapter
 from treering.serve.batch import Batch
 from treering.serve.engine import BASE
@@ -19,10 +22,37 @@ from treering.serve.engine import BASE
 
 @dataclass
 class Home:
-    """Where a version runs: a batch, and its slot there."""
+    """Where a version runs: a batch, and its slot there, or those of its experts and who says which of them answers."""
 
     batch: Batch[Any]
     slot: int = 0
+    experts: dict[str, int] = field(default_factory=dict)
+    router: Router | None = None
+
+    def slot_of(self, prompt: Sequence[int], question: int, config: Config) -> int:
+        """Where `prompt` is answered, whose last turn begins at `question`: by the base model, if it is unlike all."""
+        if self.router is None:
+            return self.slot
+        assert self.batch.slots is not None
+        self.batch.slots.use([0])
+        [expert] = self.router.route(vectors(self.batch.model, [(prompt, question)], config))
+        return self.experts[expert] if expert else 0
+
+    @property
+    def slots(self) -> set[int]:
+        """All that it takes."""
+        return {self.slot, *self.experts.values()}
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """A version with experts, as it was read."""
+
+    router: Router
+    adapters: dict[str, Adapter]
+
+
+_Read = Adapter | _Experts | Batch[Any]
 
 
 class Loaded:
@@ -45,7 +75,7 @@ class Loaded:
         self._slots = Slots(self._model, self._count + 1)
         self._homes = {BASE: Home(Batch(self._model, self._slots, pad_id))}
         self._wanted: deque[str] = deque()
-        self._reading: tuple[str, Future[Adapter | Batch[Any]]] | None = None
+        self._reading: tuple[str, Future[_Read]] | None = None
         self._kept = BASE
         self._next: str | None = None  # To be kept, once it is there.
         self._leaving: str | None = None
@@ -101,8 +131,8 @@ class Loaded:
         reason = None
         try:
             read = reading.result()
-            if isinstance(read, Adapter):
-                self._slots.check(read)
+            for adapter in _adapters(read):
+                self._slots.check(adapter)
             if not self._make_room(version, running, waiting):
                 if self._next in self._wanted:
                     self._wanted.append(version)
@@ -131,25 +161,44 @@ class Loaded:
             self._begun(version)
             self._reading = version, self._thread.submit(self._read, version)
 
-    def _read(self, name: str) -> Adapter | Batch[Any]:
+    def _read(self, name: str) -> _Read:
         version = Version(name, self._versions / name).check()
         made_from = version.manifest["base"]
         if made_from["sha256"] == self._hash and (version.folder / "adapter_config.json").exists():
+            if version.experts:
+                return self._read_experts(version)
             adapter = read_adapter(version.folder, self._model.dtype)
             if adapter is not None:
                 return adapter
         # It also says what is wrong with another base model.
         return Batch(load(self._base, self._config, version).eval(), None, self._pad_id)
 
-    def _place(self, read: Adapter | Batch[Any]) -> Home:
+    def _read_experts(self, version: Version) -> _Experts:
+        found = {name: read_adapter(folder, self._model.dtype) for name, folder in version.experts.items()}
+        adapters = {name: adapter for name, adapter in found.items() if adapter is not None}
+        if len(adapters) < len(found):
+            raise ValueError(f"an expert of {version.name} is more than plain LoRA, which cannot answer beside others")
+        return _Experts(Router.load(version.folder), adapters)
+
+    def _place(self, read: _Read) -> Home:
         if isinstance(read, Batch):
             return Home(read)
-        taken = {home.slot for home in self._homes.values() if home.batch is self._homes[BASE].batch}
-        slot = next(number for number in range(1, self._slots.count + 1) if number not in taken)
         batch = self._homes[BASE].batch
+        if isinstance(read, Adapter):
+            return Home(batch, self._put(read, set()))
+        experts: dict[str, int] = {}
+        for name, adapter in read.adapters.items():
+            experts[name] = self._put(adapter, set(experts.values()))
+        return Home(batch, 0, experts, read.router)
+
+    def _put(self, adapter: Adapter, also_taken: Set[int]) -> int:
+        """Copy `adapter` into a free slot, the number of which is returned."""
+        batch = self._homes[BASE].batch
+        taken = set(also_taken).union(*(home.slots for home in self._homes.values() if home.batch is batch))
+        slot = next(number for number in itertools.count(1) if number not in taken)
         batch.forget(slot)
-        self._slots.put(slot, read)
-        return Home(batch, slot)
+        self._slots.put(slot, adapter)
+        return slot
 
     def _make_room(self, version: str, running: Set[str], waiting: Set[str]) -> bool:
         """Drop what is in the way of `version`; False if all is in use, and then one takes no new answers.
@@ -171,3 +220,9 @@ class Loaded:
         for name in idle[: max(surplus, 0)]:
             del self._homes[name]
         return surplus <= len(idle)
+
+
+def _adapters(read: _Read) -> list[Adapter]:
+    if isinstance(read, Batch):
+        return []
+    return [read] if isinstance(read, Adapter) else list(read.adapters.values())

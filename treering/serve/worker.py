@@ -35,7 +35,7 @@ from treering.serve.prompts import Prompts
 from treering.serve.sampling import Sampler
 from treering.serve.text import Writer
 from treering.serve.texts import Texts
-from treering.serve.versions import Loaded
+from treering.serve.versions import Home, Loaded
 
 SLICE_TOKENS = {"cpu": 128}
 """So many tokens of prompts, padding counted, are read between two tokens of the answers under way, and so many of
@@ -221,7 +221,11 @@ class Worker:
                 break
             room -= 1
             self._waiting.remove((version, answer))
-            row = Row(answer, answer.prompt, home.slot)
+            row = None
+            with self._failing(answer.job.id):
+                row = Row(answer, answer.prompt, self._slot(home, answer))
+            if row is None:
+                continue
             unread[id(row)] = home.batch.unread(row)
             for batch, rows in groups:
                 longest = max(unread[id(other)] for other in [row, *rows])
@@ -235,6 +239,12 @@ class Worker:
                 self._join(batch, rows)
             except Exception as error:
                 self._give_up(rows, error)
+
+    def _slot(self, home: Home, answer: Answer) -> int:
+        """Where `answer` is written."""
+        if home.router is None:
+            return home.slot
+        return home.slot_of(answer.prompt, self._prompts.question(answer.job), self._config)
 
     def _join(self, batch: Batch[Answer], rows: list[Row[Answer]]) -> None:
         try:

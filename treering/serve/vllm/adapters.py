@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from treering.serve.vllm.base import Base
     from treering.serve.vllm.client import Client
 
-FOLDER = ".vllm"
+STAND_INS = ".vllm"
 """Where the stand-in lies, in the workspace: what sees the versions sees it too."""
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -81,7 +81,7 @@ class Adapters:
             found = await asyncio.to_thread(self._checked, version)
             try:
                 if BASE not in self._names:
-                    name, folder = await asyncio.to_thread(stand_in, found.folder, self._root / FOLDER)
+                    name, folder = await asyncio.to_thread(stand_in, found.folder, self._root / STAND_INS)
                     self._names[BASE] = await self._put(name, folder)
                 while self._users[self._plain]:  # Asked before there was a stand-in.
                     self._left.clear()
@@ -130,6 +130,11 @@ class Adapters:
             raise _unavailable(
                 f"{name} holds all weights, and vLLM loads adapters only; train with finetuning_type: lora, "
                 "or serve it with serve.engine: builtin"
+            )
+        if version.experts:
+            raise _unavailable(
+                f"{name} has several experts, and which of them answers is treering's to say: "
+                "serve it with serve.engine: builtin"
             )
         made = json.loads((version.folder / CONFIG).read_text(encoding="utf-8"))
         if made.get("use_dora") or made.get("modules_to_save"):
