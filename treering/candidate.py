@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from treering import early, launch, rates
+from treering import early, general, launch, mix, rates
 from treering.batches import Batch, make_batch
 from treering.config import names
 from treering.errors import ConfigError, TreeringError
 from treering.evaluate import conditions, evaluate
+from treering.features import features
 from treering.files import fsync_tree, write_file
 from treering.handover import Handover
+from treering.keep import FROM_FEATURES, FROM_LOSSES, ORDERED
 from treering.memory import Memory, Teacher, some
 from treering.methods import Losses, Methods
 from treering.methods.lwf import TOP_K
@@ -89,8 +91,10 @@ class Candidate:
         self.metrics: dict[str, str] = dict(parent.manifest["metrics"]) if parent else {}
         for task, ids in plan.rows.items():
             self.metrics.setdefault(task, metric_for([self.examples[id].label for id in ids]))
+        self.general = general.read(config, ws.root, self.tokenizer, plan.general)
         self.rows: dict[str, Tokens] = {}
         self.aside: list[str] = []
+        self.mix: mix.Mix | None = None
         self.steps: list[Step] = []
         self.log: list[dict[str, float]] = []
         self.rate = rates.Choice(peak_rate(config), "not chosen yet")
@@ -112,10 +116,12 @@ class Candidate:
     def prepare(self) -> None:
         """Make the model ready to learn, and decide what it is taught at each step."""
         self.model = _prepared(self.model, self.methods, self.config, self.parent)
-        self.rows = {id: self._tokens(id) for id in [*self.plan.row_ids, *self.memory.rows]}
+        self.rows = {id: self._tokens(id) for id in [*self.plan.row_ids, *self.memory.rows]} | self.general
         lengths = {id: len(row.ids) for id, row in self.rows.items()}
         self.aside = early.aside(self.plan.row_ids, self.config)
-        self.steps = plan_steps(self.new, self.memory, self.methods, lengths, self.config)
+        self.mix = self._mixed()
+        self.memory.weights = self.mix.weights if self.mix else {}
+        self.steps = plan_steps(self.new, self.memory, self.methods, lengths, self.config, list(self.general))
 
     def choose_rate(self) -> None:
         """Settle the learning rate: as set, as an earlier run of this update chose it, or by a range test now."""
@@ -216,12 +222,33 @@ class Candidate:
         return self._score(rows, "measuring the candidate")
 
     def remember(self) -> None:
-        """Show the new rows to the memory, and store the logits of those it keeps."""
+        """Show the memory the new rows, and what it wants to know of all; store the logits of those it keeps."""
+        ordered = self.memory.policy in ORDERED
+        show = self.memory.show if ordered else self.memory.add
         for task, ids in self.plan.rows.items():
-            self.memory.add([self.examples[id] for id in ids], task, labelled=self.metrics[task] == "exact_match")
+            show([self.examples[id] for id in ids], task, labelled=self.metrics[task] == "exact_match")
+        if ordered:
+            self._order()
         if "distill" in self.config.protect:
             rows = [self._tokens(id) for id in self.memory.rows if id not in self.memory.teachers]
             self.memory.teachers |= self._logits(rows, self.config.distill.top_k)
+
+    def _order(self) -> None:
+        """Have the memory decide which of its rows stay, new ones included."""
+        rows = [self._tokens(id) for id in self.memory.rows]
+        found: list[float] | None = None
+        about: torch.Tensor | None = None
+        if self.memory.policy in FROM_LOSSES:
+            with bar("reading rows", len(rows), self.quiet) as advance:
+                measured = losses(self.model, rows, self.config, self.pad_id, self.stop, advance)
+            found = [loss if math.isfinite(loss) else early.BOUNDLESS for loss in measured]
+        if self.memory.policy in FROM_FEATURES:
+            about = features(self.model, rows, self.config, self.pad_id, stop=self.stop, quiet=self.quiet)
+        ids = [row.id for row in rows]
+        self.memory.order(
+            None if found is None else dict(zip(ids, found, strict=True)),
+            None if about is None else dict(zip(ids, about, strict=True)),
+        )
 
     def write(self, base_name: str, results: Sequence[Result], log: Sequence[dict[str, float]]) -> None:
         """Fill `folder` with what the version consists of, all but its report and manifest."""
@@ -269,6 +296,8 @@ class Candidate:
             "bf16": dict(zip(("value", "reason"), use_bf16(self.config), strict=True)),
             "memory": {"value": len(self.memory), "reason": f"size {self.memory.size}, {self.memory.policy}"},
         }
+        if self.mix:
+            found["memory.mix"] = {"value": self.config.memory.mix, "reason": self.mix.reason}
         for task in self.plan.rows:
             few = "short answers, each used at least twice on average"
             reason = few if self.metrics[task] == "exact_match" else "answers are no small label set"
@@ -305,6 +334,20 @@ class Candidate:
     def pad_id(self) -> int:
         """The token that fills rows up to the length of their batch."""
         return cast(int, self.tokenizer.pad_token_id)
+
+    def _mixed(self) -> mix.Mix | None:
+        """Which remembered rows are replayed more often, as an earlier run of this update found or as is found now."""
+        if self.config.memory.mix == "uniform" or not self.memory.rows:
+            return None
+        found = mix.saved(self.staging)
+        if found is None:
+            given = self.model, self.rows, self.new, self.memory
+            if self.config.memory.mix == "interference":
+                found = mix.interference(*given, self.methods, self.config, self.pad_id, self.stop)
+            else:
+                found = mix.similarity(*given, self.config, self.pad_id, self.stop)
+            mix.save(self.staging, found)
+        return found
 
     def _tokens(self, id: str) -> Tokens:
         return encode(self.tokenizer, self.examples[id])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from treering.config import Config
-from treering.errors import ConfigError, ModelError
+from treering.errors import ConfigError
+from treering.model import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,18 +23,10 @@ class Freeze:
     def prepare(self, model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
         """Returns the model with the chosen layers in float32 and trained, everything else frozen."""
         model.requires_grad_(False)
-        stack = _decoder_layers(model)
+        stack = decoder_layers(model)
         if abs(self.layers) > len(stack):
             raise ConfigError(f"freeze_trainable_layers is {self.layers}, but the model has {len(stack)} layers")
         chosen = list(stack)[-self.layers :] if self.layers > 0 else list(stack)[: -self.layers]
         for layer in chosen:
             layer.float().requires_grad_(True)
         return model
-
-
-def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ModelError(f"{type(model).__name__} has no list of {count} decoder layers; use finetuning_type: lora or full")
