@@ -411,7 +411,8 @@ def test_config_errors_come_all_at_once_with_near_names(cli: Runner, made: Path)
         "  'plain' is not key=value",
         "  protect: unknown name, did you mean 'replay'?; known: replay, distill, lwf (got 'replya')",
         "  learning_rate: must be a valid number or 'auto' (got 'fast')",
-        "  memory: is a group; set one of memory.size, memory.policy, memory.replay_share (got 3)",
+        "  memory: is a group; set one of memory.size, memory.policy, memory.replay_share, memory.mix, memory.general, "
+        "memory.general_share (got 3)",
         "  gate.floor: must be a valid number (got 'high')",
         "  gate.margn: unknown setting, did you mean 'margin'?",
         "  lora_rnk: unknown setting, did you mean 'lora_rank'?",

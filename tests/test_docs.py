@@ -62,7 +62,9 @@ def test_every_setting_has_a_row_with_its_meaning(make_docs: ModuleType) -> None
 def test_the_page_of_methods_has_a_row_for_each() -> None:
     rows = re.findall(r"^\| `([\w]+)` ", (ROOT / "docs" / "methods.md").read_text(), re.M)
     policies = get_args(MemoryConfig.model_fields["policy"].annotation)
-    assert set(rows) == {*FINETUNING_TYPES, *PROTECT, *policies}
+    mixes = get_args(MemoryConfig.model_fields["mix"].annotation)
+    compositions = get_args(Config.model_fields["adapter_composition"].annotation)
+    assert set(rows) == {*FINETUNING_TYPES, *PROTECT, *policies, *mixes, *compositions}
 
 
 def test_the_page_of_the_long_tests_lists_each_with_its_figures() -> None:

@@ -17,7 +17,6 @@ from treering.config import Config
 from treering.data.example import Example, Message
 from treering.errors import ConfigError
 from treering.experts import Choice, Experts, class_of
-from treering.features import features
 from treering.memory import Memory
 from treering.methods import Methods
 from treering.model import load, load_base, load_tokenizer
@@ -196,29 +195,6 @@ def test_only_rows_of_the_chosen_expert_are_replayed() -> None:
         assert {row.label for row in found.rows.values()} == labels
     taken = experts.part(memory, Choice("e1", False, "e1", ""), both, [class_of("t", "b")])
     assert len(taken) == len(memory)  # What an expert takes over, it is to know.
-
-
-def test_features_are_the_base_models(model_folder: Path) -> None:
-    config = Config(bf16=False)
-    tokenizer, base = load_tokenizer(model_folder), load_base(model_folder, config)
-    prompts = [[Message("system", "s"), Message("user", text)] for text in ("short", "a longer one", "x" * 600)]
-    alone = torch.cat([features(base, tokenizer, [prompt], config) for prompt in prompts])
-    torch.testing.assert_close(features(base, tokenizer, prompts, config), alone, rtol=1e-4, atol=1e-5)
-    adapted = Methods(config).prepare(base, {})
-    with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_B" in name:
-                weight.fill_(0.1)
-    torch.testing.assert_close(features(adapted, tokenizer, prompts, config), alone, rtol=1e-4, atol=1e-5)
-    ids = tokenizer.apply_chat_template(
-        [{"role": "system", "content": "s"}, {"role": "user", "content": "short"}],
-        add_generation_prompt=True,
-        return_dict=False,
-    )
-    hidden = load_base(model_folder, config)(torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0]
-    start = len(tokenizer("<|im_start|>system\ns<|im_end|>\n<|im_start|>user\n", add_special_tokens=False)["input_ids"])
-    torch.testing.assert_close(alone[0], hidden[start:].mean(0), rtol=1e-4, atol=1e-5)
-    assert features(base, tokenizer, [], config).shape == (0, 64)
 
 
 @pytest.mark.parametrize(

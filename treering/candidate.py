@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from treering import early, experts, launch, rates
+from treering import early, experts, general, launch, mix, rates
 from treering.batches import Batch, make_batch
 from treering.config import names
 from treering.errors import ConfigError, TreeringError
@@ -20,6 +20,7 @@ from treering.evaluate import conditions, evaluate
 from treering.features import features
 from treering.files import fsync_tree, write_file
 from treering.handover import Handover
+from treering.keep import FROM_FEATURES, FROM_LOSSES, ORDERED
 from treering.memory import Memory, Teacher, some
 from treering.methods import Losses, Methods
 from treering.methods.lwf import TOP_K
@@ -90,8 +91,10 @@ class Candidate:
         self.metrics: dict[str, str] = dict(parent.manifest["metrics"]) if parent else {}
         for task, ids in plan.rows.items():
             self.metrics.setdefault(task, metric_for([self.examples[id].label for id in ids]))
+        self.general = general.read(config, ws.root, self.tokenizer, plan.general)
         self.rows: dict[str, Tokens] = {}
         self.aside: list[str] = []
+        self.mix: mix.Mix | None = None
         self.steps: list[Step] = []
         self.log: list[dict[str, float]] = []
         self.rate = rates.Choice(peak_rate(config), "not chosen yet")
@@ -118,10 +121,12 @@ class Candidate:
         if self.config.adapter_composition == "experts":
             self._choose_expert()
         self.model = _prepared(self.model, self.methods, self.config, self.parent)
-        self.rows = {id: self._tokens(id) for id in [*self.plan.row_ids, *self.memory.rows]}
+        self.rows = {id: self._tokens(id) for id in [*self.plan.row_ids, *self.memory.rows]} | self.general
         lengths = {id: len(row.ids) for id, row in self.rows.items()}
         self.aside = early.aside(self.plan.row_ids, self.config)
-        self.steps = plan_steps(self.new, self.replayed, self.methods, lengths, self.config)
+        self.mix = self._mixed()
+        self.replayed.weights = self.mix.weights if self.mix else {}
+        self.steps = plan_steps(self.new, self.replayed, self.methods, lengths, self.config, list(self.general))
 
     def choose_rate(self) -> None:
         """Settle the learning rate: as set, as an earlier run of this update chose it, or by a range test now."""
@@ -224,12 +229,33 @@ class Candidate:
         return self._score(rows, "measuring the candidate")
 
     def remember(self) -> None:
-        """Show the new rows to the memory, and store the logits of those it keeps."""
+        """Show the memory the new rows, and what it wants to know of all; store the logits of those it keeps."""
+        ordered = self.memory.policy in ORDERED
+        show = self.memory.show if ordered else self.memory.add
         for task, ids in self.plan.rows.items():
-            self.memory.add([self.examples[id] for id in ids], task, labelled=self.metrics[task] == "exact_match")
+            show([self.examples[id] for id in ids], task, labelled=self.metrics[task] == "exact_match")
+        if ordered:
+            self._order()
         if "distill" in self.config.protect:
             rows = [self._tokens(id) for id in self.memory.rows if id not in self.memory.teachers]
             self.memory.teachers |= self._logits(rows, self.config.distill.top_k)
+
+    def _order(self) -> None:
+        """Have the memory decide which of its rows stay, new ones included."""
+        rows = [self._tokens(id) for id in self.memory.rows]
+        found: list[float] | None = None
+        about: torch.Tensor | None = None
+        if self.memory.policy in FROM_LOSSES:
+            with bar("reading rows", len(rows), self.quiet) as advance:
+                measured = losses(self.model, rows, self.config, self.pad_id, self.stop, advance)
+            found = [loss if math.isfinite(loss) else early.BOUNDLESS for loss in measured]
+        if self.memory.policy in FROM_FEATURES:
+            about = self._about([row.id for row in rows])
+        ids = [row.id for row in rows]
+        self.memory.order(
+            None if found is None else dict(zip(ids, found, strict=True)),
+            None if about is None else dict(zip(ids, about, strict=True)),
+        )
 
     def write(self, base_name: str, results: Sequence[Result], log: Sequence[dict[str, float]]) -> None:
         """Fill `folder` with what the version consists of, all but its report and manifest."""
@@ -283,6 +309,8 @@ class Candidate:
         }
         if self.expert is not None:
             found["expert"] = {"value": self.expert.expert, "reason": self.expert.reason}
+        if self.mix:
+            found["memory.mix"] = {"value": self.config.memory.mix, "reason": self.mix.reason}
         for task in self.plan.rows:
             few = "short answers, each used at least twice on average"
             reason = few if self.metrics[task] == "exact_match" else "answers are no small label set"
@@ -320,6 +348,22 @@ class Candidate:
         """The token that fills rows up to the length of their batch."""
         return cast(int, self.tokenizer.pad_token_id)
 
+    def _mixed(self) -> mix.Mix | None:
+        """Which remembered rows are replayed more often, as an earlier run of this update found or as is found now."""
+        if self.config.memory.mix == "uniform" or not self.replayed.rows:
+            return None
+        found = mix.saved(self.staging)
+        if found is None:
+            given = self.new, self.replayed
+            if self.config.memory.mix == "interference":
+                found = mix.interference(
+                    self.model, self.rows, *given, self.methods, self.config, self.pad_id, self.stop
+                )
+            else:
+                found = mix.similarity(self._about, *given, self.config)
+            mix.save(self.staging, found)
+        return found
+
     def _tokens(self, id: str) -> Tokens:
         return encode(self.tokenizer, self.examples[id])
 
@@ -337,13 +381,17 @@ class Candidate:
 
     def _choose_expert(self) -> None:
         """Have the adapter that is taught be that of the expert which the new rows are for."""
-        prompts = [self.examples[id].prompt for id in self.plan.row_ids]
-        with bar("reading the new rows", len(prompts), self.quiet) as advance:
-            self.vectors = features(self.model, self.tokenizer, prompts, self.config, advance=advance, stop=self.stop)
+        self.vectors = self._about(self.plan.row_ids)
         known = experts.of(self.model)
         self.expert = experts.choose(known, self.vectors, self._classes)
         experts.begin(self.model, self.expert)
         self.replayed = experts.part(self.memory, self.expert, known, self._classes)
+
+    def _about(self, ids: Sequence[str]) -> torch.Tensor:
+        """The features of these rows' prompts, `[rows, size]`."""
+        prompts = [self.examples[id].prompt for id in ids]
+        with bar("reading prompts", len(prompts), self.quiet) as advance:
+            return features(self.model, self.tokenizer, prompts, self.config, advance=advance, stop=self.stop)
 
     @property
     def _classes(self) -> list[str]:

@@ -212,6 +212,11 @@ class Config(Section):
     def _fits_together(self) -> Config:
         if "distill" in self.protect and "replay" not in self.protect:
             raise ValueError("protect: distill works on replayed rows; add replay or drop distill")
+        if self.memory.mix != "uniform" and "replay" not in self.protect:
+            raise ValueError(
+                f"memory.mix is {self.memory.mix}, but protect does not list replay, and nothing else draws rows: add "
+                "replay, or drop memory.mix"
+            )
         if self.finetuning_type != "lora":
             for key in ("use_dora", "use_rslora", "additional_target", "quantization_bit"):
                 if value := getattr(self, key):

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from treering.data.example import Message
-from treering.methods.freeze import decoder_layers
-from treering.model import compute, encode_prompt, pad, use_bf16
+from treering.model import compute, decoder_layers, encode_prompt, pad, use_bf16
 from treering.passes import in_parts
 from treering.progress import Advance, silent
 
@@ -83,13 +82,8 @@ def vectors(
             hidden = _hidden(model, inputs).float()
         return [hidden[at, starts[row] : len(rows[row])].mean(0).cpu() for at, row in enumerate(part)]
 
-    training = model.training
-    model.eval()
-    try:
-        with _without_adapter(model), _ending_at(middle):
-            found = in_parts(model, rows, one, config, advance, stop)
-    finally:
-        model.train(training)
+    with _as_base(model), _ending_at(middle):
+        found = in_parts(model, rows, one, config, advance, stop)
     return torch.stack(found) if found else torch.empty(0, model.config.get_text_config().hidden_size)
 
 
@@ -123,5 +117,18 @@ def _ending_at(layer: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def _without_adapter(model: PreTrainedModel) -> AbstractContextManager[Any]:
-    return cast(Any, model).disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+@contextmanager
+def _as_base(model: PreTrainedModel) -> Iterator[None]:
+    """`model` in evaluation mode and without its adapter; then in its mode again, learning what it did."""
+    training, learns = model.training, [p.requires_grad for p in model.parameters()]
+    without: AbstractContextManager[Any] = nullcontext()
+    if hasattr(model, "disable_adapter"):
+        without = cast(Any, model).disable_adapter()
+    model.eval()
+    try:
+        with without:
+            yield
+    finally:
+        model.train(training)
+        for parameter, learned in zip(model.parameters(), learns, strict=True):
+            parameter.requires_grad_(learned)  # peft lets the whole adapter learn again, whatever did not.

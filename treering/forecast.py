@@ -49,7 +49,7 @@ def forecast(ws: Workspace, overrides: Iterable[str] = (), *, quiet: bool = Fals
 
     `estimate` is None where nothing is new. Raises what the update would, and `TreeringError` if the miniature failed.
     """
-    from treering import launch
+    from treering import general, launch
     from treering.data.intake import ingest
     from treering.model import fingerprint, resolve
     from treering.plan import make_plan, taken_up
@@ -58,6 +58,7 @@ def forecast(ws: Workspace, overrides: Iterable[str] = (), *, quiet: bool = Fals
     config = ws.config(overrides := list(overrides))
     base = resolve(config.model_name_or_path, config.trust_remote_code)
     launch.check(config, ws.root)
+    general.file(config, ws.root)
     with ws.lock("plan", "update"), full_disk_is_clear(ws.root), _trial(ws) as (trial, folder):
         taken = ingest(trial, config=config, quiet=quiet)
         plan = taken_up(ws, make_plan(trial, registry.current(ws), config, fingerprint(base)))

@@ -74,6 +74,7 @@ def of_update(
         "verdict": verdict.as_dict(),
         "promote_wanted": promote,
         "memory": candidate.memory.by_task(),
+        "general": {"sha256": plan.general, "rows": len(candidate.general)} if plan.general else None,
         "cost": {
             "seconds": candidate.train_seconds,
             "total_seconds": time.perf_counter() - candidate.started,

@@ -5,6 +5,10 @@ of a task) keeps its rows of lowest priority. That is a uniform sample without r
 saw (a bottom-k sample, the weightless case of Efraimidis and Spirakis 2006), whatever the order or the batches they
 came in, and it can shrink at any time without another random draw. Where its room grows with the rows seen ("auto",
 "2%"), the rows that come later are kept a little more often: what was let go cannot be asked back.
+
+Other policies keep the rooms of "balanced" and put the rows of each cell in an order of their own (`keep.py`). It is
+made once an update, of all rows old and new, and kept with them: so it does not depend on how they came either, and a
+memory that shrinks lets the last ones go.
 """
 
 from __future__ import annotations
@@ -15,12 +19,13 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from treering.data.example import Example
 from treering.files import write_file, write_json
+from treering.keep import FROM_FEATURES, FROM_LOSSES, ORDERED, Known, hardest, herded, most_forgotten, newest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +58,38 @@ def some(ids: Iterable[str], count: int, seed: str) -> list[str]:
     return sorted(ids, key=lambda id: hashlib.blake2b(f"{seed}:{id}".encode(), digest_size=8).digest())[:count]
 
 
+def evenly(ids: Iterable[str], count: int, seed: str) -> list[str]:
+    """`count` of `ids`, each as often as the others (give or take one), in an order that `seed` decides."""
+    drawn: list[str] = []
+    pool = list(ids)
+    shuffle = random.Random(seed).shuffle
+    while pool and len(drawn) < count:
+        shuffle(pool)
+        drawn += pool[: count - len(drawn)]
+    return drawn
+
+
+def by_weight(weights: Mapping[str, float], count: int, seed: str) -> list[str]:
+    """`count` of the ids in `weights`, each as often as its share of them (give or take one), so that none waits long.
+
+    Systematic sampling (Madow 1949): points at equal distance, from a random first one, along the weights end to end.
+    """
+    draw = random.Random(seed)
+    ids = list(weights)
+    draw.shuffle(ids)
+    step = math.fsum(weights.values()) / max(1, count)
+    drawn: list[str] = []
+    end, point = 0.0, draw.random()
+    for id in ids:
+        end += weights[id] / step
+        while point < end and len(drawn) < count:
+            drawn.append(id)
+            point += 1
+    drawn += ids[-1:] * (count - len(drawn))  # What rounding has left.
+    draw.shuffle(drawn)
+    return drawn
+
+
 def stack(teachers: Sequence[Teacher]) -> tuple[Tensor, Tensor]:
     """Ids and logits of all, row after row, `[answer tokens, widest k]`; what a narrower one lacks is -inf."""
     import torch
@@ -70,8 +107,11 @@ class Memory:
     Args:
         size: rows kept: a count, a share of all rows seen such as "2%", or "auto" (for each task the larger of 2% of
             its rows and two rows a label).
-        policy: "balanced" (equal quotas per task and per label inside it) or "reservoir" (uniform over all rows seen).
-        seed: decides which rows of a cell stay.
+        policy: "balanced" (equal quotas per task and per label inside it), "reservoir" (uniform over all rows seen), or
+            one of `keep.ORDERED`: the quotas of "balanced", and an order inside them that `order` makes.
+        seed: decides which rows of a cell stay, where the policy does not.
+
+    `weights` say how often rows are drawn beside others; with none they are all drawn alike.
     """
 
     def __init__(self, size: int | str = "auto", policy: str = "balanced", seed: int = 0) -> None:
@@ -79,12 +119,25 @@ class Memory:
         self.rows: dict[str, Remembered] = {}
         self.seen: dict[str, dict[str, int]] = {}
         self.teachers: dict[str, Teacher] = {}
+        self.known: dict[str, Known] = {}
+        self.weights: dict[str, float] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def add(self, examples: Iterable[Example], task: str, labelled: bool = True) -> None:
-        """Show new rows of `task`; keep what fits. `labelled` says that the answers are a label set."""
+        """Show new rows of `task`; keep what fits. `labelled` says that the answers are a label set.
+
+        Raises `ValueError` where the policy wants more than the rows; then `show` and `order` are for it.
+        """
+        self.show(examples, task, labelled)
+        if self._ordered:
+            self.order()
+        else:
+            self.cut()
+
+    def show(self, examples: Iterable[Example], task: str, labelled: bool = True) -> None:
+        """Take new rows of `task` in, and let none go: that waits for `order`, which is to know them all."""
         counts = self.seen.setdefault(task, {})
         for example in examples:
             if example.id in self.rows:
@@ -92,9 +145,36 @@ class Memory:
             row = Remembered(example.id, task, example.label if labelled else "")
             counts[row.label] = counts.get(row.label, 0) + 1
             self.rows[row.id] = row
-        kept = self._balanced() if self.policy == "balanced" else self._first(self.rows.values(), self._budget())
+
+    def order(self, losses: Mapping[str, float] | None = None, features: Mapping[str, Tensor] | None = None) -> None:
+        """Put the rows of each cell in the order in which they are to stay, and keep what fits.
+
+        `losses` (nats) and `features` (`[hidden]`) are those of all rows, for the policies that want them
+        (`keep.FROM_LOSSES`, `keep.FROM_FEATURES`), or `ValueError`. Those shown since the last time are a new update's.
+        """
+        given = losses if self.policy in FROM_LOSSES else features if self.policy in FROM_FEATURES else self.rows
+        if not self.rows.keys() <= (given or {}).keys():
+            what = "losses" if self.policy in FROM_LOSSES else "features"
+            raise ValueError(f"the policy {self.policy} orders rows by their {what}: call show, then order with {what}")
+        number = 1 + max((known.update for known in self.known.values()), default=0)
+        for id in self.rows:
+            known, loss = self.known.get(id, Known(0, number)), (losses or {}).get(id)
+            learned = loss if known.learned is None else known.learned
+            self.known[id] = Known(known.rank, known.update, learned, loss)
+        for labels in self._cells().values():
+            for rows in labels.values():
+                rows.sort(key=self._chance)
+                for rank, at in enumerate(self._order(rows, number, features or {})):
+                    known = self.known[rows[at].id]
+                    self.known[rows[at].id] = Known(rank, known.update, known.learned, known.loss)
+        self.cut()
+
+    def cut(self) -> None:
+        """Let go of the rows that have no room."""
+        kept = self._first(self.rows.values(), self._budget()) if self.policy == "reservoir" else self._balanced()
         self.rows = {row.id: row for row in sorted(kept, key=self._priority)}
         self.teachers = {id: teacher for id, teacher in self.teachers.items() if id in self.rows}
+        self.known = {id: known for id, known in self.known.items() if id in self.rows}
 
     def part(self, wanted: Callable[[Remembered], bool]) -> Memory:
         """The rows that are `wanted`, with what is stored for them: to draw from, not to add to."""
@@ -104,14 +184,14 @@ class Memory:
         return found
 
     def draw(self, count: int, epoch: int = 0) -> list[str]:
-        """`count` ids, each kept row as often as the others (give or take one), in an order that `epoch` decides."""
-        drawn: list[str] = []
-        ids = list(self.rows)
-        shuffle = random.Random(f"{self.seed}:{epoch}").shuffle
-        while ids and len(drawn) < count:
-            shuffle(ids)
-            drawn += ids[: count - len(drawn)]
-        return drawn
+        """`count` ids in an order that `epoch` decides, each kept row as often as the others (give or take one).
+
+        With `weights`, each as often as those say (give or take one).
+        """
+        seed = f"{self.seed}:{epoch}"
+        if self.weights:
+            return by_weight({id: self.weights[id] for id in self.rows}, count, seed)
+        return evenly(self.rows, count, seed)
 
     def by_task(self) -> dict[str, int]:
         """Kept rows per task."""
@@ -134,6 +214,7 @@ class Memory:
                 "seed": self.seed,
                 "seen": self.seen,
                 "rows": [[row.id, row.task, row.label] for row in rows],
+                **({"known": [astuple(self.known[row.id]) for row in rows]} if self._ordered else {}),
             },
         )
         empty = Teacher(torch.empty(0, 0, dtype=torch.int32), torch.empty(0, 0, dtype=torch.float16))
@@ -152,6 +233,9 @@ class Memory:
         memory = cls(stored["size"], stored["policy"], stored["seed"])
         memory.seen = stored["seen"]
         memory.rows = {id: Remembered(id, task, label) for id, task, label in stored["rows"]}
+        # Of rows that another policy kept nothing is known but that they are older than what comes.
+        known = stored.get("known") or [[place, 0] for place in range(len(memory.rows))]
+        memory.known = {id: Known(*facts) for id, facts in zip(memory.rows, known, strict=True)}
         tensors = load_file(folder / "memory.safetensors")
         start = 0
         for id, tokens in zip(memory.rows, tensors["tokens"].tolist(), strict=True):
@@ -162,7 +246,38 @@ class Memory:
             start += tokens
         return memory
 
-    def _priority(self, row: Remembered) -> bytes:
+    @property
+    def _ordered(self) -> bool:
+        return self.policy in ORDERED
+
+    def _order(self, rows: Sequence[Remembered], number: int, features: Mapping[str, Tensor]) -> Sequence[int]:
+        """Places of the `rows` of a cell, first those that stay longest; those of the update `number` are new."""
+        known = [self.known[row.id] for row in rows]
+        losses = [(one.learned or 0.0, one.loss or 0.0) for one in known]  # Both known where they are wanted.
+        if self.policy == "hard":
+            return hardest([now for _, now in losses])
+        if self.policy == "forgotten":
+            return most_forgotten([now - then for then, now in losses])
+        if self.policy == "ageing":
+            return newest([one.update for one in known])
+        if self.policy == "diverse":
+            import torch
+
+            # Old ones stand for all that the cell has seen before.
+            fresh = sum(one.update == number for one in known)
+            before = self.seen[rows[0].task][rows[0].label] - fresh
+            each = before / max(1, len(rows) - fresh)
+            stands_for = [1.0 if one.update == number else each for one in known]
+            room = self._auto(self.seen[rows[0].task]) if self.size == "auto" else self._budget()
+            return herded(torch.stack([features[row.id] for row in rows]), stands_for, room)
+        return range(len(rows))
+
+    def _priority(self, row: Remembered) -> tuple[int, bytes]:
+        """Rows of the lowest stay: by the order of the policy, if it has one, then by chance."""
+        known = self.known.get(row.id) if self._ordered else None
+        return (known.rank if known else len(self.rows) if self._ordered else 0, self._chance(row))
+
+    def _chance(self, row: Remembered) -> bytes:
         return hashlib.blake2b(f"{self.seed}:{row.id}".encode(), digest_size=8).digest()
 
     def _first(self, rows: Iterable[Remembered], count: int) -> list[Remembered]:
@@ -176,10 +291,15 @@ class Memory:
             return round(float(self.size[:-1]) / 100 * sum(sum(labels.values()) for labels in self.seen.values()))
         return self.size
 
-    def _balanced(self) -> list[Remembered]:
+    def _cells(self) -> dict[str, dict[str, list[Remembered]]]:
+        """The rows by task and label."""
         cells: dict[str, dict[str, list[Remembered]]] = defaultdict(lambda: defaultdict(list))
         for row in self.rows.values():
             cells[row.task][row.label].append(row)
+        return cells
+
+    def _balanced(self) -> list[Remembered]:
+        cells = self._cells()
         stock = {task: sum(map(len, labels.values())) for task, labels in cells.items()}
         if self.size == "auto":
             quotas = {task: min(self._auto(self.seen[task]), stock[task]) for task in cells}

@@ -266,6 +266,18 @@ def load(base: Path, config: Config, version: Version | None = None) -> PreTrain
     return model
 
 
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The layers between the input embeddings and the output layer. Raises `ModelError` where they cannot be found."""
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return module
+    raise ModelError(
+        f"{type(model).__name__} has no list of {count} decoder layers, which finetuning_type: freeze, memory.policy: "
+        "diverse and memory.mix: similarity need; take others"
+    )
+
+
 def save_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, base_name: str) -> None:
     """Write a PEFT folder (adapters) or a transformers folder (all weights) that other tools load as it is."""
     from peft import PeftModel, get_peft_model_state_dict

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from treering import shares
 from treering.model import Tokens
-from treering.progress import Advance, bar
+from treering.progress import Advance, silent
 from treering.tree import Tree
 
 if TYPE_CHECKING:
@@ -109,7 +109,12 @@ def cut(rows: Sequence[Sequence[int]], size: int, at_once: int) -> list[list[int
 
 
 def losses(
-    model: PreTrainedModel, rows: Sequence[Tokens], config: Config, pad_id: int, stop: Stop | None = None
+    model: PreTrainedModel,
+    rows: Sequence[Tokens],
+    config: Config,
+    pad_id: int,
+    stop: Stop | None = None,
+    advance: Advance = silent,
 ) -> list[float]:
     """The cross entropy of each row, the mean over its answer tokens in nats; `model` stays in the mode it is in.
 
@@ -118,8 +123,7 @@ def losses(
     training = model.training
     model.eval()
     try:
-        with bar("", len(rows), quiet=True) as advance:
-            return read(model, rows, _row_losses, config, pad_id, advance, stop)
+        return read(model, rows, _row_losses, config, pad_id, advance, stop)
     finally:
         model.train(training)
 

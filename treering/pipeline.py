@@ -13,6 +13,7 @@ from treering.registry import Version
 from treering.stop import stop_on_signals
 
 if TYPE_CHECKING:
+    from treering.config import Config
     from treering.data.intake import Ingested
     from treering.gate import Verdict
     from treering.plan import Plan
@@ -47,14 +48,13 @@ def update(
     """
     config = ws.config(overrides)
     with ws.lock("update", "update"), full_disk_is_clear(ws.root), stop_on_signals() as stop:
-        from treering import forecast, gate, launch, trackers
+        from treering import forecast, gate, trackers
         from treering.candidate import Candidate
         from treering.data.intake import ingest
         from treering.model import fingerprint, resolve
         from treering.plan import clear, make_plan, stage, taken_up
 
-        trackers.check(config.report_to)
-        launch.check(config, ws.root)
+        _check_surroundings(ws, config)
         base = resolve(config.model_name_or_path, config.trust_remote_code)
         taken = ingest(ws, config=config, quiet=quiet) if inbox else None
         with ws.changing("update"):
@@ -101,6 +101,15 @@ def update(
     return Outcome(
         "promoted" if verdict.promote and promote else "held", verdict.summary + resumed, version, ingested=taken
     )
+
+
+def _check_surroundings(ws: Workspace, config: Config) -> None:
+    """Raise `ConfigError` where something outside of the settings that they name is not there, before a row is read."""
+    from treering import general, launch, trackers
+
+    trackers.check(config.report_to)
+    launch.check(config, ws.root)
+    general.file(config, ws.root)
 
 
 def _nothing_to_train(ws: Workspace, plan: Plan, promote: bool) -> Outcome | None:

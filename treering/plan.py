@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treering import launch, registry
+from treering import general, launch, registry
 from treering.config import Config
 from treering.files import write_json
 from treering.registry import PLAN, Version
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """`rows` and `fresh` are the new training and held-out ids by task; `machine` is what the bits depend on."""
+    """`rows` and `fresh` are the new training and held-out ids by task; `machine` is what the bits depend on.
+
+    `general` is the hash of the general text that is replayed, if there is any.
+    """
 
     parent: str | None
     base: str
@@ -28,11 +31,19 @@ class Plan:
     rows: dict[str, list[str]]
     fresh: dict[str, list[str]]
     machine: dict[str, Any]
+    general: str | None = None
 
     @property
     def digest(self) -> str:
         """The same for the same rows, parent, base model and settings."""
-        content = [self.parent, self.base, self.config, self.rows, self.fresh]
+        content = [
+            self.parent,
+            self.base,
+            self.config,
+            self.rows,
+            self.fresh,
+            *([self.general] if self.general else []),
+        ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -89,7 +100,8 @@ def make_plan(
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         **launch.machine(config, ws.root),
     }
-    return Plan(parent.name if parent else None, base, config.of_versions(), rows, fresh, machine)
+    text = general.fingerprint(config, ws.root)
+    return Plan(parent.name if parent else None, base, config.of_versions(), rows, fresh, machine, text)
 
 
 def taken_up(ws: Workspace, plan: Plan) -> Plan:
@@ -104,7 +116,7 @@ def taken_up(ws: Workspace, plan: Plan) -> Plan:
         if (
             found is not None
             and (found.parent, found.base, found.config) == (plan.parent, plan.base, plan.config)
-            and found.machine == plan.machine
+            and (found.machine, found.general) == (plan.machine, plan.general)
             and waiting.issuperset(found.row_ids)
         ):
             return found

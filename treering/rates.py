@@ -17,9 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from treering.checkpoints import random_state, set_random_state
+from treering.brief import ROWS, STEPS, short, undone
 from treering.files import write_json
 from treering.memory import Memory, Teacher
 from treering.methods import Losses, Methods
@@ -37,9 +35,6 @@ if TYPE_CHECKING:
     from treering.stop import Stop
 
 FILE = "rates.json"
-
-STEPS, ROWS = 6, 8
-"""A short training: its steps, and the rows of each."""
 
 MEASURED, LEAST = 24, 8
 """New rows that are measured, and remembered ones; with fewer new ones than the second there is no test."""
@@ -145,15 +140,7 @@ class RangeTest:
     ) -> None:
         self._model, self._rows, self._sample, self._methods = model, rows, sample, methods
         self._pad_id, self._parents, self._stop = pad_id, parents, stop
-        size = min(ROWS, config.per_device_train_batch_size)  # Never more at once than memory is known to hold.
-        self._config = config.model_copy(
-            update={
-                "max_steps": STEPS,
-                "processes": 1,
-                "per_device_train_batch_size": size,
-                "gradient_accumulation_steps": math.ceil(ROWS / size),
-            }
-        )
+        self._config = short(config)
         lengths = {id: len(row.ids) for id, row in rows.items()}
         self._steps = plan_steps(sample.new, sample.memory, methods, lengths, self._config)
 
@@ -178,33 +165,24 @@ class RangeTest:
 
     def after(self, rate: float) -> Losses | None:
         """The losses after a short training at `rate`, which is then undone; None: the training failed."""
-        model, random_before, training = self._model, random_state(), self._model.training
-        learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        start = {name: weight.detach().to("cpu", copy=True) for name, weight in learned.items()}
         try:
-            train(
-                model,
-                self._rows,
-                self._steps,
-                copy.deepcopy(self._methods),  # They may count what they see.
-                self._config.model_copy(update={"learning_rate": rate}),
-                pad_id=self._pad_id,
-                teachers=self._sample.memory.teachers if "distill" in self._config.protect else None,
-                parents=self._parents,
-                stop=self._stop,
-                quiet=True,
-            )
-            found = self.measure()
+            with undone(self._model):
+                train(
+                    self._model,
+                    self._rows,
+                    self._steps,
+                    copy.deepcopy(self._methods),  # They may count what they see.
+                    self._config.model_copy(update={"learning_rate": rate}),
+                    pad_id=self._pad_id,
+                    teachers=self._sample.memory.teachers if "distill" in self._config.protect else None,
+                    parents=self._parents,
+                    stop=self._stop,
+                    quiet=True,
+                )
+                found = self.measure()
         except LossError:
             return None
-        else:
-            return found if math.isfinite(found.new + found.old) else None
-        finally:
-            with torch.no_grad():
-                for name, weight in learned.items():
-                    weight.copy_(start[name])
-            set_random_state(random_before)
-            model.train(training)
+        return found if math.isfinite(found.new + found.old) else None
 
     def _mean(self, ids: Sequence[str]) -> float:
         found = losses(self._model, [self._rows[id] for id in ids], self._config, self._pad_id, self._stop)

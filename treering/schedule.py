@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from treering.memory import Memory
+from treering.memory import Memory, evenly
 from treering.methods import Methods
 
 if TYPE_CHECKING:
@@ -44,11 +44,16 @@ Step = list[list[str]]
 
 
 def plan_steps(
-    new: Sequence[str], memory: Memory, methods: Methods, lengths: Mapping[str, int], config: Config
+    new: Sequence[str],
+    memory: Memory,
+    methods: Methods,
+    lengths: Mapping[str, int],
+    config: Config,
+    general: Sequence[str] = (),
 ) -> list[Step]:
     """All steps of an update: each epoch's new and replayed rows, shuffled, in batches of like length.
 
-    `lengths` gives the tokens of each row id, new and remembered.
+    `lengths` gives the tokens of each row id. `general` are those of general text, of which each epoch has its share.
     """
     size, accumulate = config.batch_size, config.gradient_accumulation_steps
     steps: list[Step] = []
@@ -58,6 +63,9 @@ def plan_steps(
     while True:
         rng = random.Random(f"{config.seed}:{epoch}")
         rows = [*new, *methods.replay(new, memory, epoch)]
+        if general:
+            share = config.memory.general_share
+            rows += evenly(general, round(len(rows) * share / (1 - share)), f"{config.seed}:general:{epoch}")
         if epoch == epochs - 1 and config.max_steps <= 0:
             rng.shuffle(rows)
             rows = rows[: math.ceil(len(rows) * (wanted - epoch))]

@@ -38,12 +38,26 @@ class MemoryConfig(Section):
     """Rows kept: a count, a share of all rows seen such as `2%`, or `auto`: for each task the larger of 2% of its
     rows and two rows a label."""
 
-    policy: Literal["balanced", "reservoir"] = "balanced"
-    """What to keep: `balanced` (equal quotas per task, and per label inside it; a reservoir inside a quota) or
-    `reservoir` (a uniform sample of all rows seen)."""
+    policy: Literal["balanced", "reservoir", "hard", "diverse", "forgotten", "ageing"] = "balanced"
+    """What to keep: `balanced` (equal quotas per task, and per label inside it; a reservoir inside a quota),
+    `reservoir` (a uniform sample of all rows seen), or the quotas of `balanced` with another order inside them: `hard`
+    (highest loss first, extreme ones last), `diverse` (those whose mean is that of all), `forgotten` (largest rise of
+    loss since they were learned), `ageing` (newest first). `docs/methods.md` has more."""
 
     replay_share: float = Field(0.5, ge=0, lt=1)
     """Share of the rows of an epoch that are replayed from memory."""
+
+    mix: Literal["uniform", "interference", "similarity"] = "uniform"
+    """Which rows are replayed more often: none (`uniform`), those whose loss rises most in a short training on new rows
+    (`interference`), or those nearest to new rows (`similarity`). Every row comes now and then."""
+
+    general: str | None = None
+    """File of general text that is replayed too, JSON Lines with `text` or chat rows; a relative path begins at the
+    workspace."""
+
+    general_share: float = Field(0.1, gt=0, lt=1)
+    """With `general`: its share of the rows of an epoch. Of text all tokens are learned, so it weighs more than short
+    answers do."""
 
     @field_validator("size")
     @classmethod

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from treering.config import Config
-from treering.errors import ConfigError, ModelError
+from treering.errors import ConfigError
+from treering.model import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,12 +30,3 @@ class Freeze:
         for layer in chosen:
             layer.float().requires_grad_(True)
         return model
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of `model`, from the first on. Raises `ModelError` where they are no list."""
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ModelError(f"{type(model).__name__} has no list of {count} decoder layers; use finetuning_type: lora or full")

@@ -1,0 +1,49 @@
+"""A training so short that it only shows what would come of more, and is undone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from treering.checkpoints import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from treering.config import Config
+
+STEPS, ROWS = 6, 8
+"""Its steps, and the rows of each."""
+
+
+def short(config: Config) -> Config:
+    """The settings of an update, for `STEPS` steps of `ROWS` rows in this process."""
+    size = min(ROWS, config.per_device_train_batch_size)  # Never more at once than memory is known to hold.
+    return config.model_copy(
+        update={
+            "max_steps": STEPS,
+            "processes": 1,
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": math.ceil(ROWS / size),
+        }
+    )
+
+
+@contextmanager
+def undone(model: PreTrainedModel) -> Iterator[None]:
+    """What is learned inside is forgotten: weights, torch's random state and the mode are then as they were."""
+    random_before, training = random_state(), model.training
+    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    start = {name: weight.detach().to("cpu", copy=True) for name, weight in learned.items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in learned.items():
+                weight.copy_(start[name])
+        set_random_state(random_before)
+        model.train(training)
