@@ -61,12 +61,13 @@ def clinc_30(clinc: Tasks, _: Tasks) -> Stream:
 def blurry(clinc: Tasks, _: Tasks) -> Stream:
     """Every domain is at its height three times, and each time a part of its rows comes early or late.
 
-    In a round, half of a domain's share comes in its own update and a quarter in each neighbouring one. The labels
-    drift as well: an update has more of those that stand near it in the domain's list.
+    In a round, half of a domain's share comes in its own update and a quarter in each neighbouring one. What is asked
+    drifts as well: half of a label's rows come in one of the three rounds, the others in any.
     """
     train: dict[str, dict[int, list[Example]]] = {name: {} for name in clinc}
     rounds = UPDATES // len(clinc)
-    for place, (name, (rows, _)) in enumerate(clinc.items()):
+    for place, (name, sides) in enumerate(clinc.items()):
+        rows = sides[0]
         draw = random.Random(f"blurry:{name}")
         labels = sorted({row.label for row in rows})
         for row in rows:
@@ -75,7 +76,7 @@ def blurry(clinc: Tasks, _: Tasks) -> Stream:
             turn = leaning if draw.random() < 0.5 else draw.randrange(rounds)
             update = turn * len(clinc) + place + draw.choice((-1, 0, 0, 1))
             train[name].setdefault(min(max(update, 0), UPDATES - 1) + 1, []).append(row)
-    return train, {name: test for name, (_, test) in clinc.items()}
+    return train, {name: sides[1] for name, sides in clinc.items()}
 
 
 STREAMS: dict[str, Callable[[Tasks, Tasks], Stream]] = {

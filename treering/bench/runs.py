@@ -28,6 +28,7 @@ from treering import metrics
 from treering.bench import general
 from treering.bench.code import code_digest
 from treering.bench.entries import JOINT, ORACLE, UNTOUCHED
+from treering.bench.general import Asked
 from treering.bench.stream import Draw, Update
 from treering.config import Config
 from treering.data.example import Example
@@ -62,12 +63,10 @@ class Job:
     updates: list[Update]
     test: Update
     metrics: dict[str, str]
-    general: general.Asked | None = None
+    asked: Asked | None = None
 
     @classmethod
-    def of(
-        cls, name: str, kind: str, settings: Mapping[str, Any], draw: Draw, asked: general.Asked | None = None
-    ) -> Job:
+    def of(cls, name: str, kind: str, settings: Mapping[str, Any], draw: Draw, asked: Asked | None = None) -> Job:
         """The run of a method on a draw. What does not depend on the order is the same job in every order."""
         names = {task: metrics.metric_for([row.label for row in rows]) for task, rows in draw.taught.items()}
         settings, updates = dict(settings), draw.updates
@@ -90,7 +89,8 @@ class Job:
         from treering.model import resolve
 
         config = self.config
-        unused = {*FINETUNING_TYPES, *PROTECT} - {config.finetuning_type, *config.protect}
+        # The base model's weights are what counts, not where they lie.
+        unused = {"model_name_or_path", *FINETUNING_TYPES, *PROTECT} - {config.finetuning_type, *config.protect}
         content = {
             "format": FORMAT,
             "kind": self.kind if self.kind in (UNTOUCHED, JOINT, ORACLE) else "sequential",
@@ -99,10 +99,9 @@ class Job:
             "updates": [{task: [row.id for row in rows] for task, rows in update.items()} for update in self.updates],
             "test": {task: [row.id for row in rows] for task, rows in self.test.items()},
             "metrics": self.metrics if self.kind == UNTOUCHED else None,
-            "general": self.general and self.general.content,
+            "general": self.asked and self.asked.content,
             "code": code_digest(config),
         }
-        content["settings"].pop("model_name_or_path")  # The weights are what counts, not where they lie.
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -206,7 +205,7 @@ def _untouched(job: Job) -> dict[str, Any]:
         "loss": fmean(result.loss for result in results),
         "negative_flips": None,
         "cost": {**costs, "peak_memory_mb": peak_memory_mb()},
-        "general": job.general and general.measure(model, tokenizer, base, None, config, job.general),
+        "general": job.asked and general.measure(model, tokenizer, base, None, config, job.asked),
     }
 
 
@@ -253,11 +252,11 @@ def _measured(job: Job, versions: Sequence[Any], texts: int) -> dict[str, Any]:
     stored = sum(p.stat().st_size for p in last.folder.rglob("*") if p.is_file() and p.name not in kept)
     matrix = last.manifest["matrix"]
     each = [_by_task(read_results(version.folder / "results.parquet")) for version in versions]
-    asked = None
-    if job.general is not None:
+    after = None
+    if job.asked is not None:
         base = resolve(config.model_name_or_path, config.trust_remote_code)
         tokenizer = load_tokenizer(base, config.trust_remote_code)
-        asked = general.measure(load(base, config, last), tokenizer, base, last.folder, config, job.general)
+        after = general.measure(load(base, config, last), tokenizer, base, last.folder, config, job.asked)
     return {
         "tasks": matrix["tasks"],
         "learned": matrix["learned"],
@@ -274,7 +273,7 @@ def _measured(job: Job, versions: Sequence[Any], texts: int) -> dict[str, Any]:
             "memory_rows": sum(last.manifest["memory"].values()) if remembers else 0,
             "peak_memory_mb": max(cost["peak_memory_mb"] for cost in costs),
         },
-        "general": asked,
+        "general": after,
     }
 
 

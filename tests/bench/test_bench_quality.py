@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.bench.test_stream import put
+from tests.bench.test_bench_stream import put
 from treering import Workspace
 from treering.bench import outputs, runs, tuning
 from treering.bench.code import code_digest
@@ -223,7 +223,7 @@ def test_a_tuned_baseline_takes_the_better_rate_and_sees_no_test_row(
 
 @pytest.mark.usefixtures("in_process")
 def test_a_rate_that_fails_is_out(bench: Callable[..., Bench], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = tuning.run_all
+    real = runs.run_all
 
     def fails(jobs: Any, work: Path) -> Any:
         if jobs[0].settings["learning_rate"] > bad:

@@ -11,6 +11,7 @@ import torch
 
 from treering.bench import general
 from treering.config import Config
+from treering.data.example import normalise
 from treering.errors import UsageError
 from treering.model import load_base, load_tokenizer
 
@@ -39,7 +40,7 @@ def test_the_questions_are_short_and_their_answers_normalised() -> None:
     rows = [json.loads(line) for line in general.QUESTIONS.read_text().splitlines()]
     assert len(rows) >= 20 and len({row["question"] for row in rows}) == len(rows)
     for row in rows:
-        assert row["answers"] == [general.normalise(answer) for answer in row["answers"]]
+        assert row["answers"] == [normalise(answer) for answer in row["answers"]]
         assert not general.says(row["question"], row["answers"])  # Repeating the question is no answer.
 
 
