@@ -32,12 +32,14 @@ def test_orders_and_seeds(data: Path) -> None:
     named = stream.draw(1)
     assert named.tasks == ["cups", "hats", "pens"]
     orders = {tuple(stream.draw(1, order).tasks) for order in range(6)}
-    assert len(orders) > 1 and all(sorted(order) == named.tasks for order in orders)
+    assert len(orders) == 6 and all(sorted(order) == named.tasks for order in orders)
     # Another seed draws other training rows, never other test rows; an order changes neither.
     other = stream.draw(2)
     assert other.taught != named.taught and other.test == named.test
     assert stream.draw(1, 3).taught == named.taught
     assert stream.draw(2, 3).tasks == stream.draw(1, 3).tasks
+    with pytest.raises(UsageError, match="3 updates have no more orders"):
+        stream.draw(1, 6)
     assert [len(rows) for rows in named.taught.values()] == [8, 8, 8] and len(named.test["pens"]) == 4
 
 

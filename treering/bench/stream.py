@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -72,10 +73,8 @@ class Stream:
                 updates.setdefault(key, {})[task] = chosen
         if not test:
             raise UsageError(f"--data {self.data} holds no folder; it needs one a task, with train and test files")
-        found = [updates[key] for key in sorted(updates)]
-        if order:
-            random.Random(f"order:{order}").shuffle(found)
-        return Draw(found, test)
+        named = [updates[key] for key in sorted(updates)]
+        return Draw([named[at] for at in _order(len(named), order)], test)
 
     def _limited(self, rows: list[Example]) -> list[Example]:
         if self.per_label is None:
@@ -112,6 +111,21 @@ def _rows(files: Sequence[Path]) -> list[Example]:
     if left:
         say(f"{len(left)} rows left out, the first at {left[0].file}, line {left[0].line}: {left[0].reason}")
     return list({row.example.id: row.example for row in found if isinstance(row, Row)}.values())
+
+
+def _order(count: int, number: int) -> tuple[int, ...]:
+    """The places of `count` updates in the order of that number; no two numbers have the same one."""
+    if number >= math.factorial(count):
+        raise UsageError(f"--orders is above {math.factorial(count)}, and {count} updates have no more orders")
+    found = [tuple(range(count))]
+    tries = 0
+    while len(found) <= number:
+        tries += 1
+        order = list(range(count))
+        random.Random(f"order:{tries}").shuffle(order)
+        if tuple(order) not in found:
+            found.append(tuple(order))
+    return found[number]
 
 
 def _shuffled(rows: Sequence[Example], seed: str) -> list[Example]:
