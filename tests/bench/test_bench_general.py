@@ -23,8 +23,8 @@ def test_perplexity_is_that_of_all_tokens_together(model_folder: Path) -> None:
     losses = []
     for text in texts:
         ids = torch.tensor([list(tokenizer(text)["input_ids"])])
-        probabilities = torch.softmax(model(ids).logits[0].double(), dim=-1)
-        losses += [-math.log(probabilities[at, ids[0, at + 1]]) for at in range(ids.shape[1] - 1)]
+        probabilities = torch.softmax(model(ids).logits[0].double(), dim=-1).tolist()
+        losses += [-math.log(probabilities[at][ids[0, at + 1]]) for at in range(ids.shape[1] - 1)]
     expected = math.exp(sum(losses) / len(losses))
     assert general.perplexity(model, tokenizer, texts, config) == pytest.approx(expected, rel=1e-4)
     assert general.perplexity(model, tokenizer, ["x"], config) is None
