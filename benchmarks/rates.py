@@ -18,17 +18,16 @@ from statistics import fmean, stdev
 from typing import Any
 
 from treering import Workspace, registry
-from treering.bench.quality import Stream
+from treering.bench.stream import Draw, Stream
 from treering.results import read_results
 
 
-def run(stream: Stream, names: list[str], rate: str, settings: list[str], folder: Path) -> dict[str, Any]:
+def run(draw: Draw, seed: int, names: list[str], rate: str, settings: list[str], folder: Path) -> dict[str, Any]:
     """The stream of tasks `names` at `rate`: scores of the last version by row, and what each update took."""
-    tasks = stream.tasks()
-    ws = Workspace.create(folder, seed=stream.seed)
+    ws = Workspace.create(folder, seed=seed)
     updates = []
     for name in names:
-        train, test = ([{"messages": row.as_dicts()} for row in rows] for rows in tasks[name])
+        train, test = ([{"messages": row.as_dicts()} for row in rows] for rows in (draw.taught[name], draw.test[name]))
         ws.ingest(train, task=name, held_out=test)
         ws.update(f"learning_rate={rate}", *settings, promote=False)
         version = registry.versions(ws)[-1]
@@ -90,18 +89,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("settings", nargs="*", metavar="key=value")
     given = parser.parse_args()
-    stream = Stream(given.data, given.per_label, eval_rows=given.eval_rows, seed=given.seed)
+    draw = Stream(given.data, given.per_label, eval_rows=given.eval_rows).draw(given.seed)
     names = given.tasks.split(",")
-    if missing := set(names) - stream.tasks().keys():
-        raise SystemExit(
-            f"--tasks names {', '.join(sorted(missing))}, but {given.data} has {', '.join(stream.tasks())}"
-        )
+    if missing := set(names) - draw.taught.keys():
+        raise SystemExit(f"--tasks names {', '.join(sorted(missing))}, but {given.data} has {', '.join(draw.taught)}")
     key = [names, given.per_label, given.eval_rows, given.seed, given.settings]
     for rate in given.rates.split(","):
         if rate in _kept(given.out, key):
             continue
         with tempfile.TemporaryDirectory(prefix="treering-rates-") as scratch:
-            figures = run(stream, names, rate, given.settings, Path(scratch) / "ws")
+            figures = run(draw, given.seed, names, rate, given.settings, Path(scratch) / "ws")
         with given.out.open("a", encoding="utf-8") as out:
             out.write(json.dumps({"stream": key, "rate": rate, **figures}) + "\n")
     print("\n".join(table(_kept(given.out, key), names)))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from treering import Workspace, registry
-from treering.bench.quality import examples
+from treering.bench.stream import examples
 
 UPDATE = "import sys; from treering import Workspace; Workspace(sys.argv[1]).update(quiet=True)"
 SETTINGS: dict[str, Any] = {"num_train_epochs": 1, "memory": {"size": 64}}

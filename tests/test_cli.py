@@ -17,9 +17,7 @@ import pytest
 import typer
 
 from treering import Workspace, figures, registry
-from treering.bench import quality as bench
 from treering.cli import app, run
-from treering.errors import ConfigError
 from treering.testing import toy_rows
 
 ROOT = Path(__file__).parents[1]
@@ -373,6 +371,7 @@ def test_verify_finds_an_edited_file(cli: Runner, shop: Path) -> None:
         (["bench", "quality", "--data", "x", "--rows", "zero"], "'--rows'"),
         (["bench", "quality", "--data", "x", "--rows", "0"], "'--rows'"),
         (["bench", "quality", "--data", "x", "--rows", "1", "--per-label", "1"], "not both"),
+        (["bench", "quality", "--data", "x", "--seeds", "one"], "--seeds is 'one'"),
         (["bench", "quality", "--data", "none"], "none is no folder"),
         (["bench", "quality", "--data", "none", "--methods", "best"], "unknown methods: best; known: untouched"),
         (["status", "-w", "nowhere"], "is no workspace"),
@@ -470,25 +469,6 @@ def test_the_program(shop: Path, tmp_path: Path, arguments: str, code: int) -> N
 # Benchmark
 
 
-class InProcess:
-    """Stands in for `multiprocessing.get_context`: a fresh process costs seconds."""
-
-    exitcode = 0
-
-    def __init__(self, method: str = "spawn") -> None:
-        pass
-
-    def Process(self, target: Any, args: Any) -> InProcess:  # noqa: N802
-        target(*args)
-        return self
-
-    def start(self) -> None:
-        pass
-
-    def join(self, timeout: float | None = None) -> None:
-        pass
-
-
 def test_bench_speed(cli: Runner, tmp_path: Path, model_folder: Path) -> None:
     """A real race on a tiny model: turns, losses and memory of both are told, and the losses agree."""
     rows = [{"text": row["text"], "label": row["label"]} for row in toy_rows("pens", 48)]
@@ -520,46 +500,23 @@ def test_bench_speed(cli: Runner, tmp_path: Path, model_folder: Path) -> None:
     assert "treering ended" in cli.text("bench", "speed", *wrong, "--model", model_folder, "--peers", "", code=1)[1]
 
 
-def test_bench_settings_leave_methods_what_they_are(tmp_path: Path) -> None:
-    stream = bench.Stream(tmp_path, memory="7", overrides=("distill.weight=1", "protect=[replay, lwf]"))
-    ours, naive, replay = (stream.settings(name) for name in ("treering", "naive", "replay"))
-    assert ours["distill"] == naive["distill"] == {"weight": 1.0}
-    assert (ours["protect"], naive["protect"], replay["protect"]) == (["replay", "lwf"], [], ["replay"])
-    assert (ours["memory"], replay["memory"]) == ({"size": 7}, {"size": 7, "policy": "reservoir"})
-    with pytest.raises(ConfigError, match=r"distill\.weigth"):
-        bench.Stream(tmp_path, overrides=("distill.weigth=1",)).settings("naive")
-
-
-def test_bench_quality(cli: Runner, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_quality(cli: Runner, tmp_path: Path, model_folder: Path) -> None:
+    """In processes of their own; what comes of runs in detail is tested in tests/bench."""
     for task in ("pens", "cups"):
         write_rows(tmp_path / "data" / task / "train.jsonl", toy_rows(task, 16))
         write_rows(tmp_path / "data" / task / "test.jsonl", toy_rows(task, 24)[16:])
-    options = ["--data", tmp_path / "data", "--model", model_folder, "--work", tmp_path / "work", "--epochs", 1]
-    wrong = ["--data", tmp_path / "data", "--model", "./none", "--methods", "naive"]
-    assert "untouched ended with exit code 1" in cli.json("bench", "quality", *wrong, code=1)["error"]
-    real = cli.json("bench", "quality", *options, "--methods", "untouched")
-    assert list(real["methods"]) == ["untouched"]
-
-    monkeypatch.setattr("treering.bench.quality.multiprocessing.get_context", InProcess)
-    names = ["untouched", "naive", "replay", "treering", "joint"]
-    found = cli.json("bench", "quality", *options, "--methods", ",".join(names))
-    assert list(found["methods"]) == names
-    assert found["methods"]["untouched"] == real["methods"]["untouched"]  # Read back, not run again.
-    (folder,) = (tmp_path / "work").iterdir()
-    assert {path.stem for path in folder.glob("*.json")} == set(names)
+    quick = ["bf16=false", "max_steps=1", "eval.max_new_tokens=4"]
+    options = [*quick, "--data", tmp_path / "data", "--model", model_folder, "--work", tmp_path / "work"]
+    wanted = ["--methods", "naive,replay:memory.size=4", "--baseline", "naive", "--out", tmp_path / "out"]
+    found = cli.json("bench", "quality", *options, *wanted)
+    assert list(found["methods"]) == ["naive", "replay:memory.size=4"]
     assert found["stream"]["tasks"] == {task: {"train": 16, "test": 8} for task in ("cups", "pens")}
-    assert [len(found["methods"][name]["matrix"]) for name in names] == [1, 2, 2, 2, 1]
-    assert [found["methods"][name]["memory_rows"] > 0 for name in names] == [False, False, True, True, False]
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("run again")
-
-    monkeypatch.setattr(bench, "_in_child", refuse)
-    assert cli.json("bench", "quality", *options, "--methods", ",".join(names)) == found
-    out, _ = cli.text("bench", "quality", *options, "--methods", "joint")
-    assert [line.split()[0] for line in out.splitlines()] == ["method", "joint"]
+    assert json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8")) == found
+    out, err = cli.text("bench", "quality", *options, *wanted)  # Read back: no update is told of.
+    assert "update 1" not in err and "average" in out.splitlines()[0]
+    assert "not judged: one seed" in out and "replay:memory.size=4" in out
+    lost = ["--data", tmp_path / "data", "--model", "./none", "--methods", "naive"]
+    assert "none" in cli.json("bench", "quality", *lost, code=1)["error"]
+    wrong = [*options, "lora_target=nowhere", "--methods", "naive"]
+    assert "method naive ended with exit code 3" in cli.json("bench", "quality", *wrong, code=1)["error"]
     assert "memory.size" in cli.json("bench", "quality", *options, "--memory", "lots", code=3)["error"]
-    # Other rows are another stream, even under the same name.
-    write_rows(tmp_path / "data" / "pens" / "train.jsonl", toy_rows("pens", 12))
-    with pytest.raises(AssertionError, match="run again"):
-        cli.json("bench", "quality", *options, "--methods", "untouched")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treering.bench.quality import examples
+from treering.bench.stream import examples
 from treering.config import Config
 from treering.data.example import Example
 from treering.errors import TreeringError, UsageError

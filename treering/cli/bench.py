@@ -42,22 +42,57 @@ def quality(
     ] = None,
     *,
     data: Annotated[Path, typer.Option(metavar="DIR", help="One folder a task, with train and test files.")],
-    methods: Annotated[str, typer.Option(help="Names separated by commas.")] = "naive,replay,treering,joint",
+    methods: Annotated[
+        str | None, typer.Option(help="NAME, NAME:key=value,... or FILE.yaml, separated by commas; all by default.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(metavar="N,N,...", help="Seeds of training rows and training.")] = "42",
+    orders: Annotated[int, typer.Option(min=1, help="Orders of the tasks: as named, then shuffled ones.")] = 1,
+    baseline: Annotated[str | None, typer.Option(metavar="NAME", help="The method to compare others with.")] = None,
     per_label: Annotated[int | None, typer.Option(min=1, help="Training rows a label.")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Training rows a task.")] = None,
     eval_rows: Annotated[int | None, typer.Option(min=1, help="Test rows a task.")] = None,
     memory: Annotated[str, typer.Option(metavar="N|N%", help="Memory size.")] = "auto",
     epochs: Annotated[float, typer.Option(help="Passes over each task's rows.")] = 3,
-    seed: Annotated[int, typer.Option(help="Seed of rows, order and training.")] = 42,
     model: Annotated[str | None, typer.Option(help="Base model: a folder or a hub name.")] = None,
-    work: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep workspaces and finished results here.")] = None,
+    general: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Texts for perplexity; general questions are asked as well.")
+    ] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness: names or YAML files.")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep runs here, to go on or read them back.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write table, plot, matrices and JSON here.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """A stream of tasks through several methods, at the same rate and epochs."""
-    from treering.bench.quality import Stream, run_quality, table
+    """A stream of tasks through several methods, several seeds and orders, on the same rows and epochs."""
+    from treering.bench.entries import METHODS, parse
+    from treering.bench.outputs import table, write_all
+    from treering.bench.quality import Bench, run_quality
+    from treering.bench.stream import Stream
 
     if per_label and rows:
         raise typer.BadParameter("give --per-label or --rows, not both")
-    stream = Stream(data, per_label, rows, eval_rows, memory, epochs, seed, model, tuple(settings or ()))
-    found = run_quality(stream, [name.strip() for name in methods.split(",") if name.strip()], work)
-    output(found, as_json, table(found))
+    numbers = tuple(dict.fromkeys(seed.strip() for seed in seeds.split(",") if seed.strip()))
+    if not numbers or not all(number.isdecimal() for number in numbers):
+        raise typer.BadParameter(f"--seeds is {seeds!r}; write whole numbers separated by commas, such as 1,2,3")
+    found = run_quality(
+        Bench(
+            Stream(data, per_label, rows, eval_rows),
+            tuple(map(int, numbers)),
+            orders,
+            memory,
+            epochs,
+            model,
+            baseline,
+            general,
+            tuple(task.strip() for task in (lm_eval or "").split(",") if task.strip()),
+            tuple(settings or ()),
+        ),
+        parse(",".join(METHODS) if methods is None else methods),
+        work,
+    )
+    if out is not None:
+        write_all(found, out)
+    output(found, as_json, table(found) if not as_json else [])
