@@ -95,6 +95,8 @@ class Candidate:
         self.log: list[dict[str, float]] = []
         self.rate = rates.Choice(peak_rate(config), "not chosen yet")
         self.train_seconds = 0.0
+        self.trainable_parameters = 0
+        """How many numbers this update can change."""
         self.processes: list[Trained] = []
 
     def measure_parent(self) -> list[Result]:
@@ -112,6 +114,7 @@ class Candidate:
     def prepare(self) -> None:
         """Make the model ready to learn, and decide what it is taught at each step."""
         self.model = _prepared(self.model, self.methods, self.config, self.parent)
+        self.trainable_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.rows = {id: self._tokens(id) for id in [*self.plan.row_ids, *self.memory.rows]}
         lengths = {id: len(row.ids) for id, row in self.rows.items()}
         self.aside = early.aside(self.plan.row_ids, self.config)
@@ -295,11 +298,6 @@ class Candidate:
         gpus = [gpu, *(process.peak_gpu_memory_mb for process in self.processes)]
         most = max((peak for peak in gpus if peak is not None), default=None)
         return own + sum(process.peak_memory_mb for process in self.processes), most
-
-    @property
-    def trainable_parameters(self) -> int:
-        """How many numbers this update could change."""
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     @property
     def pad_id(self) -> int:

@@ -23,6 +23,7 @@ from treering.sections import (
     GateConfig,
     LwfConfig,
     MemoryConfig,
+    OloraConfig,
     Section,
     ServeConfig,
 )
@@ -60,6 +61,10 @@ class Config(Section):
 
     lora_target: str = "all"
     """Modules that get adapters: `all` linear layers, or names separated by commas."""
+
+    adapter_composition: Literal["continue", "stack"] = "continue"
+    """What an update does with its parent's adapter: `continue` trains it further; `stack` freezes it and trains
+    `lora_rank` new columns beside it. The version is one plain adapter either way; under `stack` its rank grows."""
 
     use_dora: bool = False
     """Learn the length of each layer's weights apart from their direction (DoRA): nearer to full, and slower."""
@@ -163,6 +168,7 @@ class Config(Section):
     memory: MemoryConfig = MemoryConfig()
     distill: DistillConfig = DistillConfig()
     lwf: LwfConfig = LwfConfig()
+    olora: OloraConfig = OloraConfig()
     gate: GateConfig = GateConfig()
     eval: EvalConfig = EvalConfig()
     serve: ServeConfig = ServeConfig()
@@ -204,6 +210,11 @@ class Config(Section):
     def _fits_together(self) -> Config:
         if "distill" in self.protect and "replay" not in self.protect:
             raise ValueError("protect: distill works on replayed rows; add replay or drop distill")
+        if self.finetuning_type != "lora" and self.adapter_composition != "continue":
+            raise ValueError(
+                f"adapter_composition is {self.adapter_composition}, but finetuning_type is {self.finetuning_type}, "
+                "and only lora has adapters: drop either"
+            )
         if self.finetuning_type != "lora":
             for key in ("use_dora", "use_rslora", "additional_target", "quantization_bit"):
                 if value := getattr(self, key):
@@ -211,6 +222,18 @@ class Config(Section):
                         f"{key} is {value}, but finetuning_type is {self.finetuning_type}, and only lora has adapters: "
                         "drop either"
                     )
+        if self.adapter_composition == "stack":
+            for key in ("use_dora", "additional_target"):
+                if value := getattr(self, key):
+                    raise ValueError(
+                        f"{key} is {value}, but adapter_composition is stack, which joins plain low-rank matrices "
+                        "alone: drop either"
+                    )
+        if "olora" in self.protect and self.adapter_composition != "stack":
+            raise ValueError(
+                "protect: olora keeps what is stacked apart from what was there; set adapter_composition: stack "
+                "(finetuning_type: lora), or drop olora"
+            )
         if self.optim == "schedule_free_adamw" and self.lr_scheduler_type != "constant":
             raise ValueError(
                 f"optim is schedule_free_adamw, but lr_scheduler_type is {self.lr_scheduler_type}: "

@@ -76,6 +76,13 @@ class LwfConfig(Section):
     """Softening of parent and student."""
 
 
+class OloraConfig(Section):
+    """Orthogonal LoRA: what an update adds reads the input in other directions than what earlier ones added."""
+
+    weight: float = Field(0.5, ge=0)
+    """Weight of the overlap, summed over all layers, beside the cross entropy of a step."""
+
+
 class GateConfig(Section):
     """When a candidate may become current."""
 
