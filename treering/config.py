@@ -24,6 +24,7 @@ from treering.sections import (
     LwfConfig,
     MemoryConfig,
     OloraConfig,
+    OsfConfig,
     Section,
     ServeConfig,
 )
@@ -45,7 +46,7 @@ class Config(Section):
     """Run code that comes with a hub model."""
 
     finetuning_type: str = "lora"
-    """What learns: lora, full or freeze."""
+    """What learns: lora, full, freeze or osf."""
 
     protect: tuple[str, ...] = ("replay", "distill")
     """What protects old knowledge; any subset, freely combined."""
@@ -97,7 +98,7 @@ class Config(Section):
 
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak rate; `auto`: what a range test on the update's own rows and its memory finds best, or the default of the
-    `finetuning_type` (lora 1e-3, freeze 2e-4, full 5e-5) where the update is too short to repay one."""
+    `finetuning_type` (lora 1e-3, freeze 2e-4, full and osf 5e-5) where the update is too short to repay one."""
 
     num_train_epochs: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Passes over the new rows; `auto`: 3, and with few rows as many as make 50 optimiser steps of them, 20 at most."""
@@ -169,6 +170,7 @@ class Config(Section):
     distill: DistillConfig = DistillConfig()
     lwf: LwfConfig = LwfConfig()
     olora: OloraConfig = OloraConfig()
+    osf: OsfConfig = OsfConfig()
     gate: GateConfig = GateConfig()
     eval: EvalConfig = EvalConfig()
     serve: ServeConfig = ServeConfig()

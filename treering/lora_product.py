@@ -92,7 +92,7 @@ class _Group:
 
 def _scaled(layer: Linear, adapter: str) -> tuple[Tensor, Tensor]:
     """Its A `[rank, in]` and B `[out, rank]`, the scale in B."""
-    a, b = (cast(Tensor, side[adapter].weight.detach()) for side in (layer.lora_A, layer.lora_B))
+    a, b = (cast(Tensor, side[adapter].weight).detach() for side in (layer.lora_A, layer.lora_B))
     return a, b * layer.scaling[adapter]
 
 

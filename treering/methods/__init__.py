@@ -22,6 +22,7 @@ FINETUNING_TYPES: dict[str, str] = {
     "lora": "treering.methods.lora:LoRA",
     "full": "treering.methods.full:Full",
     "freeze": "treering.methods.freeze:Freeze",
+    "osf": "treering.methods.osf:OSF",
 }
 """What learns."""
 
