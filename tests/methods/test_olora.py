@@ -34,7 +34,7 @@ def test_the_penalty_by_hand(model_folder: Path) -> None:
     found = OLoRA(Config.build({**STACK, "protect": ["olora"], "olora": {"weight": 2.0}})).penalty(model)
     assert found is not None and overlap(model) > 0
     assert float(found) == pytest.approx(2.0 * overlap(model), rel=1e-4)
-    found.backward()  # type: ignore[no-untyped-call]
+    found.backward()
     graded = {name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
     assert graded == {name for name, _ in model.named_parameters() if f"lora_A.{ADDED}" in name}
 

@@ -147,7 +147,8 @@ def test_versions_are_plain_folders_and_go_on(
         version = ws.update()
         assert version is not None
         ws.promote(version.name, force=True)
-    assert registry.get(ws).parent == "v1"
+    version = registry.get(ws)
+    assert version.parent == "v1"
     plain: Any = AutoModelForCausalLM.from_pretrained(version.folder, attn_implementation="eager")
     ours: Any = load(model_folder, ws.config(), version)
     assert same_bits(plain.state_dict(), ours.state_dict())

@@ -162,7 +162,7 @@ def test_versions_keep_what_was_learned_bit_for_bit(
         ws.promote(version.name, force=True)
         versions.append(version)
     weights = [load_file(version.folder / "adapter_model.safetensors") for version in versions]
-    for rank, older, newer in ((4, *weights[:2]), (8, *weights[1:])):
+    for rank, older, newer in zip((4, 8), weights, weights[1:], strict=False):
         assert older.keys() == newer.keys()
         for name, weight in older.items():
             side = newer[name] if "lora_A" in name else newer[name].T

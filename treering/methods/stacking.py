@@ -52,7 +52,7 @@ def add(model: PeftModel, settings: LoraConfig, seed: int) -> None:
     settings.target_modules = made.target_modules
     torch.manual_seed(seed + made.r)
     model.add_adapter(ADDED, settings)
-    model.base_model.set_adapter([ADAPTER, ADDED])
+    cast(Any, model.base_model).set_adapter([ADAPTER, ADDED])
     for _, frozen, _ in pairs(model):
         for weight in frozen:
             weight.requires_grad_(False)
