@@ -102,6 +102,8 @@ class Candidate:
         self.vectors = torch.empty(0)
         self.replayed = self.memory
         self.train_seconds = 0.0
+        self.trainable_parameters = 0
+        """How many numbers this update can change."""
         self.processes: list[Trained] = []
 
     def measure_parent(self) -> list[Result]:
@@ -121,6 +123,7 @@ class Candidate:
         if self.config.adapter_composition == "experts":
             self._choose_expert()
         self.model = _prepared(self.model, self.methods, self.config, self.parent)
+        self.trainable_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.rows = {id: self._tokens(id) for id in [*self.plan.row_ids, *self.memory.rows]} | self.general
         lengths = {id: len(row.ids) for id, row in self.rows.items()}
         self.aside = early.aside(self.plan.row_ids, self.config)
@@ -339,11 +342,6 @@ class Candidate:
         return own + sum(process.peak_memory_mb for process in self.processes), most
 
     @property
-    def trainable_parameters(self) -> int:
-        """How many numbers this update could change."""
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-
-    @property
     def pad_id(self) -> int:
         """The token that fills rows up to the length of their batch."""
         return cast(int, self.tokenizer.pad_token_id)
@@ -448,11 +446,11 @@ def _check_kind(parent: Version | None, config: Config) -> None:
             f"finetuning_type is {config.finetuning_type}, but {parent.name} is {what}: "
             f"set finetuning_type: {kind}, or start a new workspace"
         )
-    found = "experts" if parent.experts else "continue"
-    if found != config.adapter_composition:
+    if bool(parent.experts) != (config.adapter_composition == "experts"):
+        has, way_out = ("experts", "experts") if parent.experts else ("one adapter", "continue")
         raise ConfigError(
-            f"adapter_composition is {config.adapter_composition}, but {parent.name} was made with {found}: "
-            f"set adapter_composition: {found}, or start a new workspace"
+            f"adapter_composition is {config.adapter_composition}, but {parent.name} has {has}: "
+            f"set adapter_composition: {way_out}, or start a new workspace"
         )
     for key in ("lora_target", "additional_target") if adapter else ():
         wanted, found = getattr(config, key), parent.manifest["config"].get(key)

@@ -23,6 +23,8 @@ from treering.sections import (
     GateConfig,
     LwfConfig,
     MemoryConfig,
+    OloraConfig,
+    OsfConfig,
     Section,
     ServeConfig,
 )
@@ -48,14 +50,10 @@ class Config(Section):
     """Run code that comes with a hub model."""
 
     finetuning_type: str = "lora"
-    """What learns: lora, full or freeze."""
+    """What learns: lora, full, freeze or osf."""
 
     protect: tuple[str, ...] = ("replay", "distill")
     """What protects old knowledge; any subset, freely combined."""
-
-    adapter_composition: Literal["continue", "experts"] = "continue"
-    """How updates build on each other, with `lora`: `continue` trains on the parent's adapter; with `experts` an update
-    whose rows are unlike what is known gets an adapter of its own, and a router says which of them answers a prompt."""
 
     lora_rank: int = Field(8, ge=1)
     """Rank of the LoRA matrices."""
@@ -68,6 +66,11 @@ class Config(Section):
 
     lora_target: str = "all"
     """Modules that get adapters: `all` linear layers, or names separated by commas."""
+
+    adapter_composition: Literal["continue", "stack", "experts"] = "continue"
+    """How updates build on each other, with `lora`: `continue` trains on the parent's adapter; `stack` freezes it and
+    trains `lora_rank` new columns beside it, in one plain adapter whose rank grows; with `experts` an update that is
+    unlike what is known gets an adapter of its own, and a router says which of them answers a prompt."""
 
     use_dora: bool = False
     """Learn the length of each layer's weights apart from their direction (DoRA): nearer to full, and slower."""
@@ -100,7 +103,7 @@ class Config(Section):
 
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak rate; `auto`: what a range test on the update's own rows and its memory finds best, or the default of the
-    `finetuning_type` (lora 1e-3, freeze 2e-4, full 5e-5) where the update is too short to repay one."""
+    `finetuning_type` (lora 1e-3, freeze 2e-4, full and osf 5e-5) where the update is too short to repay one."""
 
     num_train_epochs: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Passes over the new rows; `auto`: 3, and with few rows as many as make 50 optimiser steps of them, 20 at most."""
@@ -171,6 +174,8 @@ class Config(Section):
     memory: MemoryConfig = MemoryConfig()
     distill: DistillConfig = DistillConfig()
     lwf: LwfConfig = LwfConfig()
+    olora: OloraConfig = OloraConfig()
+    osf: OsfConfig = OsfConfig()
     gate: GateConfig = GateConfig()
     eval: EvalConfig = EvalConfig()
     serve: ServeConfig = ServeConfig()
@@ -217,6 +222,11 @@ class Config(Section):
                 f"memory.mix is {self.memory.mix}, but protect does not list replay, and nothing else draws rows: add "
                 "replay, or drop memory.mix"
             )
+        if self.finetuning_type != "lora" and self.adapter_composition != "continue":
+            raise ValueError(
+                f"adapter_composition is {self.adapter_composition}, but finetuning_type is {self.finetuning_type}, "
+                "and only lora has adapters: drop either"
+            )
         if self.finetuning_type != "lora":
             for key in ("use_dora", "use_rslora", "additional_target", "quantization_bit"):
                 if value := getattr(self, key):
@@ -231,6 +241,18 @@ class Config(Section):
                         f"adapter_composition is experts, but {key} is {value}: "
                         f"set {key}: {yaml.safe_dump(needed).split()[0]}, or adapter_composition: continue"
                     )
+        if self.adapter_composition == "stack":
+            for key in ("use_dora", "additional_target"):
+                if value := getattr(self, key):
+                    raise ValueError(
+                        f"{key} is {value}, but adapter_composition is stack, which joins plain low-rank matrices "
+                        "alone: drop either"
+                    )
+        if "olora" in self.protect and self.adapter_composition != "stack":
+            raise ValueError(
+                "protect: olora keeps what is stacked apart from what was there; set adapter_composition: stack "
+                "(finetuning_type: lora), or drop olora"
+            )
         if self.optim == "schedule_free_adamw" and self.lr_scheduler_type != "constant":
             raise ValueError(
                 f"optim is schedule_free_adamw, but lr_scheduler_type is {self.lr_scheduler_type}: "

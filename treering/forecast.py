@@ -135,7 +135,8 @@ def _least(base: Path, config: Config) -> dict[str, float]:
     import torch
 
     files = sum(path.stat().st_size for path in base.glob("*.safetensors")) / 2**20
-    memory, disk = {"lora": (0.5, 0.0), "freeze": (0.5, 0.5), "full": (2.0, 1.5)}[config.finetuning_type]
+    least = {"lora": (0.5, 0.0), "freeze": (0.5, 0.5), "osf": (0.5, 0.5), "full": (2.0, 1.5)}
+    memory, disk = least[config.finetuning_type]
     return {"gpu_memory_mb" if torch.cuda.is_available() else "memory_mb": memory * files, "disk_mb": disk * files}
 
 

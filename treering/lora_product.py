@@ -19,6 +19,9 @@ from treering.model import TOGETHER
 
 ADAPTER = "default"
 
+ADDED = "added"
+"""The adapter that learns beside a frozen `ADAPTER`, until the two are joined (`methods/stacking.py`)."""
+
 
 def join(model: nn.Module) -> None:
     """Have the LoRA layers of `model` computed that way, where they are plain. Their parameters stay where they are."""
@@ -79,21 +82,47 @@ class _Group:
         first = self._layers[0]
         if first.disable_adapters:
             return nn.functional.linear(x, self._weight)
-        a = [layer.lora_A[ADAPTER].weight for layer in self._layers]
-        b = [layer.lora_B[ADAPTER].weight for layer in self._layers]
-        return cast(Tensor, _Product.apply(x, self._weight, self._sizes, first.scaling[ADAPTER], *a, *b))  # type: ignore[no-untyped-call]
+        stacked = ADDED in first.lora_A
+        learns = ADDED if stacked else ADAPTER
+        a = [layer.lora_A[learns].weight for layer in self._layers]
+        b = [layer.lora_B[learns].weight for layer in self._layers]
+        frozen = [_scaled(layer, ADAPTER) for layer in self._layers] if stacked else []
+        return cast(Tensor, _Product.apply(x, self._weight, self._sizes, first.scaling[learns], frozen, *a, *b))  # type: ignore[no-untyped-call]
+
+
+def _scaled(layer: Linear, adapter: str) -> tuple[Tensor, Tensor]:
+    """Its A `[rank, in]` and B `[out, rank]`, the scale in B."""
+    a, b = (cast(Tensor, side[adapter].weight).detach() for side in (layer.lora_A, layer.lora_B))
+    return a, b * layer.scaling[adapter]
 
 
 class _Product(torch.autograd.Function):
-    """`x W^T + scale (x A^T) B^T` of layers side by side: W `[outs, in]` is frozen; A `[rank, in]`, B `[out, rank]`."""
+    """`x W^T + scale (x A^T) B^T` of layers side by side: W `[outs, in]` is frozen; A `[rank, in]`, B `[out, rank]`.
+
+    Where there are `frozen` A and B, the latter with their scale, each layer has its own before those that learn: they
+    cost what they add to the product, but no gradients.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: list[int], scale: float, *pairs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        sizes: list[int],
+        scale: float,
+        frozen: list[tuple[Tensor, Tensor]],
+        *pairs: Tensor,
+    ) -> Tensor:
         """`x` `[..., in]` to `[..., outs]`."""
         count = len(sizes)
         flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-        a = torch.cat(pairs[:count]).to(weight.dtype)
-        b = [(part * scale).to(weight.dtype) for part in pairs[count:]]
+        rows, columns = list(pairs[:count]), [part * scale for part in pairs[count:]]
+        ctx.old = len(frozen[0][0]) if frozen else 0
+        if frozen:
+            rows = [torch.cat([old, new]) for (old, _), new in zip(frozen, rows, strict=True)]
+            columns = [torch.cat([old, new], 1) for (_, old), new in zip(frozen, columns, strict=True)]
+        a = torch.cat(rows).to(weight.dtype)
+        b = [part.to(weight.dtype) for part in columns]
         inner = flat @ a.T
         # What the adapters add comes first, and is rounded together with the rest: added to numbers that are rounded
         # already, the small steps of early training would all be lost in bfloat16.
@@ -113,11 +142,12 @@ class _Product(torch.autograd.Function):
         outs = y.split(ctx.sizes, -1)
         inner_gradient = torch.cat([out @ side for out, side in zip(outs, b, strict=True)], -1)
         of_b = [
-            (out.T @ part).to(ctx.like.dtype) * ctx.scale
+            (out.T @ part[:, ctx.old :]).to(ctx.like.dtype) * ctx.scale
             for out, part in zip(outs, inner.chunk(count, -1), strict=True)
         ]
-        of_a = (inner_gradient.T @ flat).to(ctx.like.dtype).chunk(count)
+        learned = inner_gradient.unflatten(-1, (count, -1))[..., ctx.old :].flatten(1)
+        of_a = (learned.T @ flat).to(ctx.like.dtype).chunk(count)
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = (y @ weight).addmm_(inner_gradient, a).view(ctx.shape).to(ctx.dtype)
-        return of_x, None, None, None, *of_a, *of_b
+        return of_x, None, None, None, None, *of_a, *of_b

@@ -90,6 +90,20 @@ class LwfConfig(Section):
     """Softening of parent and student."""
 
 
+class OloraConfig(Section):
+    """Orthogonal LoRA: what an update adds reads the input in other directions than what earlier ones added."""
+
+    weight: float = Field(0.5, ge=0)
+    """Weight of the overlap, summed over all layers, beside the cross entropy of a step."""
+
+
+class OsfConfig(Section):
+    """Learning in the directions that weights use least (`finetuning_type: osf`)."""
+
+    effective_rank: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Largest singular values of each linear layer that stay, with their directions: a count, or a share of all."""
+
+
 class GateConfig(Section):
     """When a candidate may become current."""
 

@@ -22,6 +22,7 @@ FINETUNING_TYPES: dict[str, str] = {
     "lora": "treering.methods.lora:LoRA",
     "full": "treering.methods.full:Full",
     "freeze": "treering.methods.freeze:Freeze",
+    "osf": "treering.methods.osf:OSF",
 }
 """What learns."""
 
@@ -29,6 +30,7 @@ PROTECT: dict[str, str] = {
     "replay": "treering.methods.replay:Replay",
     "distill": "treering.methods.distill:Distill",
     "lwf": "treering.methods.lwf:LwF",
+    "olora": "treering.methods.olora:OLoRA",
 }
 """What protects old knowledge."""
 
@@ -80,7 +82,10 @@ class Losses:
 
 
 class Methods:
-    """The methods of one update, called in the order: what learns first, then `protect` as listed."""
+    """The methods of one update, called in the order: what learns first, then `protect` as listed.
+
+    After training what learns comes last.
+    """
 
     def __init__(self, config: Config) -> None:
         self.by_name: dict[str, Any] = {config.finetuning_type: _load(FINETUNING_TYPES[config.finetuning_type])(config)}
@@ -114,8 +119,8 @@ class Methods:
             hook(model)
 
     def after_training(self, model: PreTrainedModel, measure: Callable[[], Losses]) -> None:
-        """Let each method act on the weights after the last step."""
-        for _, hook in self._hooks("after_training"):
+        """Let each method act on the weights after the last step; what learns, and may reshape them, comes last."""
+        for _, hook in sorted(self._hooks("after_training"), key=lambda named: named[0] in FINETUNING_TYPES):
             hook(model, measure)
 
     @property

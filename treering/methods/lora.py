@@ -6,7 +6,7 @@ arXiv:2312.03732).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -15,19 +15,23 @@ from torch import Tensor
 from treering.config import Config, names
 from treering.errors import ConfigError
 from treering.lora_product import ADAPTER, join
+from treering.methods import Losses, stacking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class LoRA:
-    """Adds an adapter, or goes on with the one the parent version has."""
+    """Adds an adapter; where the parent version has one, goes on with it, or stacks one on it."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.stacks = config.adapter_composition == "stack"
 
     def prepare(self, model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
-        """Returns a `PeftModel` whose adapter alone trains, modules of `additional_target` included, in float32.
+        """Returns a `PeftModel` of which alone the adapter, or what is stacked on it, and `additional_target` train.
+
+        They do in float32.
 
         Raises `ConfigError` for modules that the model lacks, and where the parent's adapter is another.
         """
@@ -35,6 +39,8 @@ class LoRA:
             self._check(cast(LoraConfig, model.peft_config[ADAPTER]))
             model.set_adapter(ADAPTER)
             adapted = model
+            if self.stacks:
+                stacking.add(adapted, adapter(self.config), self.config.seed)
         else:
             adapted = self._added(model)
             join(adapted)
@@ -42,6 +48,11 @@ class LoRA:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # In bfloat16 small steps would be lost.
         return cast("PreTrainedModel", adapted)
+
+    def after_training(self, model: PreTrainedModel, measure: Callable[[], Losses]) -> None:
+        """What was stacked becomes one adapter."""
+        if self.stacks:
+            stacking.join(cast(PeftModel, model))
 
     def _added(self, model: PreTrainedModel) -> PeftModel:
         modules, targets = dict(model.named_modules()), self.config.additional_targets
@@ -68,6 +79,9 @@ class LoRA:
             ) from None
 
     def _check(self, made: LoraConfig) -> None:
+        if self.stacks:
+            stacking.check(made, self.config)
+            return
         for key, wanted, found in (
             ("lora_rank", self.config.lora_rank, made.r),
             ("lora_alpha", self.config.alpha, made.lora_alpha),

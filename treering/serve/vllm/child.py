@@ -30,6 +30,8 @@ def command(config: Config, base: Base, ranks: Iterable[int]) -> list[str]:
     """The vLLM server that fits the settings; `ranks` are those of the versions there are."""
     serve = config.serve
     highest = max(config.lora_rank, *ranks, 0)
+    if config.adapter_composition == "stack":
+        highest *= 2  # Ranks grow while it runs.
     settings: dict[str, object] = {
         "model": base.folder,
         "host": "127.0.0.1",
