@@ -208,7 +208,7 @@ def test_what_does_not_go_together(other: dict[str, Any]) -> None:
 def test_the_composition_stays(copied: Workspace) -> None:
     ws = copied
     ws.ingest(toy_rows("hats"), task="hats")
-    with pytest.raises(ConfigError, match="adapter_composition is continue, but v2 has experts: set adapter_composition: experts"):
+    with pytest.raises(ConfigError, match="is continue, but v2 has experts: set adapter_composition: experts"):
         ws.update("adapter_composition=continue")
 
 

@@ -51,14 +51,16 @@ def scenarios(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return found
 
 
+TWICE: dict[str, Any] = {**SIZES, "per_device_train_batch_size": COUNT * SIZES["per_device_train_batch_size"]}
+
+
 def alone(folder: Path, **values: Any) -> tuple[list[float], dict[str, Tensor]]:
     """What one process makes of twice the batch."""
-    sizes = {**SIZES, "per_device_train_batch_size": COUNT * SIZES["per_device_train_batch_size"]}
-    run = Run(folder, settings(folder, **{**sizes, **values}), examples(ROWS))
+    run = Run(folder, settings(folder, **{**TWICE, **values}), examples(ROWS))
     return [entry["loss"] for entry in run.train()], run.weights()
 
 
-@pytest.mark.parametrize("name", ["plain", "full", "shards", "shards, full"])
+@pytest.mark.parametrize("name", ["plain", "full", "shards", "shards, full", "shards, reptile"])
 def test_the_same_as_one_with_twice_the_batch(scenarios: dict[str, Found], model_folder: Path, name: str) -> None:
     found = scenarios[name]
     losses, weights = alone(model_folder, **SCENARIOS[name][2])
@@ -66,6 +68,17 @@ def test_the_same_as_one_with_twice_the_batch(scenarios: dict[str, Found], model
     assert losses[-1] < losses[0]
     for key, weight in weights.items():
         torch.testing.assert_close(found.weights[0][key], weight, rtol=1e-2, atol=2e-3)
+
+
+def test_averages_of_shards_are_those_of_the_whole(scenarios: dict[str, Found], model_folder: Path) -> None:
+    kept = load_file(scenarios["shards, ema"].checkpoints / "step-8" / "state.safetensors")
+    found = {name.removeprefix("ema."): weight for name, weight in kept.items() if name.startswith("ema.")}
+    run = Run(model_folder, settings(model_folder, **TWICE, protect=["ema"]), examples(ROWS))
+    run.train()
+    averages = run.methods.running["ema"]
+    assert found.keys() == averages.keys() and int(found["steps"]) == 8
+    for name, weight in averages.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "gone"])

@@ -88,7 +88,9 @@ def calibrate(ws: Workspace, plan: Plan, config: Config, folder: Path) -> Estima
     looks, looking = _looks(candidate, len(steps))
     # Processes of their own begin once, however many the steps are.
     starting = learning - candidate.processes[0].seconds if candidate.processes else 0.0
-    saving = max(0.0, learning - starting - sum(stepping) - _looks(candidate, len(candidate.steps))[0] * looking)
+    ending = candidate.ending_seconds
+    looked = _looks(candidate, len(candidate.steps))[0] * looking
+    saving = max(0.0, learning - starting - sum(stepping) - looked - ending)
     checkpoints = list((folder / "checkpoints").glob("step-*"))
     checkpoint = max(map(_size_mb, checkpoints))
 
@@ -100,7 +102,7 @@ def calibrate(ws: Workspace, plan: Plan, config: Config, folder: Path) -> Estima
 
     seconds = _all_steps(steps, candidate.steps, stepping, tokens)
     saves = -(-len(steps) // config.save_steps)
-    training = seconds + saves * saving + looks * looking + rates.RATES * trying
+    training = seconds + saves * saving + looks * looking + ending + rates.RATES * trying
     scoring = to_score * (before + after) / max(1, asked + len(results))
     # That of the beginning, two by count and the newest stay; the version is written beside them.
     fullest = checkpoint * min(4, saves + 2) + _size_mb(candidate.folder) + REPORT_MB

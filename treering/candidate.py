@@ -101,7 +101,7 @@ class Candidate:
         self.expert: experts.Choice | None = None
         self.vectors = torch.empty(0)
         self.replayed = self.memory
-        self.train_seconds = 0.0
+        self.train_seconds = self.ending_seconds = 0.0  # Of all training; of what methods do at its end.
         self.trainable_parameters = 0
         """How many numbers this update can change."""
         self.processes: list[Trained] = []
@@ -183,7 +183,9 @@ class Candidate:
             track=track,
             quiet=self.quiet or self.config.launcher != "local",
         )
+        trained = time.perf_counter()
         self.methods.after_training(self.model, self._losses)
+        self.ending_seconds = time.perf_counter() - trained
         if use_bf16(self.config)[0]:
             # As it will be saved, so that what is measured is what serves; buffers (rotary frequencies) and LoRA's
             # matrices stay float32.
@@ -322,7 +324,7 @@ class Candidate:
             found["early_stopping_steps"] = early.choice(
                 self.log, len(self.plan.row_ids), len(self.aside), len(self.steps), self.config
             )
-        return found | Recovery(self._checkpoints).choices(self.rate.value)
+        return found | self.methods.choices | Recovery(self._checkpoints).choices(self.rate.value)
 
     @property
     def _length(self) -> str:

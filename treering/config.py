@@ -19,12 +19,15 @@ from treering.optimizers import OPTIMIZERS
 from treering.sections import (
     AutomateConfig,
     DistillConfig,
+    EmaConfig,
     EvalConfig,
     GateConfig,
+    InterpolateConfig,
     LwfConfig,
     MemoryConfig,
     OloraConfig,
     OsfConfig,
+    ReptileConfig,
     Section,
     ServeConfig,
 )
@@ -176,6 +179,9 @@ class Config(Section):
     lwf: LwfConfig = LwfConfig()
     olora: OloraConfig = OloraConfig()
     osf: OsfConfig = OsfConfig()
+    ema: EmaConfig = EmaConfig()
+    reptile: ReptileConfig = ReptileConfig()
+    interpolate: InterpolateConfig = InterpolateConfig()
     gate: GateConfig = GateConfig()
     eval: EvalConfig = EvalConfig()
     serve: ServeConfig = ServeConfig()
@@ -227,6 +233,7 @@ class Config(Section):
                 f"adapter_composition is {self.adapter_composition}, but finetuning_type is {self.finetuning_type}, "
                 "and only lora has adapters: drop either"
             )
+        self._averages_fit()
         if self.finetuning_type != "lora":
             for key in ("use_dora", "use_rslora", "additional_target", "quantization_bit"):
                 if value := getattr(self, key):
@@ -279,6 +286,30 @@ class Config(Section):
                 "set quantization_bit: 4, or drop either"
             )
         return self
+
+    def _averages_fit(self) -> None:
+        """Raise `ValueError` where one would change weights after they were measured, or undo what another did."""
+        if {"ema", "reptile"} <= {*self.protect}:
+            raise ValueError("protect has ema and reptile, and the average would undo what reptile did: drop either")
+        for name in {"ema", "reptile"} & {*self.protect}:
+            if self.early_stopping_steps is not None:
+                raise ValueError(
+                    f"early_stopping_steps is {self.early_stopping_steps}, but protect has {name}, which makes other "
+                    "weights of those that were measured: drop either"
+                )
+            if self.optim == "schedule_free_adamw":
+                raise ValueError(
+                    f"optim is schedule_free_adamw, which averages by itself, but protect has {name}: drop either"
+                )
+            if "interpolate" in self.protect[: self.protect.index(name)]:
+                raise ValueError(
+                    f"protect has interpolate before {name}, which would change the weights once more: list it last"
+                )
+        if "interpolate" in self.protect and self.interpolate.share == "auto" and self.memory.size in (0, "0%"):
+            raise ValueError(
+                f"interpolate.share is auto, but memory.size is {self.memory.size}, and no remembered row could tell "
+                "what is forgotten: set a number, or memory.size: auto"
+            )
 
     @property
     def alpha(self) -> int:

@@ -104,6 +104,31 @@ class OsfConfig(Section):
     """Largest singular values of each linear layer that stay, with their directions: a count, or a share of all."""
 
 
+class EmaConfig(Section):
+    """The version gets the average of the weights over the last steps."""
+
+    decay: float = Field(0.999, gt=0, lt=1)
+    """How much of the average each step leaves; until it has risen that far, the last tenth of the steps counts."""
+
+
+class ReptileConfig(Section):
+    """Now and then the weights go back part of the way that they went since the last time."""
+
+    steps: int = Field(5, ge=1)
+    """Optimiser steps from one time to the next."""
+
+    rate: float = Field(0.5, gt=0, lt=1)
+    """Share of the way that is kept."""
+
+
+class InterpolateConfig(Section):
+    """The version gets weights between those of its parent and those that were trained."""
+
+    share: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
+    """How far from the parent (0) to what was trained (1); `auto`: where the loss is lowest on new and remembered rows
+    together, of 0.2 to 1 in steps of 0.2."""
+
+
 class GateConfig(Section):
     """When a candidate may become current."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Parameter
     from transformers import PreTrainedModel
 
     from treering.batches import Batch
@@ -31,6 +32,9 @@ PROTECT: dict[str, str] = {
     "distill": "treering.methods.distill:Distill",
     "lwf": "treering.methods.lwf:LwF",
     "olora": "treering.methods.olora:OLoRA",
+    "ema": "treering.methods.ema:EMA",
+    "reptile": "treering.methods.reptile:Reptile",
+    "interpolate": "treering.methods.interpolate:Interpolate",
 }
 """What protects old knowledge."""
 
@@ -40,10 +44,12 @@ class Method(Protocol):
 
     A method is built from the whole `Config` and knows nothing of files, tasks' names or versions. Tensors that it
     changes from step to step it holds in `running`: they are kept in the checkpoints with the weights, so that an
-    interrupted update goes on with the same.
+    interrupted update goes on with the same. What it chooses automatically it tells in `choices`, for the manifest: by
+    the name of the setting its `value` and the `reason`.
     """
 
     running: dict[str, Tensor]
+    choices: dict[str, dict[str, Any]]
 
     def prepare(self, model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
         """Freeze, wrap or load what `after_update` returned last time; returns the model to train."""
@@ -128,6 +134,11 @@ class Methods:
         """What each method that has any changes from step to step, by its name: to be kept, and put back in place."""
         return dict(self._hooks("running"))
 
+    @property
+    def choices(self) -> dict[str, dict[str, Any]]:
+        """What the methods chose automatically, and why, by the name of the setting."""
+        return {setting: choice for _, made in self._hooks("choices") for setting, choice in made.items()}
+
     def after_update(self, model: PreTrainedModel, learned: Callable[[], Sequence[Batch]]) -> dict[str, Tensor]:
         """The state of all methods, keys `<name>.<key>`; `learned` makes the batches that they are given."""
         hooks = self._hooks("after_update")
@@ -136,6 +147,11 @@ class Methods:
 
     def _hooks(self, hook: str) -> list[tuple[str, Any]]:
         return [(name, getattr(method, hook)) for name, method in self.by_name.items() if hasattr(method, hook)]
+
+
+def trained(model: PreTrainedModel) -> dict[str, Parameter]:
+    """The weights of `model` that learn, by name."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def _load(path: str) -> Any:
