@@ -24,6 +24,7 @@ from treering.methods.lwf import TOP_K
 from treering.metrics import metric_for
 from treering.model import Tokens, encode, load, load_tokenizer, save_weights, use_bf16
 from treering.progress import bar
+from treering.readings import Readings
 from treering.recovery import Recovery
 from treering.registry import Version
 from treering.results import Result, read_results, write_results
@@ -69,6 +70,7 @@ class Candidate:
         self.base, self.root = base, ws.root
         self.stop, self.quiet = stop, quiet
         torch.set_num_threads(plan.machine["threads"])
+        self.readings = Readings(staging)
         self.tokenizer = load_tokenizer(base, config.trust_remote_code)
         _check_kind(parent, config)
         self.model = load(base, config, parent)
@@ -133,8 +135,9 @@ class Candidate:
             self.methods,
             self.config,
             pad_id=self.pad_id,
-            parents=self._parents(sample.new),
+            parents=self._parents(sample.new, "asking the parent before the range test"),
             stop=self.stop,
+            folder=self.staging / "range-test",
         )
 
     def learn(self, track: Callable[[Mapping[str, float]], None] | None = None) -> list[dict[str, float]]:
@@ -144,7 +147,7 @@ class Candidate:
         """
         started = time.perf_counter()
         teachers = self.memory.teachers if "distill" in self.config.protect else None
-        parents = self._parents(self.new)
+        parents = self._parents(self.new, "asking the parent before training")
         if self.config.launcher != "local":
             self._learn_in_processes(teachers, parents, track)
             track = None  # It was told.
@@ -215,7 +218,7 @@ class Candidate:
             self.memory.add([self.examples[id] for id in ids], task, labelled=self.metrics[task] == "exact_match")
         if "distill" in self.config.protect:
             rows = [self._tokens(id) for id in self.memory.rows if id not in self.memory.teachers]
-            self.memory.teachers |= self._logits(rows, self.config.distill.top_k)
+            self.memory.teachers |= self._logits(rows, self.config.distill.top_k, "taking logits to remember")
 
     def write(self, base_name: str, results: Sequence[Result], log: Sequence[dict[str, float]]) -> None:
         """Fill `folder` with what the version consists of, all but its report and manifest."""
@@ -272,6 +275,7 @@ class Candidate:
             found["early_stopping_steps"] = early.choice(
                 self.log, len(self.plan.row_ids), len(self.aside), len(self.steps), self.config
             )
+        found |= self.readings.choices | Readings(self._checkpoints).choices
         return found | Recovery(self._checkpoints).choices(self.rate.value)
 
     @property
@@ -310,19 +314,36 @@ class Candidate:
             return []
         return read_results(self.parent.folder / RESULTS)
 
-    def _parents(self, new: Sequence[str]) -> dict[str, Teacher] | None:
+    def _parents(self, new: Sequence[str], title: str) -> dict[str, Teacher] | None:
         """What the parent makes of those new rows, for `lwf`; to be asked before the first step changes the model."""
         if self.parent is None or "lwf" not in self.config.protect:
             return None
-        return self._logits([self.rows[id] for id in new], TOP_K)
+        return self._logits([self.rows[id] for id in new], TOP_K, title)
 
-    def _logits(self, rows: Sequence[Tokens], top_k: int) -> dict[str, Teacher]:
-        return teach(self.model, rows, self.config, top_k=top_k, pad_id=self.pad_id, stop=self.stop, quiet=self.quiet)
+    def _logits(self, rows: Sequence[Tokens], top_k: int, title: str) -> dict[str, Teacher]:
+        return teach(
+            self.model,
+            rows,
+            self.config,
+            top_k=top_k,
+            pad_id=self.pad_id,
+            stop=self.stop,
+            quiet=self.quiet,
+            reading=self.readings.of(title),
+        )
 
     def _score(self, rows: Sequence[tuple[str, str]], title: str) -> list[Result]:
         pairs = [(self.examples[id], task) for id, task in rows]
         return evaluate(
-            self.model, self.tokenizer, pairs, self.metrics, self.config, title=title, stop=self.stop, quiet=self.quiet
+            self.model,
+            self.tokenizer,
+            pairs,
+            self.metrics,
+            self.config,
+            title=title,
+            stop=self.stop,
+            quiet=self.quiet,
+            reading=self.readings.of(title),
         )
 
 

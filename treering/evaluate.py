@@ -18,6 +18,7 @@ from treering.metrics import exact_match, token_f1
 from treering.model import encode
 from treering.passes import in_parts, read_answers
 from treering.progress import bar
+from treering.readings import Reading
 from treering.results import Result
 from treering.stop import Stop
 from treering.tree import Tree
@@ -49,6 +50,7 @@ def evaluate(
     title: str = "evaluating",
     stop: Stop | None = None,
     quiet: bool = False,
+    reading: Reading | None = None,
 ) -> list[Result]:
     """Score `rows` (example, task); `metrics` names each task's metric. The model is never told the task."""
     model.eval()
@@ -83,7 +85,7 @@ def evaluate(
         return [(texts[at], loss) for at, loss in zip(part, losses, strict=True)]
 
     with bar(title, len(rows), quiet) as advance:
-        found = in_parts(model, [row.ids for row in tokens], score, config, advance, stop)
+        found = in_parts(model, [row.ids for row in tokens], score, config, advance, stop, reading)
     return [
         Result(example.id, task, metrics[task], METRICS[metrics[task]](written, example.answer), loss, written)
         for (example, task), (written, loss) in zip(rows, found, strict=True)

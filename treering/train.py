@@ -30,6 +30,7 @@ from treering.optimizers import Optimizer
 from treering.passes import losses, read
 from treering.progress import bar
 from treering.ranks import Ranks
+from treering.readings import Reading, Readings
 from treering.recovery import HalfStepError, LossError, Recovery, check_loss, worst
 from treering.schedule import Step, peak_rate, rate_schedule
 from treering.stop import Stop
@@ -100,7 +101,10 @@ def train(
     gradients_of = partial(sharding.gradients if sharded else partial(_gradients, stop), losses_of, weights)
     recovery = recovery or Recovery(checkpoints, writes=ranks.first)
     early = EarlyStopping(
-        partial(_mean_loss, model, aside, config, pad_id, stop) if aside else None, parameters, optimizer, config
+        partial(_mean_loss, model, aside, config, pad_id, stop, Readings(checkpoints)) if aside else None,
+        parameters,
+        optimizer,
+        config,
     )
     kept = Checkpoints(checkpoints, parameters, optimizer, config, recovery, ranks, early.weights)
     log = kept.resume()
@@ -169,8 +173,17 @@ def _goes_on(
     return len(log) < steps and not early.ended(log)
 
 
-def _mean_loss(model: PreTrainedModel, rows: Sequence[Tokens], config: Config, pad_id: int, stop: Stop | None) -> float:
-    return math.fsum(losses(model, rows, config, pad_id, stop)) / len(rows)
+def _mean_loss(
+    model: PreTrainedModel,
+    rows: Sequence[Tokens],
+    config: Config,
+    pad_id: int,
+    stop: Stop | None,
+    readings: Readings,
+    step: int,
+) -> float:
+    reading = readings.of("measuring the rows kept aside", step)
+    return math.fsum(losses(model, rows, config, pad_id, stop, reading)) / len(rows)
 
 
 def _checkpoint_layers(model: PreTrainedModel) -> None:
@@ -344,10 +357,11 @@ def teach(
     pad_id: int,
     stop: Stop | None = None,
     quiet: bool = False,
+    reading: Reading | None = None,
 ) -> dict[str, Teacher]:
     """The model's `top_k` highest logits at every answer token of `rows`.
 
-    Raises `UpdateInterruptedError` when `stop` was asked.
+    Raises as `passes.in_parts` does.
     """
     model.eval()
 
@@ -359,5 +373,5 @@ def teach(
         return [Teacher(row_ids.clone(), row_logits.clone()) for row_ids, row_logits in pairs]
 
     with bar("taking logits", len(rows), quiet) as advance:
-        found = read(model, rows, highest, config, pad_id, advance, stop)
+        found = read(model, rows, highest, config, pad_id, advance, stop, reading)
     return {row.id: teacher for row, teacher in zip(rows, found, strict=True)}
