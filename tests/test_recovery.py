@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor
 
 from tests.training import Counted, KillAt, KilledError, Run, StopAt, chat, examples, same_bits, settings
-from treering import shares
+from treering import optimizers, shares
 from treering import train as loop
 from treering.checkpoints import Checkpoints
 from treering.errors import TreeringError, UpdateInterruptedError, no_memory
 from treering.model import logits_at
-from treering.recovery import MOST_ROWS, LossError, Recovery, check_loss, worst
+from treering.optimizers import OPTIMIZERS
+from treering.recovery import MOST_ROWS, HalfStepError, LossError, Recovery, check_loss, worst
 
 NO_MEMORY = (
     "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
@@ -179,6 +181,230 @@ def test_no_memory_for_one_row(tmp_path: Path, model_folder: Path, little_memory
     with pytest.raises(TreeringError, match=r"out of memory at step 1 .* one row at a time\. Lower cutoff_len"):
         Run(model_folder, constant(model_folder)).train(checkpoints=tmp_path)
     assert [split["pieces"] for split in recorded(tmp_path)["splits"]] == [2, 4]
+
+
+class Short:
+    """An optimiser whose steps numbered `fails` (from 1 on) find no memory in their midst.
+
+    At the `state`-th tensor that is made for its state, or with 0 at the end, when all weights have changed.
+    """
+
+    def __init__(self, optimizer: Any, fails: set[int], state: int = 0) -> None:
+        self._optimizer, self._fails, self._state, self.steps = optimizer, fails, state, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps not in self._fails:
+            self._optimizer.step()
+            return
+        made, zeros_like = 0, torch.zeros_like
+
+        def short(*args: Any, **options: Any) -> Tensor:
+            nonlocal made
+            made += 1
+            if made == self._state:
+                raise RuntimeError(NO_MEMORY)
+            return zeros_like(*args, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "zeros_like", short)
+            self._optimizer.step()
+        raise RuntimeError(NO_MEMORY)
+
+
+@pytest.fixture
+def short_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Short]]:
+    """Optimisers are `Short` from then on; returns those that were made."""
+    make = optimizers.optimizer
+
+    def limit(fails: set[int], state: int = 0) -> list[Short]:
+        made: list[Short] = []
+
+        def shortened(*args: Any) -> Short:
+            made.append(Short(make(*args), fails, state))
+            return made[-1]
+
+        monkeypatch.setattr(optimizers, "optimizer", shortened)
+        return made
+
+    return limit
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("fails", "state"), [(1, 3), (1, 0), (5, 0)], ids=["state", "first step", "later step"])
+def test_a_step_that_was_half_taken_is_undone(
+    tmp_path: Path,
+    model_folder: Path,
+    short_steps: Callable[..., list[Short]],
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    fails: int,
+    state: int,
+) -> None:
+    """To the bits of a run that split the same steps with memory enough."""
+    values = {"optim": name, "save_steps": 3, "lora_dropout": 0.2, "lora_rank": 64, "use_dora": True}
+
+    def run() -> Run:
+        return Run(model_folder, constant(model_folder, **values))
+
+    made = short_steps({fails}, state)
+    short = run()
+    log = short.train(checkpoints=tmp_path / "short")
+    # Where it failed, and from the checkpoint before it on: that of the beginning, or of step 3.
+    assert made[0].steps == len(log) + (1 if fails == 1 else 2)
+    found = recorded(tmp_path / "short")["splits"]
+    assert [(split["step"], split["pieces"]) for split in found] == [(fails, 2)]
+    reason = f"out of memory at step {fails} (while the weights were changed: [enforce fail"
+    assert reason in found[0]["reason"] and reason in capsys.readouterr().err
+    short_steps(set())
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "recovery.json").write_text((tmp_path / "short" / "recovery.json").read_text())
+    whole = run()
+    assert [e["loss"] for e in whole.train(checkpoints=tmp_path / "whole")] == [e["loss"] for e in log]
+    assert same_bits(whole.weights(), short.weights())
+    assert capsys.readouterr().err == ""
+
+
+def test_after_the_step_as_well(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a method does to the weights is undone with the step."""
+    config = constant(model_folder)
+    plain, short = Run(model_folder, config), Run(model_folder, config)
+    calls = 0
+
+    def after_step(model: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
+                weight.data.fill_(0)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(short.methods, "after_step", after_step)
+    short.train(checkpoints=tmp_path)
+    split = recorded(tmp_path)["splits"][0]
+    assert split["step"] == 4 and "while the weights were changed: CUDA out of memory" in split["reason"]
+    plain.train()
+    for name, weight in plain.weights().items():
+        torch.testing.assert_close(short.weights()[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_what_finds_no_memory_in_any_pieces(
+    tmp_path: Path, model_folder: Path, short_steps: Callable[..., list[Short]]
+) -> None:
+    """It ends with the ways out, and goes on from the last checkpoint when there is memory."""
+    config = constant(model_folder, save_steps=3)
+    short_steps(set(range(4, 99)))
+    with pytest.raises(TreeringError, match=r"out of memory at step 4 \(while the weights .* one row .* adamw_8bit"):
+        Run(model_folder, config).train(checkpoints=tmp_path)
+    assert [split["pieces"] for split in recorded(tmp_path)["splits"]] == [2, 4]
+    assert (tmp_path / "step-3").exists()
+    short_steps(set())
+    resumed, plain = Run(model_folder, config), Run(model_folder, config)
+    log = resumed.train(checkpoints=tmp_path)
+    assert [entry["loss"] for entry in log] == pytest.approx([e["loss"] for e in plain.train()], rel=1e-4)
+
+
+def test_with_no_checkpoint_to_go_back_to(model_folder: Path, short_steps: Callable[..., list[Short]]) -> None:
+    short_steps({2})
+    with pytest.raises(HalfStepError, match=r"out of memory at step 2 .* no checkpoint to go back to\. Set optim"):
+        Run(model_folder, constant(model_folder)).train()
+
+
+@pytest.mark.parametrize("fails", [1, 8])
+def test_killed_between_the_record_and_the_undoing(
+    tmp_path: Path,
+    model_folder: Path,
+    short_steps: Callable[..., list[Short]],
+    monkeypatch: pytest.MonkeyPatch,
+    fails: int,
+) -> None:
+    def run() -> Run:
+        return Run(model_folder, constant(model_folder, save_steps=3))
+
+    short_steps({fails})
+    whole = run()
+    whole.train(checkpoints=tmp_path / "whole")
+    resume = Checkpoints.resume
+
+    def dies(self: Checkpoints) -> Any:
+        if (tmp_path / "killed" / "recovery.json").exists():
+            raise KilledError
+        return resume(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "resume", dies)
+        with pytest.raises(KilledError):
+            run().train(checkpoints=tmp_path / "killed")
+    short_steps(set())
+    last = run()
+    last.train(checkpoints=tmp_path / "killed")
+    assert recorded(tmp_path / "killed") == recorded(tmp_path / "whole")
+    assert same_bits(whole.weights(), last.weights())
+
+
+LIMITED_STEPS = """
+import resource, sys
+from pathlib import Path
+import torch
+from tests.test_recovery import wide
+from treering import optimizers
+
+torch.set_num_threads(1)
+folder, checkpoints, limited = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+make = optimizers.optimizer
+
+class Limited:
+    def __init__(self, *args):
+        self.made = make(*args)
+
+    def __getattr__(self, name):
+        return getattr(self.made, name)
+
+    def step(self):
+        global limited
+        limited -= 1
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        if limited >= 0:
+            resource.setrlimit(resource.RLIMIT_AS, (now + 30 * 2**20, resource.RLIM_INFINITY))
+        try:
+            self.made.step()
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+optimizers.optimizer = Limited
+print([entry["loss"] for entry in wide(folder).train(checkpoints=checkpoints)])
+"""
+
+
+def wide(folder: Path) -> Run:
+    """Two steps that change 32 MB of weights; AdamW's state takes 64 MB."""
+    values = {"lora_rank": 4096, "max_steps": 2, "per_device_train_batch_size": 4}
+    return Run(folder, settings(folder, **values), examples(4))
+
+
+@pytest.mark.parametrize("limited", [1, 99])
+def test_a_real_limit_that_the_state_of_the_optimizer_meets(tmp_path: Path, model_folder: Path, limited: int) -> None:
+    """Some of the state is made by then. What passes took is given back at once, so that none of it is used again."""
+    program = [sys.executable, "-c", LIMITED_STEPS, str(model_folder), str(tmp_path), str(limited)]
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(program, capture_output=True, text=True, check=False, cwd=root, env=env)
+    splits = recorded(tmp_path)["splits"]
+    assert "out of memory at step 1 (while the weights were changed: [enforce fail" in splits[0]["reason"]
+    if limited > 1:
+        assert done.returncode == 1 and "with one row at a time. Set optim: adamw_8bit" in done.stderr
+        assert [split["pieces"] for split in splits] == [2, 4]
+        assert [path.name for path in tmp_path.glob("step-*")] == ["step-0"]
+        return
+    assert done.returncode == 0, done.stderr
+    assert [split["pieces"] for split in splits] == [2]
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "recovery.json").write_text((tmp_path / "recovery.json").read_text())
+    log = wide(model_folder).train(checkpoints=tmp_path / "whole")
+    assert json.loads(done.stdout) == [entry["loss"] for entry in log]
 
 
 def test_what_is_no_memory() -> None:

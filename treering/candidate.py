@@ -28,6 +28,7 @@ from treering.metrics import metric_for
 from treering.model import Tokens, encode, load, load_tokenizer, save_weights, use_bf16
 from treering.passes import losses
 from treering.progress import bar
+from treering.readings import Readings
 from treering.recovery import Recovery
 from treering.registry import Version
 from treering.results import Result, read_results, write_results
@@ -76,6 +77,7 @@ class Candidate:
         self.base, self.root = base, ws.root
         self.stop, self.quiet = stop, quiet
         torch.set_num_threads(plan.machine["threads"])
+        self.readings = Readings(staging)
         self.tokenizer = load_tokenizer(base, config.trust_remote_code)
         _check_kind(parent, config)
         self.model = load(base, config, parent)
@@ -152,8 +154,9 @@ class Candidate:
             self.methods,
             self.config,
             pad_id=self.pad_id,
-            parents=self._parents(sample.new),
+            parents=self._parents(sample.new, "asking the parent before the range test"),
             stop=self.stop,
+            folder=self.staging / "range-test",
         )
 
     def learn(self, track: Callable[[Mapping[str, float]], None] | None = None) -> list[dict[str, float]]:
@@ -163,7 +166,7 @@ class Candidate:
         """
         started = time.perf_counter()
         teachers = self.memory.teachers if "distill" in self.config.protect else None
-        parents = self._parents(self.new)
+        parents = self._parents(self.new, "asking the parent before training")
         if self.config.launcher != "local":
             self._learn_in_processes(teachers, parents, track)
             track = None  # It was told.
@@ -243,7 +246,7 @@ class Candidate:
             self._order()
         if "distill" in self.config.protect:
             rows = [self._tokens(id) for id in self.memory.rows if id not in self.memory.teachers]
-            self.memory.teachers |= self._logits(rows, self.config.distill.top_k)
+            self.memory.teachers |= self._logits(rows, self.config.distill.top_k, "taking logits to remember")
 
     def _order(self) -> None:
         """Have the memory decide which of its rows stay, new ones included."""
@@ -252,7 +255,8 @@ class Candidate:
         about: torch.Tensor | None = None
         if self.memory.policy in FROM_LOSSES:
             with bar("reading rows", len(rows), self.quiet) as advance:
-                measured = losses(self.model, rows, self.config, self.pad_id, self.stop, advance)
+                reading = self.readings.of("reading rows to remember")
+                measured = losses(self.model, rows, self.config, self.pad_id, self.stop, reading, advance)
             found = [loss if math.isfinite(loss) else early.BOUNDLESS for loss in measured]
         if self.memory.policy in FROM_FEATURES:
             about = self._about([row.id for row in rows])
@@ -324,7 +328,8 @@ class Candidate:
             found["early_stopping_steps"] = early.choice(
                 self.log, len(self.plan.row_ids), len(self.aside), len(self.steps), self.config
             )
-        return found | self.methods.choices | Recovery(self._checkpoints).choices(self.rate.value)
+        found |= self.readings.choices | Readings(self._checkpoints).choices | self.methods.choices
+        return found | Recovery(self._checkpoints).choices(self.rate.value)
 
     @property
     def _length(self) -> str:
@@ -373,11 +378,11 @@ class Candidate:
             return []
         return read_results(self.parent.folder / RESULTS)
 
-    def _parents(self, new: Sequence[str]) -> dict[str, Teacher] | None:
+    def _parents(self, new: Sequence[str], title: str) -> dict[str, Teacher] | None:
         """What the parent makes of those new rows, for `lwf`; to be asked before the first step changes the model."""
         if self.parent is None or "lwf" not in self.config.protect:
             return None
-        return self._logits([self.rows[id] for id in new], TOP_K)
+        return self._logits([self.rows[id] for id in new], TOP_K, title)
 
     def _choose_expert(self) -> None:
         """Have the adapter that is taught be that of the expert which the new rows are for."""
@@ -390,8 +395,9 @@ class Candidate:
     def _about(self, ids: Sequence[str]) -> torch.Tensor:
         """The features of these rows' prompts, `[rows, size]`."""
         prompts = [self.examples[id].prompt for id in ids]
+        settings: dict[str, Any] = {"stop": self.stop, "reading": self.readings.of("reading prompts")}
         with bar("reading prompts", len(prompts), self.quiet) as advance:
-            return features(self.model, self.tokenizer, prompts, self.config, advance=advance, stop=self.stop)
+            return features(self.model, self.tokenizer, prompts, self.config, advance=advance, **settings)
 
     @property
     def _classes(self) -> list[str]:
@@ -415,13 +421,30 @@ class Candidate:
                 means[at] = math.fsum(losses(self.model, rows, self.config, self.pad_id, self.stop)) / len(rows)
         return Losses(*means)
 
-    def _logits(self, rows: Sequence[Tokens], top_k: int) -> dict[str, Teacher]:
-        return teach(self.model, rows, self.config, top_k=top_k, pad_id=self.pad_id, stop=self.stop, quiet=self.quiet)
+    def _logits(self, rows: Sequence[Tokens], top_k: int, title: str) -> dict[str, Teacher]:
+        return teach(
+            self.model,
+            rows,
+            self.config,
+            top_k=top_k,
+            pad_id=self.pad_id,
+            stop=self.stop,
+            quiet=self.quiet,
+            reading=self.readings.of(title),
+        )
 
     def _score(self, rows: Sequence[tuple[str, str]], title: str) -> list[Result]:
         pairs = [(self.examples[id], task) for id, task in rows]
         return evaluate(
-            self.model, self.tokenizer, pairs, self.metrics, self.config, title=title, stop=self.stop, quiet=self.quiet
+            self.model,
+            self.tokenizer,
+            pairs,
+            self.metrics,
+            self.config,
+            title=title,
+            stop=self.stop,
+            quiet=self.quiet,
+            reading=self.readings.of(title),
         )
 
 

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from treering.files import fsync_folder, fsync_tree, write_file, write_json
+from treering.files import fsync_folder, fsync_tree, write_json
 from treering.optimizers import Optimizer
 from treering.ranks import Ranks
 from treering.recovery import Recovery
@@ -66,6 +66,11 @@ class Checkpoints:
         self._every, self._seconds = config.save_steps, 60 * config.save_minutes
         self._saved = time.monotonic()
 
+    @property
+    def made(self) -> bool:
+        """Whether there are any: where there is a folder for them, there is always that of the beginning."""
+        return self._folder is not None
+
     def due(self, step: int) -> bool:
         """Whether there is to be a checkpoint after `step` steps, by their number or by the clock."""
         return step % self._every == 0 or time.monotonic() - self._saved >= self._seconds
@@ -87,7 +92,7 @@ class Checkpoints:
         partial = self._folder / f".step-{step}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_file(partial / "state.safetensors", safetensors.torch.save(tensors))
+        safetensors.torch.save_file(tensors, partial / "state.safetensors")  # As bytes they would take memory twice.
         write_json(partial / "state.json", state)
         fsync_tree(partial)
         partial.rename(self._folder / f"step-{step}")

@@ -62,13 +62,13 @@ def over(log: Log, config: Config) -> bool:
 class EarlyStopping:
     """Looks at the rows kept aside, and keeps the weights of the lowest loss: `weights`, empty until there is one.
 
-    `measure` gives the loss of the model as it is. When to look and when to end follow from the log alone, so that a
-    resumed run does the same.
+    `measure` gives the loss of the model as it is, after so many steps. When to look and when to end follow from the
+    log alone, so that a resumed run does the same.
     """
 
     def __init__(
         self,
-        measure: Callable[[], float] | None,
+        measure: Callable[[int], float] | None,
         parameters: Mapping[str, torch.nn.Parameter],
         optimizer: Optimizer,
         config: Config,
@@ -91,7 +91,7 @@ class EarlyStopping:
         assert self._measure is not None
         before = best(log)
         with averaged(self._optimizer):
-            measured = self._measure()
+            measured = self._measure(len(log))
             loss = measured if math.isfinite(measured) else BOUNDLESS
             if before is None or loss < before[1]:
                 self.weights.update({name: p.detach().clone() for name, p in self._parameters.items()})

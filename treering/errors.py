@@ -58,6 +58,20 @@ _TEXTS = {
 }
 
 
+RESUMES = "finished versions are untouched and an update resumes from its last checkpoint"
+
+LESS_TO_READ = (
+    "Lower cutoff_len or eval.max_new_tokens, run with fewer threads (OMP_NUM_THREADS=1), set quantization_bit: 4, "
+    f"take a smaller model_name_or_path, or free some memory and run the command again; {RESUMES}"
+)
+LESS_TO_LEARN = (
+    "Set optim: adamw_8bit, a smaller lora_rank (finetuning_type: lora where more weights learn), quantization_bit: 4 "
+    "or gradient_checkpointing: true, take a smaller model_name_or_path, or free some memory and run the command "
+    f"again; {RESUMES}"
+)
+"""The ways out where memory runs out: of those who read, and of those who learn as well."""
+
+
 def no_memory(error: Exception) -> bool:
     """Whether `error` is a device's or the process's way to say that memory has run out."""
     import torch
@@ -65,6 +79,22 @@ def no_memory(error: Exception) -> bool:
     # On CPU it is known by its text alone: the allocator's own, or what C++ says where a library asked for memory.
     texts = ("allocate memory", "bad_alloc")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
+
+
+def first_line(error: Exception) -> str:
+    """What `error` says, as far as it fits into a message of ours."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+@contextmanager
+def short_memory_is_clear() -> Iterator[None]:
+    """Turn "out of memory", wherever nothing smaller can be tried, into a `TreeringError` with the ways out."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, TreeringError) or not no_memory(error):
+            raise
+        raise TreeringError(f"out of memory ({first_line(error)}). {LESS_TO_LEARN}") from error
 
 
 @contextmanager
@@ -78,6 +108,5 @@ def full_disk_is_clear(folder: Path) -> Iterator[None]:
         if reason is None or isinstance(error, TreeringError):
             raise
         raise TreeringError(
-            f"cannot write to {folder}: {reason}. Free some space and run the command again; "
-            "finished versions are untouched and an update resumes from its last checkpoint."
+            f"cannot write to {folder}: {reason}. Free some space and run the command again; {RESUMES}."
         ) from error

@@ -19,6 +19,7 @@ from treering.metrics import exact_match, token_f1
 from treering.model import encode
 from treering.passes import read_answers
 from treering.progress import bar
+from treering.readings import Reading
 from treering.results import Result
 from treering.stop import Stop
 from treering.tree import Tree
@@ -50,6 +51,7 @@ def evaluate(
     title: str = "evaluating",
     stop: Stop | None = None,
     quiet: bool = False,
+    reading: Reading | None = None,
 ) -> list[Result]:
     """Score `rows` (example, task); `metrics` names each task's metric. The model is never told the task."""
     model.eval()
@@ -85,7 +87,7 @@ def evaluate(
 
     with bar(title, len(rows), quiet) as advance:
         prompts, read = [example.prompt for example, _ in rows], [row.ids for row in tokens]
-        found = routed(model, tokenizer, prompts, read, score, config, advance, stop)
+        found = routed(model, tokenizer, prompts, read, score, config, advance, stop, reading)
     return [
         Result(example.id, task, metrics[task], METRICS[metrics[task]](written, example.answer), loss, written)
         for (example, task), (written, loss) in zip(rows, found, strict=True)

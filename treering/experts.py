@@ -22,6 +22,7 @@ from treering.adopt import ADAPTER_FILES
 from treering.features import features
 from treering.passes import in_parts
 from treering.progress import Advance
+from treering.readings import Reading
 from treering.registry import EXPERTS, Version
 from treering.router import NOVEL, Router
 
@@ -133,6 +134,7 @@ def routed(
     config: Config,
     advance: Advance,
     stop: Stop | None = None,
+    reading: Reading | None = None,
 ) -> list[R]:
     """As `passes.in_parts`; if `model` has experts, each row is worked on by the one that its prompt is routed to.
 
@@ -140,16 +142,17 @@ def routed(
     """
     experts = of(model)
     if experts is None:
-        return in_parts(model, rows, work, config, advance, stop)
+        return in_parts(model, rows, work, config, advance, stop, reading)
     found: dict[int, R] = {}
-    vectors = features(model, tokenizer, prompts, config, stop=stop)
+    vectors = features(model, tokenizer, prompts, config, stop=stop, reading=reading)
     for expert, places in _groups(experts.router.route(vectors)).items():
 
         def own(part: Sequence[int], places: Sequence[int] = places) -> Sequence[R]:
             return work([places[at] for at in part])
 
+        reading = reading and reading.next()
         with using(model, experts, expert):
-            results = in_parts(model, [rows[at] for at in places], own, config, advance, stop)
+            results = in_parts(model, [rows[at] for at in places], own, config, advance, stop, reading)
         found |= zip(places, results, strict=True)
     return [found[at] for at in range(len(rows))]
 

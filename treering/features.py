@@ -18,6 +18,7 @@ from treering.data.example import Message
 from treering.model import compute, decoder_layers, encode_prompt, pad, use_bf16
 from treering.passes import in_parts
 from treering.progress import Advance, silent
+from treering.readings import Reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +38,7 @@ def features(
     *,
     advance: Advance = silent,
     stop: Stop | None = None,
+    reading: Reading | None = None,
 ) -> Tensor:
     """Of each prompt the vector that `model` makes of it without its adapter, float32 `[prompts, hidden size]`.
 
@@ -46,7 +48,7 @@ def features(
     for prompt in prompts:
         ids, empty = (encode_prompt(tokenizer, turns) for turns in (prompt, emptied(prompt)))
         asked.append((ids, last_turn(ids, empty)))
-    return vectors(model, asked, config, advance=advance, stop=stop)
+    return vectors(model, asked, config, advance=advance, stop=stop, reading=reading)
 
 
 def emptied(prompt: Sequence[Message]) -> list[Message]:
@@ -67,6 +69,7 @@ def vectors(
     *,
     advance: Advance = silent,
     stop: Stop | None = None,
+    reading: Reading | None = None,
 ) -> Tensor:
     """As `features`, of prompts given as their tokens and the place where the last turn begins (`last_turn`)."""
     rows = [ids[-LONGEST:] for ids, _ in asked]
@@ -83,7 +86,7 @@ def vectors(
         return [hidden[at, starts[row] : len(rows[row])].mean(0).cpu() for at, row in enumerate(part)]
 
     with _as_base(model), _ending_at(middle):
-        found = in_parts(model, rows, one, config, advance, stop)
+        found = in_parts(model, rows, one, config, advance, stop, reading)
     return torch.stack(found) if found else torch.empty(0, model.config.get_text_config().hidden_size)
 
 

@@ -23,7 +23,7 @@ from treering.memory import Memory, some
 from treering.methods import Methods
 from treering.model import Tokens
 from treering.passes import losses
-from treering.recovery import LossError
+from treering.recovery import HalfStepError, LossError
 from treering.schedule import peak_rate, plan_steps
 from treering.train import train
 
@@ -88,7 +88,7 @@ def interference(
             rate = brief.model_copy(update={"learning_rate": peak_rate(config)})
             train(model, rows, steps, copy.deepcopy(methods), rate, pad_id=pad_id, stop=stop, quiet=True)
             after = losses(model, learned, config, pad_id, stop)
-    except LossError as error:
+    except (LossError, HalfStepError) as error:
         return Mix(weighed(list(memory.rows), {}), f"all alike: a short training on new rows failed ({error})")
     rises = {id: max(0.0, then - now) for id, now, then in zip(ids, before, after, strict=True)}
     if not math.isfinite(math.fsum(rises.values())):

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from treering import shares
+from treering.errors import first_line, no_memory
 from treering.model import Tokens
 from treering.progress import Advance, silent
+from treering.readings import Reading, Readings
 from treering.tree import Tree
 
 if TYPE_CHECKING:
@@ -37,17 +39,18 @@ def read(
     pad_id: int,
     advance: Advance,
     stop: Stop | None = None,
+    reading: Reading | None = None,
 ) -> list[R]:
     """What `make` makes of some rows and the logits of all their answer tokens: a result a row, in order.
 
-    Raises `UpdateInterruptedError` when `stop` was asked.
+    Raises as `in_parts` does.
     """
 
     def one(part: Sequence[int]) -> Sequence[R]:
         now = [rows[at] for at in part]
         return make(now, read_answers(Tree(model, config, pad_id, keep=False), now))
 
-    return in_parts(model, [row.ids for row in rows], one, config, advance, stop)
+    return in_parts(model, [row.ids for row in rows], one, config, advance, stop, reading)
 
 
 def read_answers(tree: Tree, rows: Sequence[Tokens]) -> Tensor:
@@ -65,11 +68,17 @@ def in_parts(
     config: Config,
     advance: Advance,
     stop: Stop | None = None,
+    reading: Reading | None = None,
 ) -> list[R]:
     """What `work` makes of parts of `rows` (token ids), given by their places: a result a row, in order of the rows.
 
-    Raises `UpdateInterruptedError` when `stop` was asked.
+    Where memory runs out, the part is taken again in halves and all after it as well; `reading` remembers.
+
+    Raises:
+        UpdateInterruptedError: `stop` was asked.
+        TreeringError: there is no memory for one row.
     """
+    reading = reading or Readings(None).of("reading rows")
     # Quantised layers keep notes of the pass they are in.
     at_once = torch.get_num_threads() if model.device.type == "cpu" and not config.quantization_bit else 1
 
@@ -79,11 +88,21 @@ def in_parts(
         return work(part)
 
     found: dict[int, R] = {}
-    parts = cut(rows, config.eval.batch_size, at_once)
-    with shares.side_by_side(at_once) as compute_all:
-        for part, results in zip(parts, compute_all(unless_stopped, parts), strict=True):
-            found.update(zip(part, results, strict=True))
-            advance(len(part))
+    parts, done = reading.known(cut(rows, config.eval.batch_size, at_once)), 0
+    while done < len(parts):
+        short = ""
+        try:
+            with shares.side_by_side(at_once) as compute_all:
+                for results in compute_all(unless_stopped, parts[done:]):
+                    found.update(zip(parts[done], results, strict=True))
+                    advance(len(parts[done]))
+                    done += 1
+        except Exception as error:
+            if not no_memory(error):
+                raise
+            short = first_line(error)  # Not the error itself: it would hold the pass that failed, and all its memory.
+        if short:
+            parts = reading.halve(parts, done, at_once, short)
     return [found[at] for at in range(len(rows))]
 
 
@@ -114,16 +133,17 @@ def losses(
     config: Config,
     pad_id: int,
     stop: Stop | None = None,
+    reading: Reading | None = None,
     advance: Advance = silent,
 ) -> list[float]:
     """The cross entropy of each row, the mean over its answer tokens in nats; `model` stays in the mode it is in.
 
-    Raises `UpdateInterruptedError` when `stop` was asked.
+    Raises as `in_parts` does.
     """
     training = model.training
     model.eval()
     try:
-        return read(model, rows, _row_losses, config, pad_id, advance, stop)
+        return read(model, rows, _row_losses, config, pad_id, advance, stop, reading)
     finally:
         model.train(training)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from treering import registry, report
-from treering.errors import ModelError, UsageError, VersionError, full_disk_is_clear
+from treering.errors import ModelError, UsageError, VersionError, full_disk_is_clear, short_memory_is_clear
 from treering.manifest import base_name, of_update
 from treering.registry import Version
 from treering.stop import stop_on_signals
@@ -47,7 +47,7 @@ def update(
     rollback gave back. Raises `RoomError` where memory or disk will surely not do.
     """
     config = ws.config(overrides)
-    with ws.lock("update", "update"), full_disk_is_clear(ws.root), stop_on_signals() as stop:
+    with ws.lock("update", "update"), full_disk_is_clear(ws.root), short_memory_is_clear(), stop_on_signals() as stop:
         from treering import forecast, gate, trackers
         from treering.candidate import Candidate
         from treering.data.intake import ingest

@@ -24,7 +24,8 @@ from treering.methods import Losses, Methods
 from treering.model import Tokens
 from treering.passes import losses
 from treering.progress import Advance
-from treering.recovery import LossError
+from treering.readings import Readings
+from treering.recovery import HalfStepError, LossError, Recovery
 from treering.schedule import Step, peak_rate, plan_steps
 from treering.train import train
 
@@ -123,7 +124,8 @@ class RangeTest:
     """A range test on `model`, which is afterwards as it was before, the random state included.
 
     `sample` names the rows, `rows` has their tokens, `parents` what the version before makes of the new ones (`lwf`).
-    `methods` are those of the update; each training gets a copy of them as they are now.
+    `methods` are those of the update; each training gets a copy of them as they are now. In `folder` it notes what it
+    had to adapt to where memory ran out, so that a test that was killed finds the same losses again.
     """
 
     def __init__(
@@ -137,7 +139,10 @@ class RangeTest:
         pad_id: int,
         parents: Mapping[str, Teacher] | None = None,
         stop: Stop | None = None,
+        folder: Path | None = None,
     ) -> None:
+        self._folder, self._readings = folder, Readings(folder)
+        self._measured, self._trained, self._pieces = 0, 0, 1
         self._model, self._rows, self._sample, self._methods = model, rows, sample, methods
         self._pad_id, self._parents, self._stop = pad_id, parents, stop
         self._config = short(config)
@@ -160,11 +165,23 @@ class RangeTest:
 
     def measure(self) -> Losses:
         """The losses of the model as it is."""
-        new, old = (self._mean(ids) for ids in (self._sample.new_measured, self._sample.old_measured))
-        return Losses(new, old)
+        self._measured += 1
+        return Losses(self._mean(self._sample.new_measured, "new"), self._mean(self._sample.old_measured, "remembered"))
 
     def after(self, rate: float) -> Losses | None:
         """The losses after a short training at `rate`, which is then undone; None: the training failed."""
+        self._trained += 1
+        folder = self._folder / f"training-{self._trained}" if self._folder else None
+        recovery = Recovery(folder, pieces=self._pieces)
+        while True:
+            try:
+                found = self._after(rate, recovery)
+            except HalfStepError:  # It was undone, and will be taken in smaller pieces.
+                continue
+            self._pieces = recovery.pieces(STEPS)
+            return found
+
+    def _after(self, rate: float, recovery: Recovery) -> Losses | None:
         try:
             with undone(self._model):
                 train(
@@ -176,6 +193,7 @@ class RangeTest:
                     pad_id=self._pad_id,
                     teachers=self._sample.memory.teachers if "distill" in self._config.protect else None,
                     parents=self._parents,
+                    recovery=recovery,
                     stop=self._stop,
                     quiet=True,
                 )
@@ -184,8 +202,9 @@ class RangeTest:
             return None
         return found if math.isfinite(found.new + found.old) else None
 
-    def _mean(self, ids: Sequence[str]) -> float:
-        found = losses(self._model, [self._rows[id] for id in ids], self._config, self._pad_id, self._stop)
+    def _mean(self, ids: Sequence[str], kind: str) -> float:
+        reading = self._readings.of(f"measuring {kind} rows in the range test", self._measured)
+        found = losses(self._model, [self._rows[id] for id in ids], self._config, self._pad_id, self._stop, reading)
         return math.fsum(found) / len(found) if found else 0.0
 
     def _reason(self, rate: float, before: Losses, tried: Sequence[Tried]) -> str:
@@ -197,8 +216,15 @@ class RangeTest:
             changes.append(f"{before.old:.3g} to {after.old:.3g} on {len(self._sample.old_measured)} remembered ones")
         return (
             f"range test of {_listed(tried)}, {STEPS} steps of {ROWS} rows each: here the loss went from "
-            f"{' and from '.join(changes)}, which the test did not learn"
+            f"{' and from '.join(changes)}, which the test did not learn{self._adapted}"
         )
+
+    @property
+    def _adapted(self) -> str:
+        """What it had to do where memory ran out."""
+        split = [f"trained in {self._pieces} pieces a batch"] if self._pieces > 1 else []
+        halved = [f"read {halved.rows} at once" for halved in self._readings.halved[-1:]]
+        return f"; memory ran out, and rows were {' and '.join([*split, *halved])}" if split or halved else ""
 
 
 def gained(before: Losses, after: Losses | None) -> float:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from treering.errors import TreeringError
+from treering.errors import LESS_TO_LEARN, TreeringError, first_line
 from treering.files import write_json
 from treering.progress import say
 
@@ -30,6 +30,10 @@ LOWER = 0.5
 
 class LossError(TreeringError):
     """A loss or a gradient norm that is not finite, or a loss that ran away."""
+
+
+class HalfStepError(TreeringError):
+    """Memory ran out while the weights were changed: some of them may have been, and others not."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,12 @@ class Retry:
 class Recovery:
     """The splits and retries of one update, kept in `folder` (with None: nowhere), those of a killed run included.
 
-    Of several processes that train, all come to the same; the one that `writes` keeps it and tells.
+    Of several processes that train, all come to the same; the one that `writes` keeps it and tells. `pieces` are those
+    of the first step, where memory is known to be short.
     """
 
-    def __init__(self, folder: Path | None, *, writes: bool = True) -> None:
-        self._writes = writes
+    def __init__(self, folder: Path | None, *, writes: bool = True, pieces: int = 1) -> None:
+        self._writes, self._pieces = writes, pieces
         self._path = folder / FILE if folder else None
         found = json.loads(self._path.read_text(encoding="utf-8")) if self._path and self._path.exists() else {}
         self.splits = [Split(**split) for split in found.get("splits", ())]
@@ -70,20 +75,24 @@ class Recovery:
 
     def pieces(self, step: int) -> int:
         """In how many pieces the rows of each micro-batch of `step` (counted from 1) are computed."""
-        return max([1, *(split.pieces for split in self.splits if split.step <= step)])
+        return max([self._pieces, *(split.pieces for split in self.splits if split.step <= step)])
 
     def split(self, step: int, rows: int, error: Exception) -> None:
         """From `step` on, take half as many rows at once as `rows`, for which there was no memory.
 
+        Where it ran out while the weights were changed, smaller pieces leave more of it in one place by then.
+
         Raises:
             TreeringError: it was one row.
         """
-        reason = f"out of memory at step {step} ({str(error).strip().partition(chr(10))[0]})"
+        reason = f"out of memory at step {step} ({first_line(error)})"
+        if rows == 1 and isinstance(error, HalfStepError):
+            raise TreeringError(f"{reason}, with one row at a time. {LESS_TO_LEARN}") from error
         if rows == 1:
             raise TreeringError(
-                f"{reason}, with one row at a time. Lower cutoff_len (rows that are longer go to quarantine), run with "
-                "fewer threads (OMP_NUM_THREADS=1), take a smaller model_name_or_path, or free some memory; the "
-                "checkpoint is kept: run `treering update` again to resume"
+                f"{reason}, with one row at a time. Lower cutoff_len (rows that are longer go to quarantine), set "
+                "gradient_checkpointing: true, run with fewer threads (OMP_NUM_THREADS=1), take a smaller "
+                "model_name_or_path, or free some memory; the checkpoint is kept: run `treering update` again to resume"
             ) from error
         found = Split(step, 2 * self.pieces(step), reason)
         self.splits.append(found)
@@ -119,6 +128,7 @@ class Recovery:
         if not self._writes:
             return
         if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             splits, retries = ([asdict(one) for one in found] for found in (self.splits, self.retries))
             write_json(self._path, {"splits": splits, "retries": retries})
         say(what)

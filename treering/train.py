@@ -22,7 +22,7 @@ from treering.attention import recomputed
 from treering.batches import Batch, as_step, make_batch, with_noise
 from treering.checkpoints import Checkpoints, Log, random_state, set_random_state
 from treering.early import LOSS, EarlyStopping
-from treering.errors import ConfigError, UpdateInterruptedError, no_memory
+from treering.errors import LESS_TO_LEARN, ConfigError, UpdateInterruptedError, first_line, no_memory
 from treering.memory import Teacher
 from treering.methods import Methods
 from treering.model import Tokens, compute, logits_at, use_bf16
@@ -30,7 +30,8 @@ from treering.optimizers import Optimizer
 from treering.passes import losses, read
 from treering.progress import bar
 from treering.ranks import Ranks
-from treering.recovery import LossError, Recovery, check_loss, worst
+from treering.readings import Reading, Readings
+from treering.recovery import HalfStepError, LossError, Recovery, check_loss, worst
 from treering.schedule import Step, peak_rate, rate_schedule
 from treering.stop import Stop
 
@@ -63,6 +64,7 @@ def train(
     parents: Mapping[str, Teacher] | None = None,
     aside: Sequence[Tokens] = (),
     checkpoints: Path | None = None,
+    recovery: Recovery | None = None,
     stop: Stop | None = None,
     track: Callable[[Mapping[str, float]], None] | None = None,
     quiet: bool = False,
@@ -72,7 +74,8 @@ def train(
     Each is given to `track` when it is finished; those of steps that an earlier run did are not.
     Loss: cross entropy averaged over the answer tokens of the optimiser step, plus what the methods add.
     With `checkpoints` (a folder) the state is kept there now and then, and an earlier run is resumed to the same bits.
-    Where memory runs out, the step is taken again in smaller pieces; where its loss is no good (`check_loss`), training
+    Where memory runs out, the step is taken again in smaller pieces (which `recovery` remembers, else the checkpoints'
+    folder), from the last checkpoint on if weights may have changed; where its loss is no good (`check_loss`), training
     goes back to a checkpoint, and on from there at a lower rate. With rows `aside` their loss is measured every
     `eval_steps`, the log ends where it decides so (`early.over`), and the weights are those of its lowest. Where
     several processes train, each computes its share of every step and takes the whole step; one writes and tracks.
@@ -80,6 +83,7 @@ def train(
     Raises:
         UpdateInterruptedError: `stop` was asked; there is a checkpoint of where the step under way began.
         LossError: the loss was no good once more than `max_loss_retries` times, or there is nowhere to go back to.
+        HalfStepError: memory ran out while the weights were changed, and there are no checkpoints.
         TreeringError: there is no memory for one row.
     """
     torch.manual_seed(config.seed)
@@ -95,9 +99,12 @@ def train(
     losses_of = partial(_losses, model, methods, use_bf16(config)[0])
     stop, sharded = stop or Stop(), sharding.asked()
     gradients_of = partial(sharding.gradients if sharded else partial(_gradients, stop), losses_of, weights)
-    recovery = Recovery(checkpoints, writes=ranks.first)
+    recovery = recovery or Recovery(checkpoints, writes=ranks.first)
     early = EarlyStopping(
-        partial(_mean_loss, model, aside, config, pad_id, stop) if aside else None, parameters, optimizer, config
+        partial(_mean_loss, model, aside, config, pad_id, stop, Readings(checkpoints)) if aside else None,
+        parameters,
+        optimizer,
+        config,
     )
     kept = Checkpoints(
         checkpoints, parameters, optimizer, config, recovery, ranks, {"best": early.weights, **methods.running}
@@ -121,12 +128,12 @@ def train(
                     entry = {"step": float(step), **summed, **_penalized(methods, model, weights)}
                     entry["grad_norm"] = sharding.clipped(weights, config.max_grad_norm)
                     check_loss(entry, log, model.get_output_embeddings().weight.shape[0])
+                    entry["lr"] = peak_rate(config) * share(step - 1) * recovery.rate
+                    _take(model, optimizer, methods, entry["lr"], ranks)
             except Exception as error:
                 log = _after(error, pieces, log, kept, recovery, config, partial(_loss_alone, losses_of, collate))
                 advance(len(log) - step + 1)
                 continue
-            entry["lr"] = peak_rate(config) * share(step - 1) * recovery.rate
-            _take(model, optimizer, methods, entry["lr"])
             seconds = time.perf_counter() - started
             # The last token of a row is only predicted.
             entry["tokens_per_second"] = sum(len(row.ids) - 1 for piece in pieces for row in piece) / seconds
@@ -170,8 +177,17 @@ def _goes_on(
     return len(log) < steps and not early.ended(log)
 
 
-def _mean_loss(model: PreTrainedModel, rows: Sequence[Tokens], config: Config, pad_id: int, stop: Stop | None) -> float:
-    return math.fsum(losses(model, rows, config, pad_id, stop)) / len(rows)
+def _mean_loss(
+    model: PreTrainedModel,
+    rows: Sequence[Tokens],
+    config: Config,
+    pad_id: int,
+    stop: Stop | None,
+    readings: Readings,
+    step: int,
+) -> float:
+    reading = readings.of("measuring the rows kept aside", step)
+    return math.fsum(losses(model, rows, config, pad_id, stop, reading)) / len(rows)
 
 
 def _checkpoint_layers(model: PreTrainedModel) -> None:
@@ -184,7 +200,10 @@ def _checkpoint_layers(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _undone_on_failure(optimizer: Optimizer) -> Iterator[None]:
-    """What fails inside leaves no gradients, and random numbers where they were: as if it had not begun."""
+    """What fails inside leaves no gradients, and random numbers where they were: as if it had not begun.
+
+    Only weights that were changed stay so.
+    """
     before = random_state()
     try:
         yield
@@ -210,6 +229,12 @@ def _after(
     step = len(log) + 1
     if isinstance(error, UpdateInterruptedError):
         kept.save(log)
+    elif isinstance(error, HalfStepError):
+        recovery.split(step, max(map(len, pieces)), error)
+        if not kept.made:
+            reason = f"out of memory at step {step} ({error}), with no checkpoint to go back to"
+            raise HalfStepError(f"{reason}. {LESS_TO_LEARN}")
+        return kept.resume()
     elif no_memory(error):
         recovery.split(step, max(map(len, pieces)), error)
         return log
@@ -253,13 +278,29 @@ def _computed(
     return _add_up(compute(ranks.own(batches)), parameters)
 
 
-def _take(model: PreTrainedModel, optimizer: Optimizer, methods: Methods, rate: float) -> None:
-    """Change the weights by their gradients."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    methods.after_step(model)
-    optimizer.zero_grad()
+def _take(model: PreTrainedModel, optimizer: Optimizer, methods: Methods, rate: float, ranks: Ranks) -> None:
+    """Change the weights by their gradients, in all processes.
+
+    A step cannot be undone here: some optimisers take memory weight by weight, all write over weights, state or
+    gradients, and a copy of these would cost as much memory again. Raises `HalfStepError` where memory runs out.
+    """
+
+    def take() -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        methods.after_step(model)
+        optimizer.zero_grad()
+
+    short = ""
+    try:
+        ranks.agreed(take)
+    except Exception as error:
+        if not no_memory(error):
+            raise
+        short = first_line(error)  # Not the error itself: it would hold what the step took.
+    if short:
+        raise HalfStepError(f"while the weights were changed: {short}")
 
 
 def _penalized(methods: Methods, model: PreTrainedModel, parameters: Sequence[Tensor]) -> dict[str, float]:
@@ -330,10 +371,11 @@ def teach(
     pad_id: int,
     stop: Stop | None = None,
     quiet: bool = False,
+    reading: Reading | None = None,
 ) -> dict[str, Teacher]:
     """The model's `top_k` highest logits at every answer token of `rows`.
 
-    Raises `UpdateInterruptedError` when `stop` was asked.
+    Raises as `passes.in_parts` does.
     """
     model.eval()
 
@@ -345,5 +387,5 @@ def teach(
         return [Teacher(row_ids.clone(), row_logits.clone()) for row_ids, row_logits in pairs]
 
     with bar("taking logits", len(rows), quiet) as advance:
-        found = read(model, rows, highest, config, pad_id, advance, stop)
+        found = read(model, rows, highest, config, pad_id, advance, stop, reading)
     return {row.id: teacher for row, teacher in zip(rows, found, strict=True)}

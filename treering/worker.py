@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from treering.errors import TreeringError, full_disk_is_clear
+from treering.errors import TreeringError, full_disk_is_clear, short_memory_is_clear
 from treering.files import write_json
 from treering.handover import Handover
 from treering.stop import Stop
@@ -51,7 +51,7 @@ def work(folder: Path) -> None:
     outcome = folder / f"rank-{rank}.json"
     outcome.unlink(missing_ok=True)
     try:
-        with full_disk_is_clear(folder), wanted(folder) as stop, _writing(folder, rank):
+        with full_disk_is_clear(folder), short_memory_is_clear(), wanted(folder) as stop, _writing(folder, rank):
             stop.check()
             found = asdict(_train(folder, stop))
     except TreeringError as error:
