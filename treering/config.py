@@ -20,11 +20,14 @@ from treering.sections import (
     AutomateConfig,
     DistillConfig,
     EvalConfig,
+    EwcConfig,
     GateConfig,
+    L2Config,
     LwfConfig,
     MemoryConfig,
     Section,
     ServeConfig,
+    SiConfig,
 )
 
 LAUNCHERS = ("local", "accelerate", "ray")
@@ -163,6 +166,9 @@ class Config(Section):
     memory: MemoryConfig = MemoryConfig()
     distill: DistillConfig = DistillConfig()
     lwf: LwfConfig = LwfConfig()
+    ewc: EwcConfig = EwcConfig()
+    l2: L2Config = L2Config()
+    si: SiConfig = SiConfig()
     gate: GateConfig = GateConfig()
     eval: EvalConfig = EvalConfig()
     serve: ServeConfig = ServeConfig()
