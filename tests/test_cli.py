@@ -409,7 +409,7 @@ def test_config_errors_come_all_at_once_with_near_names(cli: Runner, made: Path)
     assert error.splitlines() == [
         "treering.yaml: 7 wrong setting(s), nothing was changed:",
         "  'plain' is not key=value",
-        "  protect: unknown name, did you mean 'replay'?; known: replay, distill, lwf (got 'replya')",
+        "  protect: unknown name, did you mean 'replay'?; known: replay, distill, lwf, ewc, l2, si (got 'replya')",
         "  learning_rate: must be a valid number or 'auto' (got 'fast')",
         "  memory: is a group; set one of memory.size, memory.policy, memory.replay_share (got 3)",
         "  gate.floor: must be a valid number (got 'high')",

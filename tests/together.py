@@ -118,6 +118,7 @@ SCENARIOS: dict[str, tuple[Callable[..., None], str, dict[str, Any]]] = {
     "full": (plain, "full", {"finetuning_type": "full", "gradient_accumulation_steps": 2}),
     "shards": (sharded, "shards", {}),
     "shards, full": (sharded, "shards, full", {"finetuning_type": "full", "gradient_accumulation_steps": 2}),
+    "shards, held": (sharded, "shards, held", {"protect": ["l2", "si"], "l2": {"weight": 10.0}}),
     "dropout": (plain, "dropout", {"lora_dropout": 0.2}),
     "dropout, stopped": (stopped, "dropout, resumed", {"lora_dropout": 0.2}),
     "dropout, resumed": (plain, "dropout, resumed", {"lora_dropout": 0.2}),

@@ -79,7 +79,7 @@ class LwfConfig(Section):
 class EwcConfig(Section):
     """Elastic weight consolidation: weights that matter to old rows are held where the parent has them."""
 
-    weight: float = Field(0.01, ge=0)
+    weight: float = Field(1.0, ge=0)
     """Weight of the term: half the sum of all squared distances to the parent's weights, each times its importance."""
 
     gamma: float = Field(0.9, ge=0, le=1)
@@ -89,14 +89,14 @@ class EwcConfig(Section):
 class L2Config(Section):
     """L2 to the start: all weights are held where the parent has them."""
 
-    weight: float = Field(0.01, ge=0)
+    weight: float = Field(0.1, ge=0)
     """Weight of the term: half the sum of all squared distances to the parent's weights."""
 
 
 class SiConfig(Section):
     """Synaptic intelligence: weights whose way has lowered the loss are held where the parent has them."""
 
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(0.1, ge=0)
     """Weight of the term: the sum of all squared distances to the parent's weights, each times its importance."""
 
 

@@ -1,4 +1,4 @@
-"""The weights that an update begins with, and a quadratic pull back to them: what `ewc`, `l2` and `si` have in common."""
+"""The weights that an update begins with, and a pull back to them: what `ewc`, `l2` and `si` have in common."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Anchor:
         return whole(torch.stack(parts).sum()) if parts else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Anchor:
-        """Itself, for its numbers never change: the range test copies methods, and these are as large as what learns."""
+        """Itself, for its numbers never change: the range test copies methods, and it is as large as what learns."""
         return self
 
 

@@ -23,14 +23,14 @@ DAMPING = 0.1
 
 
 class SI:
-    """Adds `weight * sum(Omega * (w - w_parent)^2)` over the weights that an earlier update has the importance Omega of.
+    """Adds `weight * sum(Omega * (w - w_parent)^2)` over weights that an earlier update has the importance Omega of.
 
     `Omega <- max(0, Omega + path / (way^2 + damping))`. `path` sums `-g * (w_after - w_before)` over the steps, the
     part of the fall of the loss that is a weight's own, and `way` is from the parent's weight to the last. `g` is the
     gradient of the losses of rows, those of other methods included (`distill`), before penalties are added and before
-    clipping: it is taken when `penalty` is asked for. Omega is loss by squared way, in nats, so a `weight` of 1 holds the
-    next update back about as strongly as the old ones gained. The damping is not a fixed number, as in the paper, for
-    the ways of LoRA and of whole weights differ a hundredfold.
+    clipping: it is taken when `penalty` is asked for. Omega is loss by squared way, in nats; at a `weight` of 1, to go
+    as far as the old update went costs about what that gained. The damping is no fixed number, as it is in the paper,
+    but a part of the mean squared way, for those of LoRA and of whole weights differ a hundredfold.
 
     Every update adds to Omega and none takes away. A first update has nothing to protect. It keeps five more copies of
     what learns (four in a first update; one of them is in checkpoints), and one, in float32, in the version. With
