@@ -13,6 +13,7 @@ from tests.training import Run, StopAt, same_bits, settings
 from treering.batches import Batch, make_batch
 from treering.errors import UpdateInterruptedError
 from treering.methods import ewc as module
+from treering.model import logits_at
 
 KINDS: list[dict[str, Any]] = [{"learning_rate": 1e-2}, {"finetuning_type": "full", "learning_rate": 1e-3}]
 
@@ -100,7 +101,6 @@ def test_a_sample_of_many_rows(model_folder: Path, monkeypatch: pytest.MonkeyPat
     run = taught(model_folder)
     whole = kept(run)
     rows, read = batches(run), list[int]()
-    logits_at = module.logits_at
 
     def noted(model: Any, ids: Tensor, **others: Any) -> Tensor:
         read.extend(at for at, row in enumerate(rows) if row.inputs["ids"] is ids)
