@@ -15,6 +15,7 @@ import pytest
 from treering import Workspace
 from treering.cli import run
 from treering.files import sha256
+from treering.methods import PROTECT
 from treering.testing import tiny_model
 
 Call = Callable[..., str]
@@ -121,7 +122,7 @@ def test_wrong_settings_are_told_all_at_once(call: Call, ws: Path, command: str)
     said = call(command, "-w", ws, code=3)
     assert said.splitlines() == [
         "treering: treering.yaml: 6 wrong setting(s), nothing was changed:",
-        "  protect: unknown name, did you mean 'replay'?; known: replay, distill, lwf (got ['replya'])",
+        f"  protect: unknown name, did you mean 'replay'?; known: {', '.join(PROTECT)} (got ['replya'])",
         "  lora_alpha: must be a valid integer (got 'many')",
         "  val_size: must be a finite number (got nan)",
         "  gate.margin: must be less than or equal to 1 (got 2)",

@@ -18,6 +18,7 @@ import typer
 
 from treering import Workspace, figures, registry
 from treering.cli import app, run
+from treering.methods import PROTECT
 from treering.testing import toy_rows
 
 ROOT = Path(__file__).parents[1]
@@ -408,7 +409,7 @@ def test_config_errors_come_all_at_once_with_near_names(cli: Runner, made: Path)
     assert error.splitlines() == [
         "treering.yaml: 7 wrong setting(s), nothing was changed:",
         "  'plain' is not key=value",
-        "  protect: unknown name, did you mean 'replay'?; known: replay, distill, lwf (got 'replya')",
+        f"  protect: unknown name, did you mean 'replay'?; known: {', '.join(PROTECT)} (got 'replya')",
         "  learning_rate: must be a valid number or 'auto' (got 'fast')",
         "  memory: is a group; set one of memory.size, memory.policy, memory.replay_share, memory.mix, memory.general, "
         "memory.general_share (got 3)",

@@ -208,3 +208,10 @@ def test_every_setting_is_described() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_file_loads(path: Path) -> None:
     assert isinstance(Config.load(path), Config)
+
+
+@pytest.mark.parametrize("name", ["ewc", "si"])
+@pytest.mark.parametrize("composition", ["stack", "experts"])
+def test_what_is_known_of_weights_needs_the_same_weights(name: str, composition: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} knows how much each weight of the parent matters, .* {composition}"):
+        Config.build({"adapter_composition": composition, "protect": [name]})

@@ -60,7 +60,7 @@ def alone(folder: Path, **values: Any) -> tuple[list[float], dict[str, Tensor]]:
     return [entry["loss"] for entry in run.train()], run.weights()
 
 
-@pytest.mark.parametrize("name", ["plain", "full", "shards", "shards, full", "shards, reptile"])
+@pytest.mark.parametrize("name", ["plain", "full", "shards", "shards, full", "shards, reptile", "shards, held"])
 def test_the_same_as_one_with_twice_the_batch(scenarios: dict[str, Found], model_folder: Path, name: str) -> None:
     found = scenarios[name]
     losses, weights = alone(model_folder, **SCENARIOS[name][2])

@@ -120,6 +120,7 @@ SCENARIOS: dict[str, tuple[Callable[..., None], str, dict[str, Any]]] = {
     "shards, full": (sharded, "shards, full", {"finetuning_type": "full", "gradient_accumulation_steps": 2}),
     "shards, reptile": (sharded, "shards, reptile", {"protect": ["reptile"], "reptile": {"steps": 3}}),
     "shards, ema": (sharded, "shards, ema", {"protect": ["ema"]}),
+    "shards, held": (sharded, "shards, held", {"protect": ["l2", "si"], "l2": {"weight": 10.0}}),
     "dropout": (plain, "dropout", {"lora_dropout": 0.2}),
     "dropout, stopped": (stopped, "dropout, resumed", {"lora_dropout": 0.2}),
     "dropout, resumed": (plain, "dropout, resumed", {"lora_dropout": 0.2}),

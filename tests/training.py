@@ -36,12 +36,18 @@ def examples(count: int = 24, system: str | None = None) -> list[Example]:
 class Run:
     """One update's worth of training, up to but not including `train`."""
 
-    def __init__(self, folder: Path, config: Config, rows: Sequence[Example] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        rows: Sequence[Example] | None = None,
+        state: dict[str, Tensor] | None = None,
+    ) -> None:
         self.config = config
         self.tokenizer = load_tokenizer(folder)
         self.methods = Methods(config)
         torch.manual_seed(config.seed)
-        self.model = self.methods.prepare(load_base(folder, config), {})
+        self.model = self.methods.prepare(load_base(folder, config), state or {})
         self.rows = {row.id: encode(self.tokenizer, row) for row in (examples() if rows is None else rows)}
         lengths = {id: len(row.ids) for id, row in self.rows.items()}
         self.steps = plan_steps(list(self.rows), Memory(), self.methods, lengths, config)

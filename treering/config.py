@@ -21,8 +21,10 @@ from treering.sections import (
     DistillConfig,
     EmaConfig,
     EvalConfig,
+    EwcConfig,
     GateConfig,
     InterpolateConfig,
+    L2Config,
     LwfConfig,
     MemoryConfig,
     OloraConfig,
@@ -30,6 +32,7 @@ from treering.sections import (
     ReptileConfig,
     Section,
     ServeConfig,
+    SiConfig,
 )
 
 LAUNCHERS = ("local", "accelerate", "ray")
@@ -182,6 +185,9 @@ class Config(Section):
     ema: EmaConfig = EmaConfig()
     reptile: ReptileConfig = ReptileConfig()
     interpolate: InterpolateConfig = InterpolateConfig()
+    ewc: EwcConfig = EwcConfig()
+    l2: L2Config = L2Config()
+    si: SiConfig = SiConfig()
     gate: GateConfig = GateConfig()
     eval: EvalConfig = EvalConfig()
     serve: ServeConfig = ServeConfig()
@@ -254,6 +260,13 @@ class Config(Section):
                     raise ValueError(
                         f"{key} is {value}, but adapter_composition is stack, which joins plain low-rank matrices "
                         "alone: drop either"
+                    )
+        if self.adapter_composition != "continue":
+            for name in ("ewc", "si"):
+                if name in self.protect:
+                    raise ValueError(
+                        f"protect: {name} knows how much each weight of the parent matters, but adapter_composition is "
+                        f"{self.adapter_composition}, and others learn in the next update: drop either"
                     )
         if "olora" in self.protect and self.adapter_composition != "stack":
             raise ValueError(

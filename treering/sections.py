@@ -129,6 +129,30 @@ class InterpolateConfig(Section):
     together, of 0.2 to 1 in steps of 0.2."""
 
 
+class EwcConfig(Section):
+    """Elastic weight consolidation: weights that matter to old rows are held where the parent has them."""
+
+    weight: float = Field(1.0, ge=0)
+    """Weight of the term: half the sum of all squared distances to the parent's weights, each times its importance."""
+
+    gamma: float = Field(0.9, ge=0, le=1)
+    """What is left of the old importance when that of an update is added, which has a mean of 1."""
+
+
+class L2Config(Section):
+    """L2 to the start: all weights are held where the parent has them."""
+
+    weight: float = Field(0.1, ge=0)
+    """Weight of the term: half the sum of all squared distances to the parent's weights."""
+
+
+class SiConfig(Section):
+    """Synaptic intelligence: weights whose way has lowered the loss are held where the parent has them."""
+
+    weight: float = Field(0.1, ge=0)
+    """Weight of the term: the sum of all squared distances to the parent's weights, each times its importance."""
+
+
 class GateConfig(Section):
     """When a candidate may become current."""
 

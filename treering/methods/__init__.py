@@ -35,6 +35,9 @@ PROTECT: dict[str, str] = {
     "ema": "treering.methods.ema:EMA",
     "reptile": "treering.methods.reptile:Reptile",
     "interpolate": "treering.methods.interpolate:Interpolate",
+    "ewc": "treering.methods.ewc:EWC",
+    "l2": "treering.methods.l2:L2",
+    "si": "treering.methods.si:SI",
 }
 """What protects old knowledge."""
 
@@ -64,7 +67,10 @@ class Method(Protocol):
         """
 
     def penalty(self, model: PreTrainedModel) -> Tensor | None:
-        """An extra scalar loss of the weights alone, or None; asked for once an optimiser step."""
+        """An extra scalar loss of the weights alone, or None; asked for once an optimiser step.
+
+        The weights have the gradients of the other losses of the whole step then, not yet clipped.
+        """
 
     def after_step(self, model: PreTrainedModel) -> None:
         """Called after each optimiser step, while its gradients (those of `penalty` too, clipped) are there."""
