@@ -17,6 +17,7 @@ from treering.errors import ConfigError
 from treering.methods import FINETUNING_TYPES, PROTECT
 from treering.optimizers import OPTIMIZERS
 from treering.sections import (
+    AdapterConfig,
     AutomateConfig,
     DistillConfig,
     EvalConfig,
@@ -44,7 +45,7 @@ class Config(Section):
     """Run code that comes with a hub model."""
 
     finetuning_type: str = "lora"
-    """What learns: lora, full or freeze."""
+    """What learns: lora, adapter (bottlenecks), norm (norms and biases), freeze (a few layers) or full."""
 
     protect: tuple[str, ...] = ("replay", "distill")
     """What protects old knowledge; any subset, freely combined."""
@@ -77,6 +78,13 @@ class Config(Section):
     freeze_trainable_layers: int = 2
     """With `freeze`: how many layers train, counted from the last (positive) or the first (negative)."""
 
+    freeze_trainable_modules: str = "all"
+    """With `freeze`: what of those layers trains: `all`, or names of their parts separated by commas, such as `mlp`."""
+
+    freeze_by: Literal["position", "importance"] = "position"
+    """With `freeze`: which layers train: by `position` as counted, or as many of the least `importance` to what was
+    learned before (diagonal Fisher information, kept from update to update; the first update goes by position)."""
+
     default_system: str | None = None
     """System turn given to rows that have none; nothing is added by default."""
 
@@ -92,7 +100,8 @@ class Config(Section):
 
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak rate; `auto`: what a range test on the update's own rows and its memory finds best, or the default of the
-    `finetuning_type` (lora 1e-3, freeze 2e-4, full 5e-5) where the update is too short to repay one."""
+    `finetuning_type` (lora 1e-3, adapter 1e-3, norm 3e-3, freeze 2e-4, full 5e-5) where the update is too short to
+    repay one."""
 
     num_train_epochs: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Passes over the new rows; `auto`: 3, and with few rows as many as make 50 optimiser steps of them, 20 at most."""
@@ -160,6 +169,7 @@ class Config(Section):
     """With `launcher: accelerate`: the file that `accelerate config` wrote, seen from the workspace; its
     `num_processes` counts for nothing."""
 
+    adapter: AdapterConfig = AdapterConfig()
     memory: MemoryConfig = MemoryConfig()
     distill: DistillConfig = DistillConfig()
     lwf: LwfConfig = LwfConfig()
@@ -200,17 +210,24 @@ class Config(Section):
             raise ValueError("0 layers would train nothing; take a positive or negative number")
         return value
 
+    @field_validator("freeze_trainable_modules")
+    @classmethod
+    def _some_part(cls, value: str) -> str:
+        if not names(value):
+            raise ValueError("no name would train nothing; write all, or parts of a layer such as mlp")
+        return value
+
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         if "distill" in self.protect and "replay" not in self.protect:
             raise ValueError("protect: distill works on replayed rows; add replay or drop distill")
-        if self.finetuning_type != "lora":
-            for key in ("use_dora", "use_rslora", "additional_target", "quantization_bit"):
-                if value := getattr(self, key):
-                    raise ValueError(
-                        f"{key} is {value}, but finetuning_type is {self.finetuning_type}, and only lora has adapters: "
-                        "drop either"
-                    )
+        for key in ("use_dora", "use_rslora", "additional_target", "quantization_bit"):
+            kinds = ("lora", "adapter") if key == "quantization_bit" else ("lora",)
+            if (value := getattr(self, key)) and self.finetuning_type not in kinds:
+                raise ValueError(
+                    f"{key} is {value}, but finetuning_type is {self.finetuning_type}, and it goes with "
+                    f"{' and '.join(kinds)} alone: drop either"
+                )
         if self.optim == "schedule_free_adamw" and self.lr_scheduler_type != "constant":
             raise ValueError(
                 f"optim is schedule_free_adamw, but lr_scheduler_type is {self.lr_scheduler_type}: "

@@ -22,6 +22,8 @@ FINETUNING_TYPES: dict[str, str] = {
     "lora": "treering.methods.lora:LoRA",
     "full": "treering.methods.full:Full",
     "freeze": "treering.methods.freeze:Freeze",
+    "adapter": "treering.methods.adapter:Adapter",
+    "norm": "treering.methods.norm:Norm",
 }
 """What learns."""
 
@@ -38,10 +40,12 @@ class Method(Protocol):
 
     A method is built from the whole `Config` and knows nothing of files, tasks' names or versions. Tensors that it
     changes from step to step it holds in `running`: they are kept in the checkpoints with the weights, so that an
-    interrupted update goes on with the same.
+    interrupted update goes on with the same. What it decided by itself it says in `choices`, by the setting's name,
+    each a `value` and a `reason`: they are printed and kept in the manifest.
     """
 
     running: dict[str, Tensor]
+    choices: dict[str, dict[str, Any]]
 
     def prepare(self, model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
         """Freeze, wrap or load what `after_update` returned last time; returns the model to train."""
@@ -122,6 +126,11 @@ class Methods:
     def running(self) -> dict[str, dict[str, Tensor]]:
         """What each method that has any changes from step to step, by its name: to be kept, and put back in place."""
         return dict(self._hooks("running"))
+
+    @property
+    def choices(self) -> dict[str, dict[str, Any]]:
+        """What the methods decided by themselves, each with its value and reason."""
+        return {name: choice for _, choices in self._hooks("choices") for name, choice in choices.items()}
 
     def after_update(self, model: PreTrainedModel, learned: Callable[[], Sequence[Batch]]) -> dict[str, Tensor]:
         """The state of all methods, keys `<name>.<key>`; `learned` makes the batches that they are given."""

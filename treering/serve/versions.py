@@ -134,7 +134,7 @@ class Loaded:
     def _read(self, name: str) -> Adapter | Batch[Any]:
         version = Version(name, self._versions / name).check()
         made_from = version.manifest["base"]
-        if made_from["sha256"] == self._hash and (version.folder / "adapter_config.json").exists():
+        if made_from["sha256"] == self._hash and version.kind == "lora":
             adapter = read_adapter(version.folder, self._model.dtype)
             if adapter is not None:
                 return adapter
