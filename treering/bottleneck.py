@@ -120,7 +120,7 @@ def _parts(layer: nn.Module, kind: Kind) -> Iterator[nn.Module]:
         found = [children[name] for name in names if name in children]
         if not found:
             raise ConfigError(
-                f"finetuning_type is adapter with adapter.placement {kind.placement}, but the layers of the model have "
+                f"finetuning_type is adapter with adapter_placement {kind.placement}, but the layers of the model have "
                 f"none of {', '.join(names)}, only {', '.join(children)}: take finetuning_type: lora"
             )
         yield found[0]

@@ -17,7 +17,6 @@ from treering.errors import ConfigError
 from treering.methods import FINETUNING_TYPES, PROTECT
 from treering.optimizers import OPTIMIZERS
 from treering.sections import (
-    AdapterConfig,
     AutomateConfig,
     DistillConfig,
     EvalConfig,
@@ -74,6 +73,13 @@ class Config(Section):
     quantization_bit: Literal[4, 8] | None = None
     """Keep the base model in 4 bits (QLoRA: NF4, double quantisation) or 8 while an adapter learns on it
     (`pip install 'treering[quantization]'`); the version is judged and served on the same."""
+
+    adapter_size: int = Field(64, ge=1)
+    """With `adapter`: width of the bottleneck."""
+
+    adapter_placement: Literal["parallel", "pfeiffer", "houlsby"] = "parallel"
+    """With `adapter`: beside the feed-forward of each layer (`parallel`), behind it (`pfeiffer`), or behind attention
+    as well as behind it (`houlsby`)."""
 
     freeze_trainable_layers: int = 2
     """With `freeze`: how many layers train, counted from the last (positive) or the first (negative)."""
@@ -169,7 +175,6 @@ class Config(Section):
     """With `launcher: accelerate`: the file that `accelerate config` wrote, seen from the workspace; its
     `num_processes` counts for nothing."""
 
-    adapter: AdapterConfig = AdapterConfig()
     memory: MemoryConfig = MemoryConfig()
     distill: DistillConfig = DistillConfig()
     lwf: LwfConfig = LwfConfig()

@@ -31,17 +31,6 @@ def _share_or_count(value: object) -> object:
     return value
 
 
-class AdapterConfig(Section):
-    """With `finetuning_type: adapter`: small layers beside or behind those of the frozen model."""
-
-    size: int = Field(64, ge=1)
-    """Width of the bottleneck."""
-
-    placement: Literal["parallel", "pfeiffer", "houlsby"] = "parallel"
-    """Beside the feed-forward of each layer (`parallel`), behind it (`pfeiffer`), or behind attention and behind it
-    (`houlsby`)."""
-
-
 class MemoryConfig(Section):
     """The bounded set of old rows that updates replay."""
 

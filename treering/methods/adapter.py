@@ -20,7 +20,7 @@ class Adapter:
     """Adds adapters, or goes on with those that the parent version has."""
 
     def __init__(self, config: Config) -> None:
-        self.size, self.placement = config.adapter.size, config.adapter.placement
+        self.size, self.placement = config.adapter_size, config.adapter_placement
 
     def prepare(self, model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
         """Returns the model with its adapters in float32, which alone learn.
@@ -42,6 +42,6 @@ class Adapter:
         for key, wanted, found in (("size", self.size, made.size), ("placement", self.placement, made.placement)):
             if wanted != found:
                 raise ConfigError(
-                    f"adapter.{key} is {wanted}, but the parent version's adapter was made with {found}: "
-                    f"set adapter.{key}: {found}, or start a new workspace"
+                    f"adapter_{key} is {wanted}, but the parent version's adapter was made with {found}: "
+                    f"set adapter_{key}: {found}, or start a new workspace"
                 )

@@ -82,7 +82,7 @@ class Freeze:
             wanted = [IMPORTANCE + name for name in self.parts] or list(self.known)
             by_layer = torch.stack([self.known[key] for key in wanted]).sum(0)
             chosen = sorted(by_layer.argsort(stable=True)[: abs(self.layers)].tolist())
-            share = float(by_layer[chosen].sum() / by_layer.sum())
+            share = float(by_layer[chosen].sum()) / (float(by_layer.sum()) or 1.0)
             reason = f"least important to the rows learned before: {share:.1%} of the importance of all {count} layers"
         else:
             chosen, reason = by_place, "by position: no update before kept the importance of layers"
