@@ -80,7 +80,10 @@ def test_all_mistakes_are_told_at_once_with_near_names() -> None:
             {"finetuning_type": "norm", "quantization_bit": 4},
             "quantization_bit is 4, but finetuning_type is norm, and it goes with lora and adapter alone: drop either",
         ),
-        ({"adapter_placement": "serial"}, "adapter_placement: 'parallel', 'pfeiffer' or 'houlsby'.*got 'serial'"),
+        (
+            {"adapter_placement": "serial"},
+            "adapter_placement: must be 'parallel', 'pfeiffer' or 'houlsby'.*got 'serial'",
+        ),
         ({"optim": "adamw"}, "optim: unknown name, did you mean 'adamw_.*'.*known: adamw_torch.*got 'adamw'"),
         (
             {"optim": "schedule_free_adamw"},

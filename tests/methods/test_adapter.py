@@ -174,7 +174,7 @@ def test_a_version_is_kept_verified_served_and_gone_on_with(
     [
         ({"adapter_size": 9}, "adapter_size is 9, but .* was made with 8: set adapter_size: 8"),
         (
-            {"placement": "houlsby"},
+            {"adapter_placement": "houlsby"},
             "adapter_placement is houlsby, but .* made with parallel: set adapter_pl",
         ),
     ],
