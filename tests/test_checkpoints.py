@@ -27,6 +27,8 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "threads and accumulation": (2, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
     "noise": (2, {"per_device_train_batch_size": 4, "neftune_noise_alpha": 5.0, "use_dora": True}),
+    "adapter": (2, {"per_device_train_batch_size": 4, "finetuning_type": "adapter"}),
+    "norm": (2, {"per_device_train_batch_size": 4, "finetuning_type": "norm"}),
     "freeze": (1, {"per_device_train_batch_size": 4, "finetuning_type": "freeze", "freeze_trainable_layers": 1}),
 }
 EACH_STEP, NEVER = 1e-9, 1e9

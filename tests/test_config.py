@@ -76,6 +76,14 @@ def test_all_mistakes_are_told_at_once_with_near_names() -> None:
         ({"freeze_trainable_layers": 0}, "freeze_trainable_layers: 0 layers would train nothing"),
         ({"finetuning_type": "full", "use_dora": True}, "use_dora is True, but finetuning_type is full.*drop either"),
         ({"finetuning_type": "freeze", "additional_target": "lm_head"}, "additional_target is lm_head, but .*freeze"),
+        (
+            {"finetuning_type": "norm", "quantization_bit": 4},
+            "quantization_bit is 4, but finetuning_type is norm, and it goes with lora and adapter alone: drop either",
+        ),
+        (
+            {"adapter_placement": "serial"},
+            "adapter_placement: must be 'parallel', 'pfeiffer' or 'houlsby'.*got 'serial'",
+        ),
         ({"optim": "adamw"}, "optim: unknown name, did you mean 'adamw_.*'.*known: adamw_torch.*got 'adamw'"),
         (
             {"optim": "schedule_free_adamw"},

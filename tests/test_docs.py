@@ -109,4 +109,16 @@ def test_a_shipped_configuration_runs(path: Path, tmp_path: Path, model_folder: 
 
 def test_the_scenarios_are_there() -> None:
     names = {path.stem for path in CONFIGS}
-    assert names == {"laptop", "gpu", "dora", "qlora", "full", "freeze", "replay_only", "sequential"}
+    assert names == {
+        "laptop",
+        "gpu",
+        "dora",
+        "qlora",
+        "adapter",
+        "norm",
+        "full",
+        "freeze",
+        "importance",
+        "replay_only",
+        "sequential",
+    }

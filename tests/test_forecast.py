@@ -143,7 +143,10 @@ def test_an_update_is_refused_only_where_it_surely_cannot_fit(
     assert ws.update() is not None
 
 
-@pytest.mark.parametrize(("kind", "memory", "disk"), [("lora", 0.5, 0), ("freeze", 0.5, 0.5), ("full", 2, 1.5)])
+@pytest.mark.parametrize(
+    ("kind", "memory", "disk"),
+    [("lora", 0.5, 0), ("adapter", 0.5, 0), ("norm", 0.5, 0.5), ("freeze", 0.5, 0.5), ("full", 2, 1.5)],
+)
 def test_without_a_plan_the_size_of_the_model_decides(
     workspace: MakeWorkspace, model_folder: Path, room: dict[str, float], kind: str, memory: float, disk: float
 ) -> None:

@@ -449,7 +449,10 @@ def test_another_base_model_is_refused(workspace: MakeWorkspace, tmp_path: Path)
     assert (names(ws), current(ws)) == (["v1"], "v1")
 
 
-@pytest.mark.parametrize(("first", "second"), [("lora", "full"), ("full", "lora"), ("lora", "freeze")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("lora", "full"), ("full", "lora"), ("lora", "freeze"), ("adapter", "full"), ("norm", "adapter")],
+)
 def test_adapters_and_whole_models_do_not_mix(workspace: MakeWorkspace, first: str, second: str) -> None:
     """A version is an adapter over the base or a whole model; an update cannot turn one into the other unseen."""
     ws = workspace(finetuning_type=first, **ONE_STEP)
@@ -619,7 +622,7 @@ def test_the_state_of_a_method_of_ones_own_goes_with_the_version(
     assert load_file(version.folder / "state.safetensors")["counting.rows"].item() == 18 + 36
 
 
-@pytest.mark.parametrize("kind", ["lora", "full", "freeze"])
+@pytest.mark.parametrize("kind", ["lora", "adapter", "norm", "full", "freeze"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_what_was_measured_is_what_serves(workspace: MakeWorkspace, model_folder: Path, kind: str, bf16: bool) -> None:
     ws = workspace(finetuning_type=kind, bf16=bf16, max_steps=2, learning_rate=1e-2)

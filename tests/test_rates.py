@@ -124,6 +124,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "lora": {"protect": ["replay", "distill"], "lora_dropout": 0.1},
     "full": {"finetuning_type": "full", "gradient_checkpointing": True},
     "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "gradient_accumulation_steps": 2},
+    "adapter": {"finetuning_type": "adapter"},
+    "norm": {"finetuning_type": "norm", "optim": "muon"},
+    "importance": {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "freeze_by": "importance"},
     "muon": {"optim": "muon", "neftune_noise_alpha": 5.0},
     "schedule-free": {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"},
 }

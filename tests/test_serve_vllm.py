@@ -309,7 +309,11 @@ def test_the_same_model_in_another_folder_is_the_base(trained: Workspace, tmp_pa
 
 @pytest.mark.parametrize(
     ("values", "told"),
-    [({"finetuning_type": "full"}, "holds all weights"), ({"use_dora": True}, "is more than plain LoRA")],
+    [
+        ({"finetuning_type": "full"}, "holds all weights"),
+        ({"finetuning_type": "adapter"}, "is a bottleneck adapter, and vLLM loads LoRA adapters only"),
+        ({"use_dora": True}, "is more than plain LoRA"),
+    ],
 )
 def test_what_is_more_than_plain_lora_does_not_serve(
     fake: Fake, workspace: Callable[..., Workspace], tmp_path: Path, values: dict[str, Any], told: str

@@ -463,10 +463,10 @@ def _check_kind(parent: Version | None, config: Config) -> None:
     """Raise `ConfigError` where an adapter would have to grow on a whole model or on other layers, or the reverse."""
     if parent is None:
         return
-    adapter = (parent.folder / "adapter_config.json").exists()
-    if adapter != (config.finetuning_type == "lora"):
-        kind = "lora" if adapter else parent.manifest["config"]["finetuning_type"]
-        what = "an adapter" if adapter else "a whole model"
+    adapter = parent.kind == "lora"
+    if parent.kind != (config.finetuning_type if config.finetuning_type in ("lora", "adapter") else "full"):
+        kind = parent.manifest["config"]["finetuning_type"] if parent.kind == "full" else parent.kind
+        what = {"lora": "an adapter", "adapter": "a bottleneck adapter", "full": "a whole model"}[parent.kind]
         raise ConfigError(
             f"finetuning_type is {config.finetuning_type}, but {parent.name} is {what}: "
             f"set finetuning_type: {kind}, or start a new workspace"

@@ -56,7 +56,8 @@ class Config(Section):
     """Run code that comes with a hub model."""
 
     finetuning_type: str = "lora"
-    """What learns: lora, full, freeze or osf."""
+    """What learns: lora, adapter (bottlenecks), norm (norms and biases), freeze (a few layers), full, or osf (full, in
+    the directions that weights use least)."""
 
     protect: tuple[str, ...] = ("replay", "distill")
     """What protects old knowledge; any subset, freely combined."""
@@ -91,8 +92,22 @@ class Config(Section):
     """Keep the base model in 4 bits (QLoRA: NF4, double quantisation) or 8 while an adapter learns on it
     (`pip install 'treering[quantization]'`); the version is judged and served on the same."""
 
+    adapter_size: int = Field(64, ge=1)
+    """With `adapter`: width of the bottleneck."""
+
+    adapter_placement: Literal["parallel", "pfeiffer", "houlsby"] = "parallel"
+    """With `adapter`: beside the feed-forward of each layer (`parallel`), behind it (`pfeiffer`), or behind attention
+    as well as behind it (`houlsby`)."""
+
     freeze_trainable_layers: int = 2
     """With `freeze`: how many layers train, counted from the last (positive) or the first (negative)."""
+
+    freeze_trainable_modules: str = "all"
+    """With `freeze`: what of those layers trains: `all`, or names of their parts separated by commas, such as `mlp`."""
+
+    freeze_by: Literal["position", "importance"] = "position"
+    """With `freeze`: which layers train: by `position` as counted, or as many of the least `importance` to what was
+    learned before (diagonal Fisher information, kept from update to update; the first update goes by position)."""
 
     default_system: str | None = None
     """System turn given to rows that have none; nothing is added by default."""
@@ -109,7 +124,8 @@ class Config(Section):
 
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak rate; `auto`: what a range test on the update's own rows and its memory finds best, or the default of the
-    `finetuning_type` (lora 1e-3, freeze 2e-4, full and osf 5e-5) where the update is too short to repay one."""
+    `finetuning_type` (lora 1e-3, adapter 1e-3, norm 3e-3, freeze 2e-4, full and osf 5e-5) where the update is too
+    short to repay one."""
 
     num_train_epochs: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Passes over the new rows; `auto`: 3, and with few rows as many as make 50 optimiser steps of them, 20 at most."""
@@ -225,6 +241,13 @@ class Config(Section):
             raise ValueError("0 layers would train nothing; take a positive or negative number")
         return value
 
+    @field_validator("freeze_trainable_modules")
+    @classmethod
+    def _some_part(cls, value: str) -> str:
+        if not names(value):
+            raise ValueError("no name would train nothing; write all, or parts of a layer such as mlp")
+        return value
+
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         if "distill" in self.protect and "replay" not in self.protect:
@@ -240,13 +263,13 @@ class Config(Section):
                 "and only lora has adapters: drop either"
             )
         self._averages_fit()
-        if self.finetuning_type != "lora":
-            for key in ("use_dora", "use_rslora", "additional_target", "quantization_bit"):
-                if value := getattr(self, key):
-                    raise ValueError(
-                        f"{key} is {value}, but finetuning_type is {self.finetuning_type}, and only lora has adapters: "
-                        "drop either"
-                    )
+        for key in ("use_dora", "use_rslora", "additional_target", "quantization_bit"):
+            kinds = ("lora", "adapter") if key == "quantization_bit" else ("lora",)
+            if (value := getattr(self, key)) and self.finetuning_type not in kinds:
+                raise ValueError(
+                    f"{key} is {value}, but finetuning_type is {self.finetuning_type}, and it goes with "
+                    f"{' and '.join(kinds)} alone: drop either"
+                )
         if self.adapter_composition == "experts":
             for key, needed in _OF_EXPERTS.items():
                 if (value := getattr(self, key)) != needed:

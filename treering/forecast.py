@@ -135,8 +135,8 @@ def _least(base: Path, config: Config) -> dict[str, float]:
     import torch
 
     files = sum(path.stat().st_size for path in base.glob("*.safetensors")) / 2**20
-    least = {"lora": (0.5, 0.0), "freeze": (0.5, 0.5), "osf": (0.5, 0.5), "full": (2.0, 1.5)}
-    memory, disk = least[config.finetuning_type]
+    of_whole_models = {"freeze": (0.5, 0.5), "norm": (0.5, 0.5), "osf": (0.5, 0.5), "full": (2.0, 1.5)}
+    memory, disk = of_whole_models.get(config.finetuning_type, (0.5, 0.0))
     return {"gpu_memory_mb" if torch.cuda.is_available() else "memory_mb": memory * files, "disk_mb": disk * files}
 
 
@@ -153,7 +153,7 @@ def _short(needs: dict[str, float], space: dict[str, float], config: Config) -> 
 def _less_memory(config: Config) -> str:
     ways = [f"set per_device_train_batch_size lower than {config.per_device_train_batch_size}"]
     ways += [f"eval.batch_size lower than {config.eval.batch_size}"]
-    ways += ["finetuning_type: lora in a new workspace"] if config.finetuning_type != "lora" else []
+    ways += ["finetuning_type: lora in a new workspace"] if config.finetuning_type in ("full", "freeze") else []
     return f"{', or '.join(ways)}, or end other programs"
 
 

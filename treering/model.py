@@ -237,7 +237,7 @@ def _quantization(config: Config) -> BitsAndBytesConfig | None:
 
 
 def load(base: Path, config: Config, version: Version | None = None) -> PreTrainedModel:
-    """The model of `version` (adapter over base, or all weights), or the bare base.
+    """The model of `version` (an adapter over the base, or all weights), or the bare base.
 
     Raises:
         VersionError: a file of the version was changed.
@@ -247,8 +247,12 @@ def load(base: Path, config: Config, version: Version | None = None) -> PreTrain
         return load_base(base, config)
     version.check()
     version.check_base(base, fingerprint(base))
-    if not (version.folder / "adapter_config.json").exists():
+    if version.kind == "full":
         return load_base(version.folder, config)
+    if version.kind == "adapter":
+        from treering.bottleneck import load_adapters
+
+        return load_adapters(load_base(base, config), version.folder)
     if not (version.folder / "adapter_model.safetensors").exists():
         raise VersionError(f"{version.name} has no adapter_model.safetensors; other formats are not loaded")
     from peft import LoraConfig, PeftModel
@@ -279,9 +283,17 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
 
 
 def save_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, base_name: str) -> None:
-    """Write a PEFT folder (adapters) or a transformers folder (all weights) that other tools load as it is."""
+    """Write a PEFT folder (adapters) or a transformers folder (all weights) that other tools load as it is.
+
+    Bottleneck adapters, which no other tool has a form for, have files of their own.
+    """
     from peft import PeftModel, get_peft_model_state_dict
 
+    from treering import bottleneck
+
+    if bottleneck.kind(model) is not None:
+        bottleneck.save_adapters(model, folder, base_name)
+        return
     if not isinstance(model, PeftModel):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

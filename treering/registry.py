@@ -30,6 +30,9 @@ EXPERTS = "experts"
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
+BOTTLENECK_FILES = ("bottleneck.json", "bottleneck.safetensors")
+"""What a version of bottleneck adapters has (`treering/bottleneck.py`), where others have PEFT's files."""
+
 _NAME = re.compile(r"v[1-9][0-9]*")
 
 
@@ -72,6 +75,13 @@ class Version:
         """Name of the version this one was trained from; None: the base model."""
         parent: str | None = self.manifest["parent"]
         return parent
+
+    @property
+    def kind(self) -> str:
+        """What its weights are: a PEFT folder (`lora`), bottleneck adapters (`adapter`), or all weights (`full`)."""
+        if (self.folder / "adapter_config.json").exists():
+            return "lora"
+        return "adapter" if (self.folder / BOTTLENECK_FILES[0]).exists() else "full"
 
     @property
     def scores(self) -> dict[str, float]:

@@ -24,18 +24,21 @@ R = TypeVar("R")
 LEAST_ROWS = 4
 """Rows that a share has at least, where a batch is full."""
 
+FEW_WEIGHTS = ("lora", "adapter", "norm")
+"""What learns so little that each share may have gradients of its own."""
+
 
 def count(config: Config, device: torch.device) -> int:
     """Into how many shares the rows of a batch are dealt: as many as there are threads, if each has rows enough.
 
-    One where it would cost more than it gains: on an accelerator, and where all weights learn, for each share has
+    One where it would cost more than it gains: on an accelerator, and where whole layers learn, for each share has
     gradients of its own. One for dropout as well: threads that draw from the same numbers draw in any order. And one
     for quantised layers, which keep notes of the pass they are in, and weights in shards, which are gathered for it.
     """
     if (
         device.type != "cpu"
         or sharding.asked()
-        or config.finetuning_type != "lora"
+        or config.finetuning_type not in FEW_WEIGHTS
         or config.lora_dropout
         or config.quantization_bit
     ):

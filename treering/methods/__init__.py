@@ -24,6 +24,8 @@ FINETUNING_TYPES: dict[str, str] = {
     "full": "treering.methods.full:Full",
     "freeze": "treering.methods.freeze:Freeze",
     "osf": "treering.methods.osf:OSF",
+    "adapter": "treering.methods.adapter:Adapter",
+    "norm": "treering.methods.norm:Norm",
 }
 """What learns."""
 

@@ -164,7 +164,7 @@ class Loaded:
     def _read(self, name: str) -> _Read:
         version = Version(name, self._versions / name).check()
         made_from = version.manifest["base"]
-        if made_from["sha256"] == self._hash and (version.folder / "adapter_config.json").exists():
+        if made_from["sha256"] == self._hash and version.kind == "lora":
             if version.experts:
                 return self._read_experts(version)
             adapter = read_adapter(version.folder, self._model.dtype)

@@ -126,9 +126,10 @@ class Adapters:
             version.check_base(self._base.folder, self._base.sha256)
         except TreeringError as error:
             raise _unavailable(str(error)) from None
-        if not (version.folder / CONFIG).exists():
+        if version.kind != "lora":
+            what = "holds all weights" if version.kind == "full" else "is a bottleneck adapter"
             raise _unavailable(
-                f"{name} holds all weights, and vLLM loads adapters only; train with finetuning_type: lora, "
+                f"{name} {what}, and vLLM loads LoRA adapters only; train with finetuning_type: lora, "
                 "or serve it with serve.engine: builtin"
             )
         if version.experts:
