@@ -89,8 +89,21 @@ def test_names_count_on(ws: Workspace) -> None:
     (ws.versions / "v12.bak").mkdir()
     (ws.versions / "notes").mkdir()
     assert [v.name for v in registry.versions(ws)] == [f"v{n}" for n in range(1, 12)]
-    shutil.rmtree(ws.versions / "v3")
+    for gone in ("v3", "v11"):
+        shutil.rmtree(ws.versions / gone)
     assert registry.next_name(ws) == "v12"
+
+
+def test_a_name_counts_though_a_crash_kept_it_from_being_noted(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_note_highest", crash)
+        with pytest.raises(RuntimeError):
+            commit(ws)
+    assert not ws.highest.exists()
+    shutil.rmtree(registry.get(Workspace(ws.root), "v1").folder)
+    assert commit(Workspace(ws.root)).name == "v2"
+    ws.highest.write_bytes(b"rubbish")  # What is there still counts.
+    assert registry.next_name(ws) == "v3"
 
 
 def test_a_version_is_found_by_name(ws: Workspace) -> None:

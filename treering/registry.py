@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treering.errors import ModelError, UsageError, VersionError
-from treering.files import append_line, fsync_folder, fsync_tree, sha256, timestamp, whole_lines, write_json
+from treering.files import append_line, fsync_folder, fsync_tree, sha256, timestamp, whole_lines, write_file, write_json
 
 if TYPE_CHECKING:
     from treering.workspace import Workspace
@@ -202,6 +202,7 @@ def commit(ws: Workspace, staging: Path, manifest: dict[str, Any]) -> Version:
     folder = ws.versions / name
     staging.rename(folder)
     fsync_folder(ws.versions)
+    _note_highest(ws)
     return Version(name, folder)
 
 
@@ -211,8 +212,9 @@ def staging_folder(ws: Workspace, plan: str) -> Path:
 
 
 def next_name(ws: Workspace) -> str:
-    """The name that the next committed version gets."""
-    return f"v{max((v.number for v in versions(ws)), default=0) + 1}"
+    """The name that the next committed version gets: one that none ever had, though its folder may be gone."""
+    once = [int(event["version"][1:]) for event in history(ws) if event["version"] is not None]
+    return f"v{max(_newest(ws), _highest(ws), *once) + 1}"
 
 
 def promote(ws: Workspace, version: Version, *, forced: bool = False) -> None:
@@ -262,6 +264,7 @@ def recover(ws: Workspace) -> None:
     """
     for scratch in ws.versions.glob(".link-*"):
         scratch.unlink()
+    _note_highest(ws)
     events = history(ws)
     with suppress(VersionError):
         if events and events[-1]["version"] != _linked(ws):
@@ -275,6 +278,27 @@ def recover(ws: Workspace) -> None:
         making = plan is not None and staging_folder(ws, plan).exists()
         if making and newest.promote and newest.manifest["promote_wanted"] and newest.parent == _linked(ws):
             promote(ws, newest)
+
+
+def _newest(ws: Workspace) -> int:
+    """The number of the newest version that is there; 0 if there is none."""
+    return max((version.number for version in versions(ws)), default=0)
+
+
+def _highest(ws: Workspace) -> int:
+    """The highest number that was noted; 0 if none was, or if it cannot be read."""
+    try:
+        return int(ws.highest.read_bytes())
+    except (OSError, ValueError):
+        return 0
+
+
+def _note_highest(ws: Workspace) -> None:
+    """Note the newest version's number, which outlives its folder. On a full disk the next command does."""
+    newest = _newest(ws)
+    if newest > _highest(ws):
+        with suppress(OSError):
+            write_file(ws.highest, b"%d\n" % newest)
 
 
 def _promoted(ws: Workspace) -> list[str]:

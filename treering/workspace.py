@@ -43,6 +43,7 @@ class Workspace:
         self.versions = self.root / "versions"
         self.current = self.root / "current"
         self.history = self.root / "history.jsonl"
+        self.highest = self.root / ".highest"
 
     @classmethod
     def create(cls, root: str | Path, *, adapter: str | Path | None = None, **settings: Any) -> Workspace:
