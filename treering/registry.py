@@ -1,7 +1,8 @@
 """Versions: read, checked, committed, promoted, rolled back.
 
 A version is a folder that never changes. Which of them serves is told by the symbolic link `current`; every promotion
-and rollback is first noted in `history.jsonl`, so that a crash between the two is finished by the next command.
+and rollback is first noted in `history.jsonl`, so that a crash between the two is finished by the next command. Before
+that, `consumed.jsonl` is told which rows a version brings: what was rolled back stays so when its folder is gone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treering.errors import ModelError, UsageError, VersionError
-from treering.files import append_line, fsync_folder, fsync_tree, sha256, timestamp, whole_lines, write_file, write_json
+from treering.files import (
+    append_line,
+    fsync_folder,
+    fsync_tree,
+    json_line,
+    sha256,
+    timestamp,
+    whole_lines,
+    write_file,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from treering.workspace import Workspace
@@ -177,14 +188,9 @@ def consumed(ws: Workspace, version: Version | None) -> set[str]:
 
 
 def given_back(ws: Workspace) -> set[str]:
-    """Ids of the rows, to train on and held out, of versions that were current once, less those of what is now.
-
-    Versions whose folders are gone are passed over: what they were made of is not known any more.
-    """
+    """Ids of the rows, to train on and held out, of versions that were current once, less those of what is now."""
     here = current(ws)
-    once = {event["version"] for event in history(ws)}
-    kept = consumed(ws, here) | measured(here)
-    return {id for v in versions(ws) if v.name in once for id in {*v.rows, *measured(v)}} - kept
+    return _once_consumed(ws) - consumed(ws, here) - measured(here)
 
 
 def measured(version: Version | None) -> set[str]:
@@ -220,6 +226,7 @@ def next_name(ws: Workspace) -> str:
 def promote(ws: Workspace, version: Version, *, forced: bool = False) -> None:
     """Make `version` current."""
     version.check()
+    _note_rows(ws, version)
     _move(ws, "promote", version.name, forced)
 
 
@@ -266,6 +273,8 @@ def recover(ws: Workspace) -> None:
         scratch.unlink()
     _note_highest(ws)
     events = history(ws)
+    if events and not ws.consumed.exists():
+        _note_rows_anew(ws, {event["version"] for event in events})
     with suppress(VersionError):
         if events and events[-1]["version"] != _linked(ws):
             _link(ws, events[-1]["version"])
@@ -299,6 +308,47 @@ def _note_highest(ws: Workspace) -> None:
     if newest > _highest(ws):
         with suppress(OSError):
             write_file(ws.highest, b"%d\n" % newest)
+
+
+def _note_rows(ws: Workspace, version: Version) -> None:
+    """Note what `version` brings before it becomes current; it counts once `history.jsonl` says that it did."""
+    new = _brought(version) - _once_consumed(ws)
+    if new:
+        append_line(ws.consumed, {"version": version.name, "rows": sorted(new)})
+
+
+def _brought(version: Version) -> set[str]:
+    """Ids of its rows, to train on and held out."""
+    return {*version.rows, *measured(version)}
+
+
+def _note_rows_anew(ws: Workspace, once: set[str]) -> None:
+    """Make `consumed.jsonl`, where it was lost, of those of `once` that are still there and can be read."""
+    lines, known = b"", set[str]()
+    for version in versions(ws):
+        if version.name in once:
+            with suppress(VersionError):
+                lines += json_line({"version": version.name, "rows": sorted(_brought(version) - known)})
+                known |= _brought(version)
+    with suppress(OSError):  # On a full disk the next command does it.
+        write_file(ws.consumed, lines)
+
+
+def _once_consumed(ws: Workspace) -> set[str]:
+    """Ids of the rows, to train on and held out, of every version that was current once."""
+    once = {event["version"] for event in history(ws)}
+    found: set[str] = set()
+    for number, line in whole_lines(ws.consumed):
+        try:
+            noted = json.loads(line)
+            if noted["version"] in once:
+                found.update(noted["rows"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise VersionError(
+                f"{ws.consumed}, line {number} is damaged; restore the file from a backup, or remove it: it is made "
+                "anew of the versions that are there"
+            ) from None
+    return found
 
 
 def _promoted(ws: Workspace) -> list[str]:

@@ -43,6 +43,7 @@ class Workspace:
         self.versions = self.root / "versions"
         self.current = self.root / "current"
         self.history = self.root / "history.jsonl"
+        self.consumed = self.root / "consumed.jsonl"
         self.highest = self.root / ".highest"
 
     @classmethod
@@ -59,7 +60,7 @@ class Workspace:
         if ws.versions.is_dir() and registry.versions(ws):
             raise UsageError(
                 f"{ws.root} holds versions but no {SETTINGS}, as an `init` that was cut off leaves it; "
-                f"put {SETTINGS} back, or remove {ws.versions}, {ws.history} and {ws.current}"
+                f"put {SETTINGS} back, or remove {ws.versions}, {ws.consumed}, {ws.highest}, {ws.history} and {ws.current}"
             )
         found = None
         if adapter is not None:
