@@ -1200,6 +1200,48 @@ def test_a_version_that_was_not_told_is_told_at_the_start(
     assert (auto.loop.state.failures, auto.loop.state.pending) == ({}, None)
 
 
+def test_a_version_that_somebody_else_made_blames_no_file(rig: Callable[..., Rig]) -> None:
+    """The loop is killed in an update, and before its next start the user tries the same rows with other settings."""
+    auto = rig()
+    put(auto.ws, "pens")
+
+    def die(_: object) -> Answer:
+        raise SystemExit
+
+    auto.steps.answers = [die]
+    with pytest.raises(SystemExit):
+        auto.until_idle()
+    by_hand = auto.ws.update("gate.min_gain=1", learning_rate=0.5)
+    assert by_hand is not None and not by_hand.promote
+    auto.start()
+    auto.until_idle()
+    assert "update.held" not in auto.seen
+    assert "it was killed" in auto.last("update.failed")["reason"]
+    auto.clock.on(minutes=1)
+    auto.until_idle()
+    assert (current(auto.ws), waiting(auto.ws), auto.ws.catalog.counts()["quarantined"]) == ("v2", {}, 0)
+    assert [v.manifest["ordered"] is None for v in registry.versions(auto.ws)] == [True, False]
+
+
+def test_a_version_is_told_though_the_settings_are_wrong_by_then(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settling a hold reads the settings, which somebody may be writing at that moment."""
+    auto = rig()
+    auto.ws.ingest(toy_rows("pens", 20), task="pens")
+
+    def hold(_: object) -> Answer:
+        monkeypatch.setattr(culprit, "to_blame", lambda _: False)
+        held = auto.ws.update("gate.min_gain=1")
+        assert held is not None
+        (auto.ws.root / "treering.yaml").write_text("lora_rnak: 3\n")
+        return Answer({"status": "held", "version": held.name, "reason": held.summary})
+
+    auto.steps.answers = [hold]
+    auto.look()
+    assert auto.seen[-2:] == ["update.held", "look.failed"]
+
+
 def test_a_reason_does_not_outlive_its_rows(rig: Callable[..., Rig]) -> None:
     auto = rig(min_rows=15)
     auto.steps.answers = [failed("UpdateInterruptedError")]

@@ -271,7 +271,7 @@ def test_what_versions_brought_outlives_their_folders(ws: Workspace) -> None:
 
 
 def test_what_a_version_brings_is_noted_before_it_serves(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever a promotion is cut off: it was not begun, and the rows are new, or it is finished, and they are known."""
+    """Wherever a promotion is cut off: it was not begun, and its rows are new, or it is finished."""
     chain(ws, 1)
     held = commit(ws, "v1", promote=False, rows=("row",))
     for step in ("append_line", "_move"):

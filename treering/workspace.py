@@ -60,7 +60,8 @@ class Workspace:
         if ws.versions.is_dir() and registry.versions(ws):
             raise UsageError(
                 f"{ws.root} holds versions but no {SETTINGS}, as an `init` that was cut off leaves it; "
-                f"put {SETTINGS} back, or remove {ws.versions}, {ws.consumed}, {ws.highest}, {ws.history} and {ws.current}"
+                f"put {SETTINGS} back, or remove {ws.versions}, {ws.consumed}, {ws.highest}, {ws.history} and "
+                f"{ws.current}"
             )
         found = None
         if adapter is not None:
