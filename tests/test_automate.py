@@ -27,7 +27,7 @@ from treering.automate.children import Answer
 from treering.automate.loop import Automation
 from treering.automate.state import FILE, State
 from treering.cli import run
-from treering.errors import ConfigError, LockError, TreeringError
+from treering.errors import ConfigError, LockError, TreeringError, VersionError
 from treering.gate import Judgement, Verdict
 from treering.schedule import peak_rate
 from treering.testing import toy_rows
@@ -681,6 +681,54 @@ def test_what_was_rolled_back_stays_so_when_its_folder_is_gone(rig: Callable[...
     shutil.rmtree(auto.ws.versions / "v4")
     auto.until_idle()
     assert (current(auto.ws), waiting(auto.ws)) == ("v3", {"cups": 18})
+
+
+@pytest.mark.parametrize("once_current", [True, False])
+def test_a_damaged_version_that_current_does_not_come_from_stops_nothing(
+    rig: Callable[..., Rig], capsys: pytest.CaptureFixture[str], once_current: bool
+) -> None:
+    auto = rig()
+    auto.learn("pens")
+    auto.ws.ingest(toy_rows("cups", 20), task="cups")
+    auto.ws.update(*() if once_current else ["gate.min_gain=1"])
+    if once_current:
+        auto.ws.rollback()
+    manifest = auto.ws.versions / "v2" / "manifest.json"
+    with manifest.open("a") as file:
+        file.write("x\n")
+    back = {"cups": 18} if once_current else {}
+    capsys.readouterr()
+    auto.learn("hats")
+    told = capsys.readouterr().err
+    assert told.count("is passed over") == 1
+    assert f"or remove {manifest.parent}. " in told and "`treering verify` names all" in told
+    assert "look.failed" not in auto.seen and "ingest.failed" not in auto.seen and "update.failed" not in auto.seen
+    assert (registry.get(auto.ws).number >= 3, waiting(auto.ws)) == (True, back)
+    assert overview.status(auto.ws)["rolled_back"] == back
+    names = [version.name for version in registry.versions(auto.ws)]
+    assert {v["name"] for v in overview.list_versions(auto.ws)["versions"]} == {*names} - {"v2"}
+    assert [text[:4] for text in overview.verify(auto.ws)["problems"]] == ["v2: "]
+    # By hand, too, whether it is still there or was removed as told.
+    auto.ws.ingest(toy_rows("mugs", 20), task="mugs")
+    by_hand = Workspace(auto.ws.root).update()
+    assert by_hand is not None
+    assert {task: len(ids) for task, ids in by_hand.manifest["rows"].items()} == {**back, "mugs": 18}
+    shutil.rmtree(manifest.parent)
+    auto.learn("caps")
+    assert (registry.get(auto.ws).parent, waiting(auto.ws)) == (by_hand.name, {})
+
+
+def test_a_damaged_version_that_current_comes_from_is_refused(rig: Callable[..., Rig]) -> None:
+    auto = rig()
+    auto.learn("pens", "cups")
+    (auto.ws.versions / "v1" / "manifest.json").write_text("{")
+    put(auto.ws, "hats")
+    auto.until_idle()
+    assert "v1: " in auto.last("look.failed")["reason"]
+    for act in (auto.ws.update, auto.ws.ingest):
+        with pytest.raises(VersionError, match=r"v1: .*manifest\.json cannot be read"):
+            act()
+    assert [version.name for version in registry.versions(auto.ws)] == ["v1", "v2"]
 
 
 def test_quiet_hours_that_begin_to_be_set_hold_for_the_update_that_runs(rig: Callable[..., Rig]) -> None:

@@ -75,7 +75,7 @@ def list_versions(ws: Workspace) -> dict[str, Any]:
             "forgetting": version.manifest["summary"].get("forgetting"),
             "rows": len(version.rows),
         }
-        for version in registry.versions(ws)
+        for version in registry.readable(ws)
     ]
     return {"versions": rows, "current": here.name if here else None}
 

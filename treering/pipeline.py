@@ -112,7 +112,7 @@ def _nothing_to_train(ws: Workspace, plan: Plan, promote: bool) -> Outcome | Non
     if not plan.rows:
         clear(ws)
         return Outcome("nothing new", "every training row has been learned; put new files into the inbox")
-    tried = next((v for v in registry.versions(ws) if v.manifest["plan"] == plan.digest and not v.overtaken), None)
+    tried = next((v for v in registry.readable(ws) if v.manifest["plan"] == plan.digest and not v.overtaken), None)
     if tried is None:
         return None
     clear(ws)

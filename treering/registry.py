@@ -31,6 +31,7 @@ from treering.files import (
     write_file,
     write_json,
 )
+from treering.progress import say
 
 if TYPE_CHECKING:
     from treering.workspace import Workspace
@@ -150,6 +151,28 @@ def versions(ws: Workspace) -> list[Version]:
     """All versions, oldest first."""
     found = [Version(p.name, p) for p in ws.versions.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=lambda version: version.number)
+
+
+def readable(ws: Workspace) -> list[Version]:
+    """All versions whose manifests can be read, oldest first; of each other it is told once, on standard error.
+
+    Raises `VersionError` if one that cannot be read is `current` or an ancestor of it.
+    """
+    line = [version.name for version in lineage(ws, current(ws))]  # Each was read to find its parent.
+    found = []
+    for version in versions(ws):
+        try:
+            assert version.name in line or version.manifest
+        except VersionError as error:
+            if version.name not in ws.told:
+                say(
+                    f"{error}, or remove {version.folder}. It is passed over, for the current version does not come from "
+                    "it; `treering verify` names all that is damaged"
+                )
+            ws.told.add(version.name)
+        else:
+            found.append(version)
+    return found
 
 
 def get(ws: Workspace, name: str | None = None) -> Version:

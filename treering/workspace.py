@@ -45,6 +45,7 @@ class Workspace:
         self.history = self.root / "history.jsonl"
         self.consumed = self.root / "consumed.jsonl"
         self.highest = self.root / ".highest"
+        self.told: set[str] = set()
 
     @classmethod
     def create(cls, root: str | Path, *, adapter: str | Path | None = None, **settings: Any) -> Workspace:

@@ -104,7 +104,7 @@ class Automation:
     def _recover(self, config: AutomateConfig) -> None:
         """What became of the update that ran when the loop ended: a version, or a failure."""
         state = self.state
-        version = next((v for v in registry.versions(self.ws) if self._ordered(v)), None)
+        version = next((v for v in registry.readable(self.ws) if self._ordered(v)), None)
         if version is None:
             # Not only a power cut: an update may take the whole machine with it, each time anew.
             self._failed("update", "the loop ended while it ran: it was killed, or the machine went down", config)
