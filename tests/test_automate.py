@@ -1151,9 +1151,8 @@ def test_what_ends_the_loop_is_told(workspace: MakeWorkspace, monkeypatch: pytes
         raise RuntimeError("nobody thought of that")
 
     monkeypatch.setattr(loop, "wakeups", fail)
-    with in_thread(Automation(ws)) as check:
+    with in_thread(Automation(ws)):  # A server beside it goes on.
         wait_for(lambda: (ws.root / events.FILE).exists() and "stopped" in (ws.root / events.FILE).read_text())
-        check()  # A server beside it goes on.
     assert "RuntimeError: nobody thought of that" in events.history(ws)[-1]["reason"]
 
 
@@ -1167,10 +1166,9 @@ def test_trouble_at_the_start_is_told_and_tried_again(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, in_thread(Automation(ws)) as check:
+    with monkeypatch.context() as patch, in_thread(Automation(ws)):
         patch.setattr("treering.automate.events.append_line", full)
         time.sleep(0.5)
-        check()
     auto = Rig(ws)
     for pause in (60, 240, 0):
         auto.look()
@@ -1188,11 +1186,27 @@ def test_trouble_at_the_start_is_told_and_tried_again(
 
 def test_only_another_loop_and_wrong_settings_keep_it_from_beginning(workspace: MakeWorkspace) -> None:
     ws = workspace()
-    with ws.lock("watch", "watch"), in_thread(Automation(Workspace(ws.root))) as check, pytest.raises(LockError):
-        wait_for(lambda: check() is not None)
+    with ws.lock("watch", "watch"), pytest.raises(LockError), in_thread(Automation(Workspace(ws.root))):
+        pytest.fail("it began")
     (ws.root / "treering.yaml").write_text("lora_rnak: 3\n")
-    with in_thread(Automation(Workspace(ws.root))) as check, pytest.raises(ConfigError):
-        wait_for(lambda: check() is not None)
+    with pytest.raises(ConfigError), in_thread(Automation(Workspace(ws.root))):
+        pytest.fail("it began")
+
+
+def test_a_second_loop_beside_a_server_loads_no_model(
+    workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ws = workspace()
+    loaded: list[object] = []
+
+    async def start(engine: object) -> None:
+        loaded.append(engine)
+
+    monkeypatch.setattr("treering.serve.builtin.BuiltinEngine.start", start)
+    with ws.lock("watch", "watch"):
+        assert run(["run", "--port", "0", "-w", str(ws.root)]) == 1
+    assert "is in use by `treering watch`" in capsys.readouterr().err
+    assert loaded == []
 
 
 def test_failures_on_a_full_disk_stop_it_too(rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:

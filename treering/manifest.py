@@ -37,8 +37,8 @@ def of_update(
 ) -> dict[str, Any]:
     """The manifest of a finished update, all but what `registry.commit` adds.
 
-    `promote`: whether that was wanted. `ordered`: when the loop ordered it. `estimate`: what `treering plan` had said of
-    this very update.
+    `promote`: whether that was wanted. `ordered`: when the loop ordered it. `estimate`: what `treering plan` had said
+    of this very update.
     """
     from treering.evaluate import conditions
 

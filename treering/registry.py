@@ -166,8 +166,8 @@ def readable(ws: Workspace) -> list[Version]:
         except VersionError as error:
             if version.name not in ws.told:
                 say(
-                    f"{error}, or remove {version.folder}. It is passed over, for the current version does not come from "
-                    "it; `treering verify` names all that is damaged"
+                    f"{error}, or remove {version.folder}. It is passed over, for the current version does not come "
+                    "from it; `treering verify` names all that is damaged"
                 )
             ws.told.add(version.name)
         else:

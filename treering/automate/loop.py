@@ -66,15 +66,24 @@ class Automation:
         self._failures = 0
         self._postponed: str | None = None
 
-    def run(self, stop: Asked, *, once: bool = False, stay: bool = False, retry: bool = False) -> Ended:
+    def run(
+        self,
+        stop: Asked,
+        *,
+        once: bool = False,
+        stay: bool = False,
+        retry: bool = False,
+        begun: Callable[[], None] = lambda: None,
+    ) -> Ended:
         """Go on until `stop` is set, or too many failures in a row stopped it.
 
         With `once`: until nothing is left to do now. With `stay`: it does not end when stopped, but waits until the
         user resumes. With `retry`: what failed before is tried at once. Raises `LockError` if another loop runs,
-        `ConfigError` if the settings are wrong from the start.
+        `ConfigError` if the settings are wrong from the start; `begun` is called once neither can happen any more.
         """
         with self.ws.lock("watch", "watch"):
             self._settings = self.ws.config().automate
+            begun()
             # Whoever starts it now and then is the one who waits between two tries.
             self._stop, self._at_once = stop, once or retry
             try:
