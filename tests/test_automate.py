@@ -27,7 +27,7 @@ from treering.automate.children import Answer
 from treering.automate.loop import Automation
 from treering.automate.state import FILE, State
 from treering.cli import run
-from treering.errors import ConfigError, LockError, TreeringError
+from treering.errors import ConfigError, LockError, TreeringError, VersionError
 from treering.gate import Judgement, Verdict
 from treering.schedule import peak_rate
 from treering.testing import toy_rows
@@ -655,10 +655,6 @@ def test_what_the_user_rolled_back_is_not_learned_again_by_itself(rig: Callable[
     auto.until_idle()
     assert (current(auto.ws), waiting(auto.ws)) == ("v3", {"cups": 18})
     assert overview.status(auto.ws)["rolled_back"] == {"cups": 18}
-    damaged, whole = auto.ws.versions / "v2" / "manifest.json", (auto.ws.versions / "v2" / "manifest.json").read_text()
-    damaged.write_text("{")
-    assert overview.status(auto.ws)["waiting"] == {"cups": 18}
-    damaged.write_text(whole)
     version = registry.get(auto.ws)
     assert {task: len(ids) for task, ids in version.manifest["rows"].items()} == {"cups": 18, "hats": 18}
     assert {task: len(ids) for task, ids in version.manifest["held_out"].items()} == {"cups": 2, "hats": 2, "pens": 2}
@@ -666,14 +662,73 @@ def test_what_the_user_rolled_back_is_not_learned_again_by_itself(rig: Callable[
     assert (current(auto.ws), waiting(auto.ws)) == ("v4", {})
 
 
-def test_a_version_that_is_gone_stops_nothing(rig: Callable[..., Rig]) -> None:
+def test_what_was_rolled_back_stays_so_when_its_folder_is_gone(rig: Callable[..., Rig]) -> None:
     auto = rig()
     auto.learn("pens", "cups")
     auto.ws.rollback()
     shutil.rmtree(auto.ws.versions / "v2")
     auto.until_idle()
     assert "look.failed" not in auto.seen
-    assert (current(auto.ws), waiting(auto.ws)) == ("v2", {})  # Nobody knows any more that they were rolled back.
+    assert (current(auto.ws), waiting(auto.ws)) == ("v1", {"cups": 18})
+    assert overview.status(auto.ws)["rolled_back"] == {"cups": 18}
+    auto.learn("hats")
+    assert (current(auto.ws), waiting(auto.ws)) == ("v3", {"cups": 18})
+    # Who updates by hand wants them; rolled back once more, they are left alone again.
+    auto.ws.update()
+    assert (current(auto.ws), waiting(auto.ws)) == ("v4", {})
+    assert overview.status(auto.ws)["rolled_back"] == {}
+    auto.ws.rollback()
+    shutil.rmtree(auto.ws.versions / "v4")
+    auto.until_idle()
+    assert (current(auto.ws), waiting(auto.ws)) == ("v3", {"cups": 18})
+
+
+@pytest.mark.parametrize("once_current", [True, False])
+def test_a_damaged_version_that_current_does_not_come_from_stops_nothing(
+    rig: Callable[..., Rig], capsys: pytest.CaptureFixture[str], once_current: bool
+) -> None:
+    auto = rig()
+    auto.learn("pens")
+    auto.ws.ingest(toy_rows("cups", 20), task="cups")
+    auto.ws.update(*() if once_current else ["gate.min_gain=1"])
+    if once_current:
+        auto.ws.rollback()
+    manifest = auto.ws.versions / "v2" / "manifest.json"
+    with manifest.open("a") as file:
+        file.write("x\n")
+    back = {"cups": 18} if once_current else {}
+    capsys.readouterr()
+    auto.learn("hats")
+    told = capsys.readouterr().err
+    assert told.count("is passed over") == 1
+    assert f"or remove {manifest.parent}. " in told and "`treering verify` names all" in told
+    assert "look.failed" not in auto.seen and "ingest.failed" not in auto.seen and "update.failed" not in auto.seen
+    assert (registry.get(auto.ws).number >= 3, waiting(auto.ws)) == (True, back)
+    assert overview.status(auto.ws)["rolled_back"] == back
+    names = [version.name for version in registry.versions(auto.ws)]
+    assert {v["name"] for v in overview.list_versions(auto.ws)["versions"]} == {*names} - {"v2"}
+    assert [text[:4] for text in overview.verify(auto.ws)["problems"]] == ["v2: "]
+    # By hand, too, whether it is still there or was removed as told.
+    auto.ws.ingest(toy_rows("mugs", 20), task="mugs")
+    by_hand = Workspace(auto.ws.root).update()
+    assert by_hand is not None
+    assert {task: len(ids) for task, ids in by_hand.manifest["rows"].items()} == {**back, "mugs": 18}
+    shutil.rmtree(manifest.parent)
+    auto.learn("caps")
+    assert (registry.get(auto.ws).parent, waiting(auto.ws)) == (by_hand.name, {})
+
+
+def test_a_damaged_version_that_current_comes_from_is_refused(rig: Callable[..., Rig]) -> None:
+    auto = rig()
+    auto.learn("pens", "cups")
+    (auto.ws.versions / "v1" / "manifest.json").write_text("{")
+    put(auto.ws, "hats")
+    auto.until_idle()
+    assert "v1: " in auto.last("look.failed")["reason"]
+    for act in (auto.ws.update, auto.ws.ingest):
+        with pytest.raises(VersionError, match=r"v1: .*manifest\.json cannot be read"):
+            act()
+    assert [version.name for version in registry.versions(auto.ws)] == ["v1", "v2"]
 
 
 def test_quiet_hours_that_begin_to_be_set_hold_for_the_update_that_runs(rig: Callable[..., Rig]) -> None:
@@ -1096,9 +1151,8 @@ def test_what_ends_the_loop_is_told(workspace: MakeWorkspace, monkeypatch: pytes
         raise RuntimeError("nobody thought of that")
 
     monkeypatch.setattr(loop, "wakeups", fail)
-    with in_thread(Automation(ws)) as check:
+    with in_thread(Automation(ws)):  # A server beside it goes on.
         wait_for(lambda: (ws.root / events.FILE).exists() and "stopped" in (ws.root / events.FILE).read_text())
-        check()  # A server beside it goes on.
     assert "RuntimeError: nobody thought of that" in events.history(ws)[-1]["reason"]
 
 
@@ -1112,10 +1166,9 @@ def test_trouble_at_the_start_is_told_and_tried_again(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, in_thread(Automation(ws)) as check:
+    with monkeypatch.context() as patch, in_thread(Automation(ws)):
         patch.setattr("treering.automate.events.append_line", full)
         time.sleep(0.5)
-        check()
     auto = Rig(ws)
     for pause in (60, 240, 0):
         auto.look()
@@ -1133,11 +1186,27 @@ def test_trouble_at_the_start_is_told_and_tried_again(
 
 def test_only_another_loop_and_wrong_settings_keep_it_from_beginning(workspace: MakeWorkspace) -> None:
     ws = workspace()
-    with ws.lock("watch", "watch"), in_thread(Automation(Workspace(ws.root))) as check, pytest.raises(LockError):
-        wait_for(lambda: check() is not None)
+    with ws.lock("watch", "watch"), pytest.raises(LockError), in_thread(Automation(Workspace(ws.root))):
+        pytest.fail("it began")
     (ws.root / "treering.yaml").write_text("lora_rnak: 3\n")
-    with in_thread(Automation(Workspace(ws.root))) as check, pytest.raises(ConfigError):
-        wait_for(lambda: check() is not None)
+    with pytest.raises(ConfigError), in_thread(Automation(Workspace(ws.root))):
+        pytest.fail("it began")
+
+
+def test_a_second_loop_beside_a_server_loads_no_model(
+    workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ws = workspace()
+    loaded: list[object] = []
+
+    async def start(engine: object) -> None:
+        loaded.append(engine)
+
+    monkeypatch.setattr("treering.serve.builtin.BuiltinEngine.start", start)
+    with ws.lock("watch", "watch"):
+        assert run(["run", "--port", "0", "-w", str(ws.root)]) == 1
+    assert "is in use by `treering watch`" in capsys.readouterr().err
+    assert loaded == []
 
 
 def test_failures_on_a_full_disk_stop_it_too(rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1191,6 +1260,48 @@ def test_a_version_that_was_not_told_is_told_at_the_start(
     assert (told["version"], len(registry.versions(auto.ws)), waiting(auto.ws)) == ("v1", 1, {})
     assert ("rows.quarantined" in auto.seen, "update.failed" in auto.seen) == (bad, False)
     assert (auto.loop.state.failures, auto.loop.state.pending) == ({}, None)
+
+
+def test_a_version_that_somebody_else_made_blames_no_file(rig: Callable[..., Rig]) -> None:
+    """The loop is killed in an update, and before its next start the user tries the same rows with other settings."""
+    auto = rig()
+    put(auto.ws, "pens")
+
+    def die(_: object) -> Answer:
+        raise SystemExit
+
+    auto.steps.answers = [die]
+    with pytest.raises(SystemExit):
+        auto.until_idle()
+    by_hand = auto.ws.update("gate.min_gain=1", learning_rate=0.5)
+    assert by_hand is not None and not by_hand.promote
+    auto.start()
+    auto.until_idle()
+    assert "update.held" not in auto.seen
+    assert "it was killed" in auto.last("update.failed")["reason"]
+    auto.clock.on(minutes=1)
+    auto.until_idle()
+    assert (current(auto.ws), waiting(auto.ws), auto.ws.catalog.counts()["quarantined"]) == ("v2", {}, 0)
+    assert [v.manifest["ordered"] is None for v in registry.versions(auto.ws)] == [True, False]
+
+
+def test_a_version_is_told_though_the_settings_are_wrong_by_then(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settling a hold reads the settings, which somebody may be writing at that moment."""
+    auto = rig()
+    auto.ws.ingest(toy_rows("pens", 20), task="pens")
+
+    def hold(_: object) -> Answer:
+        monkeypatch.setattr(culprit, "to_blame", lambda _: False)
+        held = auto.ws.update("gate.min_gain=1")
+        assert held is not None
+        (auto.ws.root / "treering.yaml").write_text("lora_rnak: 3\n")
+        return Answer({"status": "held", "version": held.name, "reason": held.summary})
+
+    auto.steps.answers = [hold]
+    auto.look()
+    assert auto.seen[-2:] == ["update.held", "look.failed"]
 
 
 def test_a_reason_does_not_outlive_its_rows(rig: Callable[..., Rig]) -> None:

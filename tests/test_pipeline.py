@@ -368,6 +368,26 @@ def test_a_held_candidate_is_kept_and_its_rows_stay_new(copied: Workspace) -> No
     assert waiting(copied) == {}
 
 
+def test_a_name_is_never_given_twice(made: Path, tmp_path: Path) -> None:
+    """What was noted of v2 and v3 (that v2 was current, canary figures, thumbs) is of no other version."""
+    ws = Workspace(shutil.copytree(made, tmp_path / "ws", symlinks=True))
+    ws.rollback()
+    shutil.rmtree(ws.versions / "v2")
+    held = ws.update("gate.min_gain=1")
+    assert held is not None and (held.name, held.promote) == ("v3", False)
+    with pytest.raises(UsageError, match="there is no version 'v2'"):
+        ws.rollback("v2")
+    shutil.rmtree(held.folder)  # Nothing but its folder told of it: it was never current.
+    again = Workspace(ws.root)
+    fourth = again.update("gate.min_gain=1")
+    assert fourth is not None and (fourth.name, current(again)) == ("v4", "v1")
+    again.promote("v4", force=True)
+    again.rollback()
+    shutil.rmtree(fourth.folder)
+    again.highest.unlink()  # As in a workspace from before it was there.
+    assert registry.next_name(again) == "v5"
+
+
 def test_a_collapse_is_held(copied: Workspace) -> None:
     """A rate that ruins the model teaches it the new task and costs it all others."""
     version = learned(copied, "mugs", "protect=[]", "learning_rate=0.1", "num_train_epochs=8", count=40)

@@ -43,6 +43,7 @@ def commit(
         "parent": parent,
         "plan": PLAN,
         "rows": {"pens": list(rows)},
+        "held_out": {"pens": ["held-out row"]},
         "scores": {"pens": {"score": 0.5}},
         "verdict": {"promote": promote, "summary": "promoted: fine" if promote else "held: no"},
         "promote_wanted": wanted,
@@ -89,8 +90,21 @@ def test_names_count_on(ws: Workspace) -> None:
     (ws.versions / "v12.bak").mkdir()
     (ws.versions / "notes").mkdir()
     assert [v.name for v in registry.versions(ws)] == [f"v{n}" for n in range(1, 12)]
-    shutil.rmtree(ws.versions / "v3")
+    for gone in ("v3", "v11"):
+        shutil.rmtree(ws.versions / gone)
     assert registry.next_name(ws) == "v12"
+
+
+def test_a_name_counts_though_a_crash_kept_it_from_being_noted(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_note_highest", crash)
+        with pytest.raises(RuntimeError):
+            commit(ws)
+    assert not ws.highest.exists()
+    shutil.rmtree(registry.get(Workspace(ws.root), "v1").folder)
+    assert commit(Workspace(ws.root)).name == "v2"
+    ws.highest.write_bytes(b"rubbish")  # What is there still counts.
+    assert registry.next_name(ws) == "v3"
 
 
 def test_a_version_is_found_by_name(ws: Workspace) -> None:
@@ -239,6 +253,55 @@ def test_a_parent_that_is_no_earlier_version_is_refused(ws: Workspace, parent: A
     version = commit(ws, parent)
     with pytest.raises(VersionError, match="no earlier version"):
         assert Version(version.name, version.folder).manifest
+
+
+def test_what_versions_brought_outlives_their_folders(ws: Workspace) -> None:
+    chain(ws, 3)
+    ws.rollback("v1")
+    both = {"row of v2", "row of v3"}
+    assert registry.given_back(ws) == both
+    for name in ("v2", "v3"):
+        shutil.rmtree(ws.versions / name)
+        assert registry.given_back(Workspace(ws.root)) == both
+    fourth = commit(ws, "v1", rows=("row of v2",))
+    registry.promote(ws, fourth)
+    assert registry.given_back(ws) == {"row of v3"}
+    ws.rollback()
+    assert registry.given_back(ws) == both
+
+
+def test_what_a_version_brings_is_noted_before_it_serves(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a promotion is cut off: it was not begun, and its rows are new, or it is finished."""
+    chain(ws, 1)
+    held = commit(ws, "v1", promote=False, rows=("row",))
+    for step in ("append_line", "_move"):
+        with monkeypatch.context() as patch:
+            patch.setattr(registry, step, crash)
+            with pytest.raises(RuntimeError):
+                ws.promote(held.name, force=True)
+        again = Workspace(ws.root)
+        assert (current(again), registry.given_back(again)) == ("v1", set())
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_link", crash)
+        with pytest.raises(RuntimeError):
+            ws.promote(held.name, force=True)
+    again = Workspace(ws.root)
+    assert current(again) == "v2"
+    again.rollback()
+    shutil.rmtree(held.folder)
+    assert registry.given_back(again) == {"row"}
+
+
+def test_what_versions_brought_is_found_again_as_far_as_they_are_there(ws: Workspace) -> None:
+    chain(ws, 4)
+    ws.rollback("v1")
+    ws.consumed.write_text("rubbish\n")
+    with pytest.raises(VersionError, match=r"consumed\.jsonl, line 1 is damaged; .* or remove it"):
+        registry.given_back(ws)
+    (ws.versions / "v2" / "manifest.json").write_text("{")
+    shutil.rmtree(ws.versions / "v3")
+    ws.consumed.unlink()
+    assert registry.given_back(Workspace(ws.root)) == {"row of v4"}
 
 
 @pytest.mark.parametrize("line", ["{}", "[]", "5", '{"time": 1, "event": "promote", "version": "../x"}'])

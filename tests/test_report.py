@@ -109,6 +109,7 @@ def make_manifest(
         "summary": {**matrix.summary(), "negative_flips": None if math.isnan(flips) else flips},
         "verdict": verdict.as_dict(),
         "promote_wanted": True,
+        "ordered": None,
         "memory": dict.fromkeys(matrix.tasks, 28),
         "cost": {
             "seconds": 228.4,

@@ -32,11 +32,13 @@ def of_update(
     verdict: Verdict,
     *,
     promote: bool,
+    ordered: str | None,
     estimate: Estimate | None,
 ) -> dict[str, Any]:
     """The manifest of a finished update, all but what `registry.commit` adds.
 
-    `promote`: whether that was wanted. `estimate`: what `treering plan` had said of this very update.
+    `promote`: whether that was wanted. `ordered`: when the loop ordered it. `estimate`: what `treering plan` had said
+    of this very update.
     """
     from treering.evaluate import conditions
 
@@ -73,6 +75,7 @@ def of_update(
         "summary": {**matrix.summary(), "negative_flips": None if math.isnan(flips) else flips},
         "verdict": verdict.as_dict(),
         "promote_wanted": promote,
+        "ordered": ordered,
         "memory": candidate.memory.by_task(),
         "general": {"sha256": plan.general, "rows": len(candidate.general)} if plan.general else None,
         "cost": {

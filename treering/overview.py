@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +17,7 @@ def status(ws: Workspace) -> dict[str, Any]:
     """What serves, what waits, what is stored."""
     here = registry.current(ws)
     waiting = ws.catalog.waiting(registry.consumed(ws, here))
-    given_back: set[str] = set()
-    with suppress(
-        TreeringError
-    ):  # A damaged version is `verify`'s to tell; what else there is can be seen all the same.
-        given_back = registry.given_back(ws)
+    given_back = registry.given_back(ws)
     rolled_back = {task: sum(id in given_back for id in ids) for task, ids in waiting.items()}
     return {
         "workspace": str(ws.root),
@@ -80,7 +75,7 @@ def list_versions(ws: Workspace) -> dict[str, Any]:
             "forgetting": version.manifest["summary"].get("forgetting"),
             "rows": len(version.rows),
         }
-        for version in registry.versions(ws)
+        for version in registry.readable(ws)
     ]
     return {"versions": rows, "current": here.name if here else None}
 

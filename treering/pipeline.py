@@ -38,13 +38,15 @@ def update(
     inbox: bool = True,
     file: str | None = None,
     rolled_back: bool = True,
+    ordered: str | None = None,
     quiet: bool = False,
 ) -> Outcome:
     """Train a candidate on everything new, judge it, keep it as a version, make it current if it is no worse.
 
     With `promote=False` the candidate keeps its verdict and `current` stays. With `inbox=False` only rows that were
     ingested before are new, with `file` only those that came from that file, and with `rolled_back=False` none that a
-    rollback gave back. Raises `RoomError` where memory or disk will surely not do.
+    rollback gave back. `ordered`: when the loop that updates by itself ordered it, which the version says then. Raises
+    `RoomError` where memory or disk will surely not do.
     """
     config = ws.config(overrides)
     with ws.lock("update", "update"), full_disk_is_clear(ws.root), short_memory_is_clear(), stop_on_signals() as stop:
@@ -91,7 +93,7 @@ def update(
         candidate.write(base_name(config), after, log)
         with ws.changing("update"):
             verdict = _still_valid(ws, plan) or verdict
-            manifest = of_update(candidate, before, after, verdict, promote=promote, estimate=estimate)
+            manifest = of_update(candidate, before, after, verdict, promote=promote, ordered=ordered, estimate=estimate)
             report.write(candidate.folder, registry.next_name(ws), manifest, log)
             version = registry.commit(ws, candidate.folder, manifest)
             if verdict.promote and promote:
@@ -119,7 +121,7 @@ def _nothing_to_train(ws: Workspace, plan: Plan, promote: bool) -> Outcome | Non
     if not plan.rows:
         clear(ws)
         return Outcome("nothing new", "every training row has been learned; put new files into the inbox")
-    tried = next((v for v in registry.versions(ws) if v.manifest["plan"] == plan.digest and not v.overtaken), None)
+    tried = next((v for v in registry.readable(ws) if v.manifest["plan"] == plan.digest and not v.overtaken), None)
     if tried is None:
         return None
     clear(ws)

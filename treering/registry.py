@@ -1,7 +1,8 @@
 """Versions: read, checked, committed, promoted, rolled back.
 
 A version is a folder that never changes. Which of them serves is told by the symbolic link `current`; every promotion
-and rollback is first noted in `history.jsonl`, so that a crash between the two is finished by the next command.
+and rollback is first noted in `history.jsonl`, so that a crash between the two is finished by the next command. Before
+that, `consumed.jsonl` is told which rows a version brings: what was rolled back stays so when its folder is gone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treering.errors import ModelError, UsageError, VersionError
-from treering.files import append_line, fsync_folder, fsync_tree, sha256, timestamp, whole_lines, write_json
+from treering.files import (
+    append_line,
+    fsync_folder,
+    fsync_tree,
+    json_line,
+    sha256,
+    timestamp,
+    whole_lines,
+    write_file,
+    write_json,
+)
+from treering.progress import say
 
 if TYPE_CHECKING:
     from treering.workspace import Workspace
@@ -161,6 +173,28 @@ def versions(ws: Workspace) -> list[Version]:
     return sorted(found, key=lambda version: version.number)
 
 
+def readable(ws: Workspace) -> list[Version]:
+    """All versions whose manifests can be read, oldest first; of each other it is told once, on standard error.
+
+    Raises `VersionError` if one that cannot be read is `current` or an ancestor of it.
+    """
+    line = [version.name for version in lineage(ws, current(ws))]  # Each was read to find its parent.
+    found = []
+    for version in versions(ws):
+        try:
+            assert version.name in line or version.manifest
+        except VersionError as error:
+            if version.name not in ws.told:
+                say(
+                    f"{error}, or remove {version.folder}. It is passed over, for the current version does not come "
+                    "from it; `treering verify` names all that is damaged"
+                )
+            ws.told.add(version.name)
+        else:
+            found.append(version)
+    return found
+
+
 def get(ws: Workspace, name: str | None = None) -> Version:
     """The version of that name, or `current`. Raises `UsageError` if there is none."""
     if name is None or name == "current":
@@ -197,14 +231,9 @@ def consumed(ws: Workspace, version: Version | None) -> set[str]:
 
 
 def given_back(ws: Workspace) -> set[str]:
-    """Ids of the rows, to train on and held out, of versions that were current once, less those of what is now.
-
-    Versions whose folders are gone are passed over: what they were made of is not known any more.
-    """
+    """Ids of the rows, to train on and held out, of versions that were current once, less those of what is now."""
     here = current(ws)
-    once = {event["version"] for event in history(ws)}
-    kept = consumed(ws, here) | measured(here)
-    return {id for v in versions(ws) if v.name in once for id in {*v.rows, *measured(v)}} - kept
+    return _once_consumed(ws) - consumed(ws, here) - measured(here)
 
 
 def measured(version: Version | None) -> set[str]:
@@ -222,6 +251,7 @@ def commit(ws: Workspace, staging: Path, manifest: dict[str, Any]) -> Version:
     folder = ws.versions / name
     staging.rename(folder)
     fsync_folder(ws.versions)
+    _note_highest(ws)
     return Version(name, folder)
 
 
@@ -231,13 +261,15 @@ def staging_folder(ws: Workspace, plan: str) -> Path:
 
 
 def next_name(ws: Workspace) -> str:
-    """The name that the next committed version gets."""
-    return f"v{max((v.number for v in versions(ws)), default=0) + 1}"
+    """The name that the next committed version gets: one that none ever had, though its folder may be gone."""
+    once = [int(event["version"][1:]) for event in history(ws) if event["version"] is not None]
+    return f"v{max(_newest(ws), _highest(ws), *once) + 1}"
 
 
 def promote(ws: Workspace, version: Version, *, forced: bool = False) -> None:
     """Make `version` current."""
     version.check()
+    _note_rows(ws, version)
     _move(ws, "promote", version.name, forced)
 
 
@@ -282,7 +314,10 @@ def recover(ws: Workspace) -> None:
     """
     for scratch in ws.versions.glob(".link-*"):
         scratch.unlink()
+    _note_highest(ws)
     events = history(ws)
+    if events and not ws.consumed.exists():
+        _note_rows_anew(ws, {event["version"] for event in events})
     with suppress(VersionError):
         if events and events[-1]["version"] != _linked(ws):
             _link(ws, events[-1]["version"])
@@ -295,6 +330,68 @@ def recover(ws: Workspace) -> None:
         making = plan is not None and staging_folder(ws, plan).exists()
         if making and newest.promote and newest.manifest["promote_wanted"] and newest.parent == _linked(ws):
             promote(ws, newest)
+
+
+def _newest(ws: Workspace) -> int:
+    """The number of the newest version that is there; 0 if there is none."""
+    return max((version.number for version in versions(ws)), default=0)
+
+
+def _highest(ws: Workspace) -> int:
+    """The highest number that was noted; 0 if none was, or if it cannot be read."""
+    try:
+        return int(ws.highest.read_bytes())
+    except (OSError, ValueError):
+        return 0
+
+
+def _note_highest(ws: Workspace) -> None:
+    """Note the newest version's number, which outlives its folder. On a full disk the next command does."""
+    newest = _newest(ws)
+    if newest > _highest(ws):
+        with suppress(OSError):
+            write_file(ws.highest, b"%d\n" % newest)
+
+
+def _note_rows(ws: Workspace, version: Version) -> None:
+    """Note what `version` brings before it becomes current; it counts once `history.jsonl` says that it did."""
+    new = _brought(version) - _once_consumed(ws)
+    if new:
+        append_line(ws.consumed, {"version": version.name, "rows": sorted(new)})
+
+
+def _brought(version: Version) -> set[str]:
+    """Ids of its rows, to train on and held out."""
+    return {*version.rows, *measured(version)}
+
+
+def _note_rows_anew(ws: Workspace, once: set[str]) -> None:
+    """Make `consumed.jsonl`, where it was lost, of those of `once` that are still there and can be read."""
+    lines, known = b"", set[str]()
+    for version in versions(ws):
+        if version.name in once:
+            with suppress(VersionError):
+                lines += json_line({"version": version.name, "rows": sorted(_brought(version) - known)})
+                known |= _brought(version)
+    with suppress(OSError):  # On a full disk the next command does it.
+        write_file(ws.consumed, lines)
+
+
+def _once_consumed(ws: Workspace) -> set[str]:
+    """Ids of the rows, to train on and held out, of every version that was current once."""
+    once = {event["version"] for event in history(ws)}
+    found: set[str] = set()
+    for number, line in whole_lines(ws.consumed):
+        try:
+            noted = json.loads(line)
+            if noted["version"] in once:
+                found.update(noted["rows"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise VersionError(
+                f"{ws.consumed}, line {number} is damaged; restore the file from a backup, or remove it: it is made "
+                "anew of the versions that are there"
+            ) from None
+    return found
 
 
 def _promoted(ws: Workspace) -> list[str]:

@@ -43,6 +43,9 @@ class Workspace:
         self.versions = self.root / "versions"
         self.current = self.root / "current"
         self.history = self.root / "history.jsonl"
+        self.consumed = self.root / "consumed.jsonl"
+        self.highest = self.root / ".highest"
+        self.told: set[str] = set()
 
     @classmethod
     def create(cls, root: str | Path, *, adapter: str | Path | None = None, **settings: Any) -> Workspace:
@@ -58,7 +61,8 @@ class Workspace:
         if ws.versions.is_dir() and registry.versions(ws):
             raise UsageError(
                 f"{ws.root} holds versions but no {SETTINGS}, as an `init` that was cut off leaves it; "
-                f"put {SETTINGS} back, or remove {ws.versions}, {ws.history} and {ws.current}"
+                f"put {SETTINGS} back, or remove {ws.versions}, {ws.consumed}, {ws.highest}, {ws.history} and "
+                f"{ws.current}"
             )
         found = None
         if adapter is not None:

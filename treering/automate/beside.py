@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,30 +17,31 @@ log = logging.getLogger("treering.automate")
 
 
 @contextmanager
-def in_thread(automation: Automation) -> Iterator[Callable[[], None]]:
+def in_thread(automation: Automation) -> Iterator[None]:
     """Run `automation` for as long as the context lasts.
 
-    Yields a check that raises what kept it from beginning: another loop that runs, or wrong settings.
+    Raises what keeps it from beginning, before anything else is done: another loop that runs, or wrong settings.
     """
-    stop = threading.Event()
+    stop, begun = threading.Event(), threading.Event()
     failures: list[Exception] = []
 
     def run() -> None:
         try:
-            automation.run(stop, stay=True)
+            automation.run(stop, stay=True, begun=begun.set)
         except (LockError, ConfigError) as error:
             failures.append(error)
         except Exception:
             log.exception("updates by themselves have ended; the server goes on")
-
-    def check() -> None:
-        if failures:
-            raise failures[0]
+        finally:
+            begun.set()
 
     thread = threading.Thread(target=run, name="automation")
     thread.start()
     try:
-        yield check
+        begun.wait()
+        if failures:
+            raise failures[0]
+        yield
     finally:
         stop.set()
         thread.join()

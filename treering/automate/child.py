@@ -41,7 +41,9 @@ def perform(ws: Workspace, order: dict[str, Any]) -> dict[str, Any]:
     from treering import pipeline
 
     settings = culprit.careful(ws, order["file"]) if order["careful"] else ()
-    outcome = pipeline.update(ws, settings, inbox=False, file=order["file"], rolled_back=False)
+    outcome = pipeline.update(
+        ws, settings, inbox=False, file=order["file"], rolled_back=False, ordered=order["ordered"]
+    )
     version = outcome.version.name if outcome.version else None
     return {"status": outcome.status, "reason": outcome.reason, "version": version}
 

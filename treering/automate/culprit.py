@@ -33,7 +33,7 @@ def only_forgot(version: Version) -> bool:
 def careful(ws: Workspace, file: str) -> list[str]:
     """Settings that protect more than when `file` was held: half the rate, and half as many new rows among old ones."""
     config = ws.config()
-    held = next((v for v in reversed(registry.versions(ws)) if not v.promote and files(ws, v) == [file]), None)
+    held = next((v for v in reversed(registry.readable(ws)) if not v.promote and files(ws, v) == [file]), None)
     rate = held.manifest["choices"]["learning_rate"]["value"] if held else peak_rate(config)
     share = (1 + config.memory.replay_share) / 2
     return [f"learning_rate={rate / 2!r}", f"memory.replay_share={share!r}"]

@@ -21,6 +21,7 @@ from treering.errors import LockError, TreeringError, full_disk_is_clear
 from treering.progress import say
 
 if TYPE_CHECKING:
+    from treering.registry import Version
     from treering.sections import AutomateConfig
     from treering.workspace import Workspace
 
@@ -65,15 +66,24 @@ class Automation:
         self._failures = 0
         self._postponed: str | None = None
 
-    def run(self, stop: Asked, *, once: bool = False, stay: bool = False, retry: bool = False) -> Ended:
+    def run(
+        self,
+        stop: Asked,
+        *,
+        once: bool = False,
+        stay: bool = False,
+        retry: bool = False,
+        begun: Callable[[], None] = lambda: None,
+    ) -> Ended:
         """Go on until `stop` is set, or too many failures in a row stopped it.
 
         With `once`: until nothing is left to do now. With `stay`: it does not end when stopped, but waits until the
         user resumes. With `retry`: what failed before is tried at once. Raises `LockError` if another loop runs,
-        `ConfigError` if the settings are wrong from the start.
+        `ConfigError` if the settings are wrong from the start; `begun` is called once neither can happen any more.
         """
         with self.ws.lock("watch", "watch"):
             self._settings = self.ws.config().automate
+            begun()
             # Whoever starts it now and then is the one who waits between two tries.
             self._stop, self._at_once = stop, once or retry
             try:
@@ -103,7 +113,7 @@ class Automation:
     def _recover(self, config: AutomateConfig) -> None:
         """What became of the update that ran when the loop ended: a version, or a failure."""
         state = self.state
-        version = next((v for v in registry.versions(self.ws) if v.name == state.making), None)
+        version = next((v for v in registry.readable(self.ws) if self._ordered(v)), None)
         if version is None:
             # Not only a power cut: an update may take the whole machine with it, each time anew.
             self._failed("update", "the loop ended while it ran: it was killed, or the machine went down", config)
@@ -113,6 +123,11 @@ class Automation:
         value = {"status": "promoted" if was_current else "held", "version": version.name, "reason": version.summary}
         state.running = None
         self._ended(Work(state.pending or "", file, careful=bool(file and state.forgot)), value, config)
+
+    def _ordered(self, version: Version) -> bool:
+        """Whether it is of the update that ran: others may have been made by hand since then."""
+        moment = version.manifest.get("ordered")
+        return moment is not None and datetime.fromisoformat(moment) == self.state.running
 
     def _go_on(self, stop: Asked, once: bool, stay: bool) -> Ended:
         next_look = 0.0
@@ -215,14 +230,20 @@ class Automation:
             state.retry_at = self.clock() + timedelta(seconds=LOCKED)
             self._postpone(str(error), state.retry_at, config)
             return
-        state.running, state.making = self.clock(), registry.next_name(self.ws)
+        state.running = self.clock()
         state.pending, state.pending_row = (None, None) if work.file else (work.reason, work.row)
         state.updates += 1
         state.save(self.ws.root)
         self._postponed = None
         self.events.add("update.started", config, reason=work.reason, file=work.file)
         answer = self._perform(
-            {"step": "update", "workspace": str(self.ws.root), "file": work.file, "careful": work.careful},
+            {
+                "step": "update",
+                "workspace": str(self.ws.root),
+                "file": work.file,
+                "careful": work.careful,
+                "ordered": state.running.isoformat(),
+            },
             self._meter(config),
         )
         if answer.error is not None:
@@ -244,7 +265,9 @@ class Automation:
         overtaken = version is not None and version.overtaken
         if work.file is not None and not overtaken:
             state.suspects, state.forgot = state.suspects[1:], None
-        refused = None
+        if version is not None:
+            event = "update.promoted" if value["status"] == "promoted" else "update.held"
+            self.events.add(event, config, version=version.name, reason=value["reason"], file=work.file)
         if version is not None and value["status"] == "held" and not overtaken:
             files = [work.file] if work.file is not None else culprit.files(self.ws, version)
             if not files or not culprit.to_blame(version):
@@ -252,21 +275,20 @@ class Automation:
             elif len(files) == 1 and not work.careful and culprit.only_forgot(version):
                 state.forgot, state.suspects = version.name, [*files, *state.suspects]
             elif len(files) == 1:
-                refused = files[0], culprit.quarantine(self.ws, files[0], version)
-                if not refused[1]:
-                    self.agenda.settle(state)
+                self._quarantine(files[0], version, config)
             else:
                 state.held, state.suspects = version.name, files
         elif value["status"] == "nothing new" and work.file is None:
             self.agenda.settle(state)
-        if version is not None:
-            event = "update.promoted" if value["status"] == "promoted" else "update.held"
-            self.events.add(event, config, version=version.name, reason=value["reason"], file=work.file)
-        if refused is not None and version is not None:
-            file, rows = refused
-            reason = f"held by the gate: {version.summary.removeprefix('held: ')}"
-            self.events.add("rows.quarantined", config, rows=rows, files=[file], version=version.name, reason=reason)
         self._succeeded("update")
+
+    def _quarantine(self, file: str, version: Version, config: AutomateConfig) -> None:
+        """The file is to blame for the hold of `version`."""
+        rows = culprit.quarantine(self.ws, file, version)
+        reason = f"held by the gate: {version.summary.removeprefix('held: ')}"
+        self.events.add("rows.quarantined", config, rows=rows, files=[file], version=version.name, reason=reason)
+        if not rows:
+            self.agenda.settle(self.state)
 
     def _not_done(self, step: Step, answer: children.Answer, config: AutomateConfig) -> None:
         """A step that came to no end: stopped as asked, waiting for another process, or failed."""

@@ -30,9 +30,7 @@ class State(BaseModel):
     seconds: float = Field(0.0, ge=0)
     """Seconds that updates ran in that day."""
     running: datetime | None = None
-    """Since when an update runs; still there after a crash, because nobody took it out."""
-    making: str | None = None
-    """The name that the version of that update gets."""
+    """Since when an update runs, which its version says, too; still there after a crash, because nobody took it out."""
     pending: str | None = None
     """Why the update that runs, or has to be tried again, was started."""
     pending_row: str | None = None

@@ -93,7 +93,7 @@ def ingest(
     reasons: dict[str, int] = {}
     told: list[dict[str, Any]] = []
     with ws.catalog.writing() as writer, bar("ingesting files", len(batches), quiet) as advance:
-        versions = registry.versions(ws)
+        versions = registry.readable(ws)
         trained = {id for version in versions for id in version.rows}
         judged = {id for version in versions for id in registry.measured(version)}
         incoming: dict[str, Stored] = {}

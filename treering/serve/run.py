@@ -39,10 +39,11 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; then requests under way are finished first. `ready` is told the API's address.
 
-    With `updates` the workspace is also kept up to date, as `treering watch` does; what goes wrong there once the
-    server answers does not stop it.
+    With `updates` the workspace is also kept up to date, as `treering watch` does; what goes wrong there once that has
+    begun does not stop the server.
 
-    Raises `UsageError` for an address that others can reach while no key was made, or that is taken.
+    Raises `UsageError` for an address that others can reach while no key was made, or that is taken; with `updates`
+    `LockError` if another loop runs. Then no model was loaded.
     """
     public = not is_loopback(host)
     if public and not read(ws.root):
@@ -53,13 +54,8 @@ def serve(
     engine = _engine(ws)
     with _listen(host, port) as listener:
         app = create_app(ws, engine, public=public)
-        with in_thread(Automation(ws)) if updates else nullcontext(lambda: None) as check:
-
-            def answers(url: str) -> None:
-                check()
-                ready(url)
-
-            asyncio.run(_run(app, engine, listener, answers))
+        with in_thread(Automation(ws)) if updates else nullcontext():
+            asyncio.run(_run(app, engine, listener, ready))
 
 
 def _engine(ws: Workspace) -> Engine:
