@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from tests.serving import greedy
 from tests.test_serve_worker import Inside
-from treering import Workspace, experts, registry
+from tests.training import StopAt
+from treering import Workspace, experts, pipeline, registry
 from treering.config import Config
 from treering.data.example import Example, Message
-from treering.errors import ConfigError
+from treering.errors import ConfigError, UpdateInterruptedError
 from treering.experts import Choice, Experts, class_of
+from treering.forecast import forecast
 from treering.memory import Memory
 from treering.methods import Methods
 from treering.model import load, load_base, load_tokenizer
@@ -117,6 +120,29 @@ def test_a_task_that_returns_goes_on_with_its_expert(copied: Workspace) -> None:
     one, other = (made.folder / "experts" / name / "adapter_model.safetensors" for name in ("e1", "e2"))
     assert other.samefile(version(ws, "v2").folder / "experts" / "e2" / "adapter_model.safetensors")
     assert one.read_bytes() != (version(ws, "v2").folder / "experts" / "e1" / "adapter_model.safetensors").read_bytes()
+
+
+def test_it_is_planned_as_any_other(copied: Workspace) -> None:
+    copied.ingest(unlike(toy_rows("hats", 40)), task="hats")
+    planned = forecast(copied, quiet=True).estimate
+    made = copied.update(promote=False)
+    assert made is not None and planned is not None
+    assert planned.steps == made.manifest["cost"]["steps"]
+
+
+def test_an_interrupted_update_ends_in_the_same_bytes(copied: Workspace, tmp_path: Path) -> None:
+    copied.ingest(unlike(toy_rows("hats", 40)), task="hats")
+    shutil.copytree(copied.root, tmp_path / "whole", symlinks=True)
+    whole = Workspace(tmp_path / "whole").update(promote=False)
+    for looks in (150, 300):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "stop_on_signals", lambda looks=looks: nullcontext(StopAt(looks)))
+            with pytest.raises(UpdateInterruptedError):
+                copied.update(promote=False)
+    made = copied.update(promote=False)
+    assert made is not None and whole is not None
+    for name in ("adapter_model.safetensors", "router.json", "router.safetensors", "memory.json", "results.parquet"):
+        assert (made.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
 
 
 def test_prompts_find_their_experts_and_answers_their_order(two: Workspace) -> None:

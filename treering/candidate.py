@@ -101,7 +101,7 @@ class Candidate:
         self.log: list[dict[str, float]] = []
         self.rate = rates.Choice(peak_rate(config), "not chosen yet")
         self.expert: experts.Choice | None = None
-        self.vectors = torch.empty(0)
+        self.vectors, self.classes = torch.empty(0), list[str]()
         self.replayed = self.memory
         self.train_seconds = self.ending_seconds = 0.0  # Of all training; of what methods do at its end.
         self.trainable_parameters = 0
@@ -196,7 +196,7 @@ class Candidate:
                 if parameter.requires_grad and "lora_" not in name:
                     parameter.data = parameter.data.bfloat16()
         if self.expert is not None:
-            experts.keep(self.model, self.expert, self.vectors, self._classes)
+            experts.keep(self.model, self.expert, self.vectors, self.classes)
         self.train_seconds += time.perf_counter() - started
         return self.log
 
@@ -388,9 +388,14 @@ class Candidate:
         """Have the adapter that is taught be that of the expert which the new rows are for."""
         self.vectors = self._about(self.plan.row_ids)
         known = experts.of(self.model)
-        self.expert = experts.choose(known, self.vectors, self._classes)
+        self.classes = [
+            experts.class_of(task, self.examples[id].label if self.metrics[task] == "exact_match" else "")
+            for task, ids in self.plan.rows.items()
+            for id in ids
+        ]
+        self.expert = experts.choose(known, self.vectors, self.classes)
         experts.begin(self.model, self.expert)
-        self.replayed = experts.part(self.memory, self.expert, known, self._classes)
+        self.replayed = experts.part(self.memory, self.expert, known, self.classes)
 
     def _about(self, ids: Sequence[str]) -> torch.Tensor:
         """The features of these rows' prompts, `[rows, size]`."""
@@ -398,15 +403,6 @@ class Candidate:
         settings: dict[str, Any] = {"stop": self.stop, "reading": self.readings.of("reading prompts")}
         with bar("reading prompts", len(prompts), self.quiet) as advance:
             return features(self.model, self.tokenizer, prompts, self.config, advance=advance, **settings)
-
-    @property
-    def _classes(self) -> list[str]:
-        """The class of each new row, as the router knows it."""
-        return [
-            experts.class_of(task, self.examples[id].label if self.metrics[task] == "exact_match" else "")
-            for task, ids in self.plan.rows.items()
-            for id in ids
-        ]
 
     def _learned(self) -> list[Batch]:
         """The new rows, each a batch of its own."""
