@@ -16,8 +16,8 @@ from treering.methods import Methods
 if TYPE_CHECKING:
     from treering.config import Config
 
-LEARNING_RATES = {"lora": 1e-3, "freeze": 2e-4, "full": 5e-5, "adapter": 1e-3, "norm": 3e-3}
-"""Peak rates that `learning_rate: auto` takes."""
+LEARNING_RATES = {"lora": 1e-3, "freeze": 2e-4, "full": 5e-5, "adapter": 1e-3, "norm": 5e-3}
+"""Peak rates that `learning_rate: auto` takes. Those of `adapter` and `norm` are not tuned: see `docs/decisions.md`."""
 
 PASSES, MOST_PASSES, ENOUGH_STEPS = 3, 20, 50
 """What `num_train_epochs: auto` takes: that many passes, or more until the new rows alone make enough steps."""

@@ -61,7 +61,8 @@ def by_hand(placement: str, layer: Any, residual: Tensor) -> Tensor:
 
     def added(part: Any, hidden: Tensor) -> Tensor:
         down, up = part.bottleneck.down, part.bottleneck.up
-        return (hidden @ down.weight.T + down.bias).clamp(min=0) @ up.weight.T + up.bias
+        found: Tensor = (hidden @ down.weight.T + down.bias).clamp(min=0) @ up.weight.T + up.bias
+        return found
 
     read = layer.post_attention_layernorm(residual)
     gate, up = layer.mlp.gate_proj(read), layer.mlp.up_proj(read)
@@ -75,7 +76,8 @@ def test_by_hand(model_folder: Path, placement: str) -> None:
     model = prepared(model_folder, adapter_size=7, adapter_placement=placement).eval()
     for number, weight in enumerate(bottleneck.weights(model).values()):
         weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)) / 8)
-    layer, seen = model.model.layers[0], {}
+    layer = model.model.layers[0]
+    seen: dict[str, Tensor] = {}
     hooks = [
         layer.register_forward_hook(lambda _, given, out: seen.update(read=given[0], made=out)),
         layer.self_attn.o_proj.register_forward_hook(lambda _, given, out: seen.update(attended=out)),
