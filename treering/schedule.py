@@ -16,7 +16,7 @@ from treering.methods import Methods
 if TYPE_CHECKING:
     from treering.config import Config
 
-LEARNING_RATES = {"lora": 1e-3, "freeze": 2e-4, "full": 5e-5, "osf": 5e-5, "adapter": 1e-3, "norm": 3e-3}
+LEARNING_RATES = {"lora": 1e-3, "freeze": 2e-4, "full": 5e-5, "osf": 5e-5, "adapter": 1e-3, "norm": 5e-3}
 """Peak rates that `learning_rate: auto` takes."""
 
 PASSES, MOST_PASSES, ENOUGH_STEPS = 3, 20, 50
