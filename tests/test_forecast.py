@@ -39,7 +39,8 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], None]:
 
 def of_an_update(ws: Workspace) -> dict[str, Any]:
     """The manifest of an update that a process of its own ran, so that its peak of memory is its own."""
-    answer = children.run({"workspace": str(ws.root), "step": "update", "file": None, "careful": False}, lambda: None)
+    order = {"workspace": str(ws.root), "step": "update", "file": None, "careful": False, "ordered": None}
+    answer = children.run(order, lambda: None)
     assert answer.error is None
     return registry.get(ws, answer.value["version"]).manifest
 
