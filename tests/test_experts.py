@@ -231,6 +231,12 @@ def test_what_does_not_go_together(other: dict[str, Any]) -> None:
         Config.build({"adapter_composition": "experts", **other})
 
 
+@pytest.mark.parametrize("policy", ["hard", "forgotten"])
+def test_no_expert_can_say_which_of_all_rows_are_hard(policy: str) -> None:
+    with pytest.raises(ConfigError, match=f"memory.policy is {policy}, which asks one model about all rows"):
+        Config.build({"adapter_composition": "experts", "memory": {"policy": policy}})
+
+
 def test_the_composition_stays(copied: Workspace) -> None:
     ws = copied
     ws.ingest(toy_rows("hats"), task="hats")

@@ -245,7 +245,10 @@ class Candidate:
         if ordered:
             self._order()
         if "distill" in self.config.protect:
-            rows = [self._tokens(id) for id in self.memory.rows if id not in self.memory.teachers]
+            # Of other experts' rows the one that was taught knows nothing.
+            own = {*self.plan.row_ids, *self.replayed.rows}
+            wanted = [id for id in self.memory.rows if id in own and id not in self.memory.teachers]
+            rows = [self._tokens(id) for id in wanted]
             self.memory.teachers |= self._logits(rows, self.config.distill.top_k, "taking logits to remember")
 
     def _order(self) -> None:

@@ -277,6 +277,11 @@ class Config(Section):
                         f"adapter_composition is experts, but {key} is {value}: "
                         f"set {key}: {yaml.safe_dump(needed).split()[0]}, or adapter_composition: continue"
                     )
+            if self.memory.policy in ("hard", "forgotten"):
+                raise ValueError(
+                    f"memory.policy is {self.memory.policy}, which asks one model about all rows, but "
+                    "adapter_composition is experts: set memory.policy: balanced, or adapter_composition: continue"
+                )
         if self.adapter_composition == "stack":
             for key in ("use_dora", "additional_target"):
                 if value := getattr(self, key):
