@@ -304,6 +304,38 @@ def test_what_versions_brought_is_found_again_as_far_as_they_are_there(ws: Works
     assert registry.given_back(Workspace(ws.root)) == {"row of v4"}
 
 
+@pytest.mark.parametrize("left", ["", '{"version": "v2", "rows": ["row of v2"]}\n'])
+def test_what_was_not_noted_is_told_by_the_folders(ws: Workspace, left: str) -> None:
+    chain(ws, 3)
+    ws.rollback("v1")
+    manifest = ws.versions / "v3" / "manifest.json"
+    whole = manifest.read_bytes()
+    manifest.write_text("{")
+    ws.consumed.write_text(left)
+    assert registry.given_back(Workspace(ws.root)) == {"row of v2"}
+    manifest.write_bytes(whole)
+    assert registry.given_back(Workspace(ws.root)) == {"row of v2", "row of v3"}
+
+
+@pytest.mark.parametrize("line", ['{"version": "v1", "rows": "abc"}', '{"version": "v1", "rows": [1]}', "[]"])
+def test_notes_of_another_shape_are_refused(ws: Workspace, line: str) -> None:
+    chain(ws, 1)
+    ws.consumed.write_text(line + "\n")
+    with pytest.raises(VersionError, match=r"consumed\.jsonl, line 1 is damaged"):
+        registry.given_back(ws)
+    ws.consumed.unlink()
+    ws.consumed.mkdir()
+    with pytest.raises(VersionError, match=r"consumed\.jsonl cannot be read .* or remove it"):
+        registry.given_back(ws)
+
+
+def test_a_highest_number_that_is_none_counts_for_nothing(ws: Workspace) -> None:
+    chain(ws, 1)
+    for noted in ("9" * 300, "-5", "x", ""):
+        ws.highest.write_text(noted)
+        assert registry.next_name(ws) == "v2"
+
+
 @pytest.mark.parametrize("line", ["{}", "[]", "5", '{"time": 1, "event": "promote", "version": "../x"}'])
 def test_a_history_of_another_shape_is_refused(ws: Workspace, line: str) -> None:
     ws.history.write_text(line + "\n")

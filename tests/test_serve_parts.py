@@ -113,7 +113,7 @@ def test_a_grammar_is_built_once(tokenizer: Any) -> None:
     first = grammars.of({"enum": ["a"]})
     assert grammars.of({"enum": ["a"]}) is first
     for number in range(KEPT):
-        grammars.of({"enum": [number]})
+        grammars.of({"enum": [number]}).result()
     assert grammars.of({"enum": ["a"]}) is not first
 
 
@@ -122,7 +122,7 @@ def test_a_grammar_is_built_once(tokenizer: Any) -> None:
     [
         ({"const": "\ud800"}, "cannot be followed"),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "nothing fits it"),
-        ({"enum": ["x" * 210_000]}, "210014 characters; 200000 is the most"),
+        ({"enum": ["x" * 60_000]}, "60014 characters; 50000 is the most"),
         ({"type": "integer", "multipleOf": 999983}, "multipleOf asks for 999983; 10000 is the most"),
         ({"type": "number", "multipleOf": 0.00012345}, "multipleOf asks for"),
         ({"allOf": [{"type": "integer", "multipleOf": 997}, {"multipleOf": 991}]}, "asks for 988027"),

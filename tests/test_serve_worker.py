@@ -17,7 +17,7 @@ from treering.errors import ModelError
 from treering.serve.adapters import Adapter
 from treering.serve.batch import Batch
 from treering.serve.engine import BASE, Job
-from treering.serve.grammars import Grammars
+from treering.serve.grammars import MOST_WAITING, Grammars
 from treering.serve.texts import Texts
 from treering.serve.versions import Loaded
 from treering.serve.worker import Worker
@@ -135,6 +135,46 @@ def test_nobody_waits_for_anothers_schema(inside: Inside, monkeypatch: pytest.Mo
     inside.run(2)
     assert inside.text("other") and inside.text("slow") == '"ab"'
     assert not any(event.get("id") == "left" for event in inside.events)
+
+
+def test_schemas_that_nobody_waits_for_are_not_read(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, build, read = threading.Event(), Grammars._build, list[str]()
+
+    def slowly(self: Grammars, text: str) -> Any:
+        read.append(text)
+        assert go_on.wait(60)
+        return build(self, text)
+
+    monkeypatch.setattr(Grammars, "_build", slowly)
+    for number in range(MOST_WAITING + 1):
+        inside.generate(f"schema {number}", json_schema={"enum": [f"{number}"]})
+    inside.generate("other")
+
+    def leave(event: Message) -> None:
+        if event.get("id") == "other" and event.get("finish"):
+            for number in range(1, MOST_WAITING):
+                inside.put(op="cancel", id=f"schema {number}")
+            inside.generate("last", json_schema={"enum": ["ab"]})
+            inside.put(op="ping")
+        if event["event"] == "pong":
+            go_on.set()
+
+    inside.then = leave
+    inside.run(4)
+    assert inside.failure(f"schema {MOST_WAITING}") == (
+        429,
+        f"{MOST_WAITING} other JSON schemas are being read; try again in some seconds",
+    )
+    assert inside.text("last") == '"ab"'
+    assert read == ['{"enum": ["0"]}', '{"enum": ["ab"]}']
+
+
+def test_a_schema_that_is_too_much_fails_and_does_not_end_well(inside: Inside) -> None:
+    wide = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(700)}}
+    inside.generate("wide", json_schema=wide)
+    inside.run(1)
+    assert inside.failure("wide")[0] == 400
+    assert "cannot be followed: " in inside.failure("wide")[1]
 
 
 def test_a_request_breaks_only_itself(inside: Inside) -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,6 +46,7 @@ BOTTLENECK_FILES = ("bottleneck.json", "bottleneck.safetensors")
 """What a version of bottleneck adapters has (`treering/bottleneck.py`), where others have PEFT's files."""
 
 _NAME = re.compile(r"v[1-9][0-9]*")
+_NUMBER = re.compile(rb"[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True)
@@ -340,9 +341,10 @@ def _newest(ws: Workspace) -> int:
 def _highest(ws: Workspace) -> int:
     """The highest number that was noted; 0 if none was, or if it cannot be read."""
     try:
-        return int(ws.highest.read_bytes())
-    except (OSError, ValueError):
+        noted = ws.highest.read_bytes().strip()
+    except OSError:
         return 0
+    return int(noted) if _NUMBER.fullmatch(noted) else 0
 
 
 def _note_highest(ws: Workspace) -> None:
@@ -355,7 +357,7 @@ def _note_highest(ws: Workspace) -> None:
 
 def _note_rows(ws: Workspace, version: Version) -> None:
     """Note what `version` brings before it becomes current; it counts once `history.jsonl` says that it did."""
-    new = _brought(version) - _once_consumed(ws)
+    new = _brought(version) - _noted(ws)
     if new:
         append_line(ws.consumed, {"version": version.name, "rows": sorted(new)})
 
@@ -378,20 +380,42 @@ def _note_rows_anew(ws: Workspace, once: set[str]) -> None:
 
 
 def _once_consumed(ws: Workspace) -> set[str]:
-    """Ids of the rows, to train on and held out, of every version that was current once."""
+    """Ids of the rows, to train on and held out, of every version that was current once.
+
+    Those noted, and those of the folders that are there: a note may be older than they are, or lost.
+    """
     once = {event["version"] for event in history(ws)}
-    found: set[str] = set()
-    for number, line in whole_lines(ws.consumed):
-        try:
-            noted = json.loads(line)
-            if noted["version"] in once:
-                found.update(noted["rows"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise VersionError(
-                f"{ws.consumed}, line {number} is damaged; restore the file from a backup, or remove it: it is made "
-                "anew of the versions that are there"
-            ) from None
+    found = _noted(ws, once)
+    for version in versions(ws):
+        if version.name in once:
+            with suppress(VersionError):
+                found |= _brought(version)
     return found
+
+
+def _noted(ws: Workspace, of: Set[str | None] | None = None) -> set[str]:
+    """Ids of the rows that `consumed.jsonl` has: of all versions, or of those named."""
+    found: set[str] = set()
+    anew = "restore the file from a backup, or remove it: it is made anew of the versions that are there"
+    try:
+        lines = list(whole_lines(ws.consumed))
+    except OSError as error:
+        raise VersionError(f"{ws.consumed} cannot be read ({error.strerror}); {anew}") from None
+    for number, line in lines:
+        try:
+            name, rows = _note(json.loads(line))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise VersionError(f"{ws.consumed}, line {number} is damaged; {anew}") from None
+        if of is None or name in of:
+            found.update(rows)
+    return found
+
+
+def _note(line: dict[str, Any]) -> tuple[str, list[str]]:
+    name, rows = line["version"], line["rows"]
+    if not isinstance(rows, list) or not all(isinstance(row, str) for row in rows):
+        raise TypeError(rows)
+    return name, rows
 
 
 def _promoted(ws: Workspace) -> list[str]:

@@ -22,8 +22,11 @@ SPACE = "[ ]?"
 KEPT = 16
 """Grammars that are kept for the next request, or the next choice of the same."""
 
-LARGEST = 200_000
+LARGEST = 50_000
 """Characters of a schema. Reading it takes time and memory that grow with them."""
+
+MOST_WAITING = 8
+"""Grammars that wait for their turn, for all clients together."""
 
 MOST_STATES = 10_000
 """A number that is to be a multiple of another is read by an automaton with as many states as that other has units."""
@@ -45,11 +48,22 @@ class Grammars:
             raise _refused(str(error)) from None
         if text not in self._built:
             _check(schema, text)
+            if sum(not built.done() for built in self._built.values()) >= MOST_WAITING:
+                raise EngineError(
+                    f"{MOST_WAITING} other JSON schemas are being read; try again in some seconds",
+                    status=429,
+                    code="too_many_schemas",
+                )
             self._built[text] = self._thread.submit(self._build, text)
             while len(self._built) > KEPT:
                 self._built.popitem(last=False)
         self._built.move_to_end(text)
         return self._built[text]
+
+    def drop(self, building: Future[llguidance.LLMatcher]) -> None:
+        """Nobody waits for it any more: it is not begun, unless it was."""
+        if building.cancel():
+            self._built = OrderedDict((text, built) for text, built in self._built.items() if built is not building)
 
     @cached_property
     def _tokens(self) -> llguidance.LLTokenizer:

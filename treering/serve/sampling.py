@@ -54,8 +54,11 @@ class Sampler:
 
     @property
     def ended(self) -> bool:
-        """Whether the grammar allows nothing more."""
-        return self._matcher is not None and self._matcher.is_stopped()
+        """Whether the grammar allows nothing more. Raises `EngineError` where it is too much to follow."""
+        if self._matcher is None or not self._matcher.is_stopped():
+            return False
+        self._check()
+        return True
 
     def choose(self, logits: Tensor) -> tuple[int, Token | None]:
         """The next token's id, and its log-probabilities if asked; `logits` is `[vocabulary]`, float32.
@@ -93,7 +96,9 @@ class Sampler:
                     self._shift[id] = bias
             scores = scores + self._shift
         if self._matcher is not None:
-            allowed = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+            mask = self._matcher.compute_bitmask()
+            self._check()
+            allowed = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
             allowed.resize(len(scores))  # The mask ends with a whole byte, the vocabulary where it likes.
             scores = scores.masked_fill(torch.from_numpy(allowed) == 0, -math.inf)
         return scores
@@ -110,6 +115,16 @@ class Sampler:
             self._chosen.add(chosen)
         if self._matcher is not None:
             self._matcher.consume_token(chosen)
+            self._check()
+
+    def _check(self) -> None:
+        """Raise `EngineError` where the grammar has failed: limits of its own are met only as it goes on."""
+        if self._matcher is not None and self._matcher.is_error():
+            raise EngineError(
+                f"this JSON schema cannot be followed: {self._matcher.get_error()}",
+                status=400,
+                code="invalid_json_schema",
+            )
 
     def _probabilities(self, scores: Tensor) -> Tensor:
         """Softmax at the temperature, cut to the smallest set of tokens that holds `top_p` of it."""

@@ -20,7 +20,7 @@ from treering.serve.batch import Batch
 from treering.serve.engine import BASE
 
 
-@dataclass
+@dataclass(eq=False)
 class Home:
     """Where a version runs: a batch, and its slot there, or those of its experts and who says which of them answers."""
 

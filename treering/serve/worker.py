@@ -85,6 +85,7 @@ class Worker:
         self._grammars = Grammars(self._tokenizer, self._vocabulary)
         self._drafts: deque[tuple[Job, Future[llguidance.LLMatcher]]] = deque()
         self._waiting: deque[tuple[str, Answer]] = deque()
+        self._routed: tuple[Home | None, list[int], int] = None, [], 0
         self._texts: deque[Texts] = deque()
         self._ends = self._end_tokens(model)
 
@@ -205,13 +206,14 @@ class Worker:
 
     def _share(self) -> int:
         """How many tokens may be read now, by which the answers under way wait."""
-        return self._slice if any(batch.running for batch in self._loaded.batches()) else ALONE * self._slice
+        return self._slice if self._busy else ALONE * self._slice
 
     def _admit(self) -> None:
         """Let waiting answers join, as many as the batch holds: those together whose prompts make one slice."""
         room = self._config.serve.max_batch_size - sum(len(batch.rows) for batch in self._loaded.batches())
         groups: list[tuple[Batch[Answer], list[Row[Answer]]]] = []
         unread: dict[int, int] = {}
+        routed = False
         for version, answer in sorted(self._waiting, key=lambda pair: pair[1].job.background):
             home = self._loaded.home(version)
             if home is None:
@@ -219,6 +221,10 @@ class Worker:
                 continue
             if room < 1:
                 break
+            if home.router is not None and (home, answer.prompt) != self._routed[:2]:
+                if routed and self._busy:
+                    continue  # It takes a pass, for which the answers under way wait: one at a time.
+                routed = True
             room -= 1
             self._waiting.remove((version, answer))
             row = None
@@ -241,10 +247,18 @@ class Worker:
                 self._give_up(rows, error)
 
     def _slot(self, home: Home, answer: Answer) -> int:
-        """Where `answer` is written."""
+        """Where `answer` is written. Those to one request come one after the other, and go to the same."""
         if home.router is None:
             return home.slot
-        return home.slot_of(answer.prompt, self._prompts.question(answer.job), self._config)
+        if (home, answer.prompt) != self._routed[:2]:
+            found = home.slot_of(answer.prompt, self._prompts.question(answer.job), self._config)
+            self._routed = home, answer.prompt, found
+        return self._routed[2]
+
+    @property
+    def _busy(self) -> bool:
+        """Whether answers are under way."""
+        return any(batch.running for batch in self._loaded.batches())
 
     def _join(self, batch: Batch[Answer], rows: list[Row[Answer]]) -> None:
         try:
@@ -333,7 +347,11 @@ class Worker:
         )
 
     def _cancel(self, id: str) -> None:
+        left = [building for job, building in self._drafts if job.id == id]
         self._drafts = deque(draft for draft in self._drafts if draft[0].id != id)
+        for building in left:
+            if all(other is not building for _, other in self._drafts):
+                self._grammars.drop(building)
         self._waiting = deque(pair for pair in self._waiting if pair[1].job.id != id)
         self._texts = deque(texts for texts in self._texts if texts.id != id)
         for batch in self._loaded.batches():
