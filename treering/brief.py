@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from treering.checkpoints import random_state, set_random_state
+from treering.methods import trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +38,7 @@ def short(config: Config) -> Config:
 def undone(model: PreTrainedModel) -> Iterator[None]:
     """What is learned inside is forgotten: weights, torch's random state and the mode are then as they were."""
     random_before, training = random_state(), model.training
-    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    learned = trained(model)
     start = {name: weight.detach().to("cpu", copy=True) for name, weight in learned.items()}
     try:
         yield

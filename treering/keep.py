@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -46,8 +48,7 @@ def hardest(losses: Sequence[float]) -> list[int]:
     Hard rows are worth keeping, but the hardest are often mislabelled: wrong labels are found by low confidence
     (Northcutt et al. 2021, arXiv:1911.00068).
     """
-    ranked = sorted(losses)
-    lower, upper = _quantile(ranked, 0.25), _quantile(ranked, 0.75)
+    lower, upper = np.quantile(losses, [0.25, 0.75])
     fence = upper + FENCE * (upper - lower)
     return sorted(range(len(losses)), key=lambda at: (losses[at] > fence, -losses[at]))
 
@@ -85,11 +86,3 @@ def herded(features: Tensor, stands_for: Sequence[float], count: int) -> list[in
         left[at] = False
         taken += unit[at]
     return [*order, *(at for at in range(len(unit)) if left[at])]
-
-
-def _quantile(ranked: Sequence[float], share: float) -> float:
-    """Between the two values of `ranked` (ascending) that are nearest to it, linearly."""
-    place = share * (len(ranked) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(ranked) - 1)
-    return ranked[below] + (place - below) * (ranked[above] - ranked[below])

@@ -6,18 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from treering.errors import ConfigError
+from treering.methods import trained
 from treering.sharding import parted, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def learning(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that learn, by name."""
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 class Anchor:
@@ -28,7 +24,7 @@ class Anchor:
     """
 
     def __init__(self, model: PreTrainedModel, importance: Mapping[str, Tensor] | None, method: str) -> None:
-        learns = learning(model)
+        learns = trained(model)
         self.start = {name: weight.detach().clone() for name, weight in learns.items()}
         self.importance = None if importance is None else dict(importance)
         for name, known in (importance or {}).items():
@@ -48,7 +44,7 @@ class Anchor:
         LoRA's A and B are numbers like others here: each is drawn to what it was, not their product.
         """
         parts = []
-        for name, weight in learning(model).items():
+        for name, weight in trained(model).items():
             if self.importance is not None and name not in self.importance:
                 continue
             # Once the weights are in shards, so is what belongs to them.

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from treering.config import Config
-from treering.methods.anchor import Anchor, learning
+from treering.methods import trained
+from treering.methods.anchor import Anchor
 from treering.model import compute, logits_at, use_bf16
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class EWC:
 
     def _fisher(self, model: PreTrainedModel, rows: Sequence[Batch]) -> dict[str, Tensor]:
         """The sum over `rows`, each a batch, of the squared gradient of its loss."""
-        learns, training = learning(model), model.training
+        learns, training = trained(model), model.training
         found = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in learns.items()}
         bf16 = use_bf16(self.config)[0]
         model.eval()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from treering.config import Config
-from treering.methods.anchor import Anchor, learning
+from treering.methods import trained
+from treering.methods.anchor import Anchor
 from treering.sharding import parted
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class SI:
         """The term, a scalar, or None where nothing is known to be of importance."""
         self._before = {
             name: (weight.detach().clone(), weight.grad.detach().clone())
-            for name, weight in learning(model).items()
+            for name, weight in trained(model).items()
             if weight.grad is not None
         }
         pull = self.anchor.pull(model)
@@ -62,7 +63,7 @@ class SI:
     @torch.no_grad()
     def after_step(self, model: PreTrainedModel) -> None:
         """Add what the step has gained by each weight."""
-        for name, weight in learning(model).items():
+        for name, weight in trained(model).items():
             if name in self._before:
                 before, gradient = self._before.pop(name)
                 self.running[name] = parted(self.running[name], weight).addcmul_(gradient, before - weight)
@@ -71,7 +72,7 @@ class SI:
     def after_training(self, model: PreTrainedModel, measure: Callable[[], Losses]) -> None:
         """Take stock now, while the weights are those that learned: they may be saved in fewer bits."""
         self.found = dict(self.anchor.importance or {})
-        ways = {name: weight - self.anchor.start[name] for name, weight in learning(model).items()}
+        ways = {name: weight - self.anchor.start[name] for name, weight in trained(model).items()}
         total = sum(float(way.square().sum(dtype=torch.float64)) for way in ways.values())
         damping = DAMPING * total / max(1, sum(way.numel() for way in ways.values()))
         for name, way in ways.items() if damping else ():

@@ -45,7 +45,7 @@ class Grammars:
         try:
             text = json.dumps(schema)
         except (ValueError, RecursionError) as error:
-            raise _refused(str(error)) from None
+            raise refused(str(error)) from None
         if text not in self._built:
             _check(schema, text)
             if sum(not built.done() for built in self._built.values()) >= MOST_WAITING:
@@ -82,22 +82,22 @@ class Grammars:
         except Exception as error:  # Schemas are the client's, and may be anything.
             reason = str(error) or type(error).__name__
         if reason:
-            raise _refused(reason)
+            raise refused(reason)
         return matcher
 
 
 def _check(schema: Any, text: str) -> None:
     """Refuse what would take too long: once begun, it cannot be ended."""
     if len(text) > LARGEST:
-        raise _refused(f"it has {len(text)} characters; {LARGEST} is the most")
+        raise refused(f"it has {len(text)} characters; {LARGEST} is the most")
     try:
         found = list(_multiples(schema))
     except RecursionError:
-        raise _refused("it is nested too deeply") from None
+        raise refused("it is nested too deeply") from None
     # Several on one number are one automaton with the product of their states.
     states = math.prod(found) if '"allOf"' in text or '"$ref"' in text else max(found, default=1)
     if states > MOST_STATES:
-        raise _refused(f"multipleOf asks for {states}; {MOST_STATES} is the most, all together where they are joined")
+        raise refused(f"multipleOf asks for {states}; {MOST_STATES} is the most, all together where they are joined")
 
 
 def _multiples(schema: Any) -> Iterator[int]:
@@ -110,5 +110,6 @@ def _multiples(schema: Any) -> Iterator[int]:
         yield from _multiples(inner)
 
 
-def _refused(reason: str) -> EngineError:
+def refused(reason: str) -> EngineError:
+    """What the client is told of a schema that cannot be followed."""
     return EngineError(f"this JSON schema cannot be followed: {reason}", status=400, code="invalid_json_schema")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from treering.serve.engine import EngineError, Job, Token
+from treering.serve.grammars import refused
 from treering.serve.tokens import name_of
 
 MOST_BIASES = 300
@@ -120,11 +121,7 @@ class Sampler:
     def _check(self) -> None:
         """Raise `EngineError` where the grammar has failed: limits of its own are met only as it goes on."""
         if self._matcher is not None and self._matcher.is_error():
-            raise EngineError(
-                f"this JSON schema cannot be followed: {self._matcher.get_error()}",
-                status=400,
-                code="invalid_json_schema",
-            )
+            raise refused(self._matcher.get_error())
 
     def _probabilities(self, scores: Tensor) -> Tensor:
         """Softmax at the temperature, cut to the smallest set of tokens that holds `top_p` of it."""

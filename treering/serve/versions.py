@@ -29,11 +29,9 @@ class Home:
     experts: dict[str, int] = field(default_factory=dict)
     router: Router | None = None
 
-    def slot_of(self, prompt: Sequence[int], question: int, config: Config) -> int:
-        """Where `prompt` is answered, whose last turn begins at `question`: by the base model, if it is unlike all."""
-        if self.router is None:
-            return self.slot
-        assert self.batch.slots is not None
+    def routed(self, prompt: Sequence[int], question: int, config: Config) -> int:
+        """The slot of the expert for `prompt`, whose last turn begins at `question`; 0 if it is unlike all."""
+        assert self.router is not None and self.batch.slots is not None
         self.batch.slots.use([0])
         [expert] = self.router.route(vectors(self.batch.model, [(prompt, question)], config))
         return self.experts[expert] if expert else 0

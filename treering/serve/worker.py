@@ -221,7 +221,7 @@ class Worker:
                 continue
             if room < 1:
                 break
-            if home.router is not None and (home, answer.prompt) != self._routed[:2]:
+            if self._to_route(home, answer):
                 if routed and self._busy:
                     continue  # It takes a pass, for which the answers under way wait: one at a time.
                 routed = True
@@ -248,12 +248,14 @@ class Worker:
 
     def _slot(self, home: Home, answer: Answer) -> int:
         """Where `answer` is written. Those to one request come one after the other, and go to the same."""
-        if home.router is None:
-            return home.slot
-        if (home, answer.prompt) != self._routed[:2]:
-            found = home.slot_of(answer.prompt, self._prompts.question(answer.job), self._config)
+        if self._to_route(home, answer):
+            found = home.routed(answer.prompt, self._prompts.question(answer.job), self._config)
             self._routed = home, answer.prompt, found
-        return self._routed[2]
+        return home.slot if home.router is None else self._routed[2]
+
+    def _to_route(self, home: Home, answer: Answer) -> bool:
+        """Whether it takes a pass to know who answers."""
+        return home.router is not None and (home, answer.prompt) != self._routed[:2]
 
     @property
     def _busy(self) -> bool:
