@@ -29,7 +29,7 @@ from treering.automate.state import FILE, State
 from treering.cli import run
 from treering.errors import ConfigError, LockError, TreeringError, VersionError
 from treering.gate import Judgement, Verdict
-from treering.schedule import peak_rate
+from treering.schedule import LEARNING_RATES
 from treering.testing import toy_rows
 from treering.train import train
 
@@ -473,12 +473,12 @@ class Forgetful:
 
     def __init__(self, ws: Workspace, monkeypatch: pytest.MonkeyPatch, *, ever: bool = True) -> None:
         self.ws, self._ever = ws, ever
-        self._rate = peak_rate(ws.config())
+        self._rate = LEARNING_RATES["lora"]
         self.rates: list[float] = []
 
         def noted(*given: Any, **options: Any) -> Any:
             config = given[4]
-            self.rates.append(peak_rate(config) / self._rate)
+            self.rates.append(config.learning_rate / self._rate)
             self._careful = config.memory.replay_share > ws.config().memory.replay_share
             return train(*given, **options)
 

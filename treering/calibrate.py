@@ -130,9 +130,10 @@ def typical_steps(steps: Sequence[Step], tokens: Mapping[str, int]) -> list[Step
 def _trying(candidate: Candidate) -> float:
     """Seconds of a rate in the range test; 0 if there will be none."""
     sample = rates.Sample.drawn(candidate.new, candidate.replayed, candidate.config)
-    if rates.given(candidate.config, sample, candidate.steps) is not None:
+    rate = peak_rate(candidate.config, candidate.model)
+    if rates.given(candidate.config, rate, sample, candidate.steps) is not None:
         return 0.0
-    return _timed(lambda: candidate.range_test(sample).after(peak_rate(candidate.config)))[1]
+    return _timed(lambda: candidate.range_test(sample).after(rate))[1]
 
 
 def _looks(candidate: Candidate, steps: int) -> tuple[int, float]:

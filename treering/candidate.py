@@ -99,7 +99,7 @@ class Candidate:
         self.mix: mix.Mix | None = None
         self.steps: list[Step] = []
         self.log: list[dict[str, float]] = []
-        self.rate = rates.Choice(peak_rate(config), "not chosen yet")
+        self.rate = rates.Choice(peak_rate(config, self.model), "not chosen yet")
         self.expert: experts.Choice | None = None
         self.vectors, self.classes = torch.empty(0), list[str]()
         self.replayed = self.memory
@@ -136,7 +136,7 @@ class Candidate:
     def choose_rate(self) -> None:
         """Settle the learning rate: as set, as an earlier run of this update chose it, or by a range test now."""
         sample = rates.Sample.drawn(self.new, self.replayed, self.config)
-        found = rates.given(self.config, sample, self.steps) or rates.saved(self.staging)
+        found = rates.given(self.config, self.rate.value, sample, self.steps) or rates.saved(self.staging)
         if found is None:
             with bar("trying learning rates", rates.RATES, self.quiet) as advance:
                 found = self.range_test(sample).choose(advance)

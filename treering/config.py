@@ -124,8 +124,8 @@ class Config(Section):
 
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak rate; `auto`: what a range test on the update's own rows and its memory finds best, or the default of the
-    `finetuning_type` (lora 1e-3, adapter 1e-3, norm 5e-3, freeze 2e-4, full and osf 5e-5) where the update is too
-    short to repay one."""
+    `finetuning_type` (lora 3e-3, or 1.728 over the hidden size where that is more than 576; adapter 1e-3, norm 5e-3,
+    freeze 2e-4, full and osf 5e-5) where the update is too short to repay one."""
 
     num_train_epochs: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Passes over the new rows; `auto`: 3, and with few rows as many as make 50 optimiser steps of them, 20 at most."""

@@ -1,14 +1,16 @@
 """What the base model makes of a prompt: one vector, the same whatever was learned since.
 
-It is the mean of the hidden states at the middle layer over the tokens of the last question and of what follows it, up
-to the answer. Middle layers tell texts apart better than the last, which is busy with the next token; and the tokens
-before, which a task's rows have in common (a system turn), take part only in what the others make of them.
+It is the mean of the hidden states over the tokens of the last question and of what follows it, up to the answer, at a
+quarter and at half of the layers, each brought to a mean square of one. Middle layers tell texts apart better than the
+last, which is busy with the next token, and the earlier ones know more of the words. The tokens before, which a task's
+rows have in common (a system turn), take part only in what the others make of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 LONGEST = 512
 """Tokens of a prompt that are read, the last ones."""
 
+LARGEST = 2048
+"""Numbers of a vector; what wide models have more is folded in."""
+
 
 def features(
     model: PreTrainedModel,
@@ -40,7 +45,7 @@ def features(
     stop: Stop | None = None,
     reading: Reading | None = None,
 ) -> Tensor:
-    """Of each prompt the vector that `model` makes of it without its adapter, float32 `[prompts, hidden size]`.
+    """Of each prompt the vector that `model` makes of it without its adapter, float32 `[prompts, numbers]`.
 
     Raises `UpdateInterruptedError` when `stop` was asked.
     """
@@ -74,50 +79,73 @@ def vectors(
     """As `features`, of prompts given as their tokens and the place where the last turn begins (`last_turn`)."""
     rows = [ids[-LONGEST:] for ids, _ in asked]
     starts = [max(0, start - max(0, len(ids) - LONGEST)) for ids, start in asked]
-    layers = decoder_layers(model)
-    middle = layers[len(layers) // 2 - 1]
+    layers = _layers(model)
 
     @torch.no_grad()
     def one(part: Sequence[int]) -> list[Tensor]:
         inputs = pad([rows[at] for at in part], 0)
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         with compute(use_bf16(config)[0], model.device):
-            hidden = _hidden(model, inputs).float()
-        return [hidden[at, starts[row] : len(rows[row])].mean(0).cpu() for at, row in enumerate(part)]
+            hidden = [states.float() for states in read(inputs)]
+        spans = [slice(starts[row], len(rows[row])) for row in part]
+        return [_folded(_even([states[at, span].mean(0) for states in hidden])) for at, span in enumerate(spans)]
 
-    with _as_base(model), _ending_at(middle):
+    with _as_base(model), _read(layers, model) as read:
         found = in_parts(model, rows, one, config, advance, stop, reading)
-    return torch.stack(found) if found else torch.empty(0, model.config.get_text_config().hidden_size)
+    size = len(layers) * model.config.get_text_config().hidden_size
+    return torch.stack(found) if found else torch.empty(0, min(size, LARGEST))
+
+
+def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Those that are read, in the order they are passed."""
+    layers = decoder_layers(model)
+    return [layers[at - 1] for at in sorted({max(1, len(layers) // 4), max(1, len(layers) // 2)})]
+
+
+def _even(means: Sequence[Tensor]) -> Tensor:
+    """One vector of several, none of them louder than another."""
+    return torch.cat([mean / mean.square().mean().sqrt().clamp_min(1e-12) for mean in means]).cpu()
+
+
+def _folded(vector: Tensor) -> Tensor:
+    """At most `LARGEST` numbers: each place is added, with a sign, to one drawn for it (Weinberger et al. 2009).
+
+    Products of vectors stay the same on average, and what is kept of all rows does not grow with the model's width.
+    """
+    if len(vector) <= LARGEST:
+        return vector
+    draw = torch.Generator().manual_seed(0)
+    places = torch.randint(LARGEST, (len(vector),), generator=draw)
+    signs = torch.randint(2, (len(vector),), generator=draw) * 2.0 - 1.0
+    return torch.zeros(LARGEST).index_add(0, places, vector * signs)
 
 
 class _Reached(Exception):  # noqa: N818
-    """The layer that is wanted was computed; those above are not."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
-
-
-def _hidden(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """What the layer that ends the pass gives, `[rows, length, hidden size]`."""
-    try:
-        cast(Any, model)(**inputs, use_cache=False)
-    except _Reached as reached:
-        return reached.hidden
-    raise AssertionError("no layer ended the pass")
+    """The last layer that is wanted was computed; those above are not."""
 
 
 @contextmanager
-def _ending_at(layer: nn.Module) -> Iterator[None]:
-    """Passes end there."""
+def _read(layers: Sequence[nn.Module], model: PreTrainedModel) -> Iterator[Callable[[dict[str, Tensor]], list[Tensor]]]:
+    """Gives what each of `layers` makes of inputs, `[rows, length, hidden size]`; a pass ends at the last."""
+    passing = threading.local()  # Several threads pass at a time.
 
     def reached(_: nn.Module, __: Any, output: Any) -> None:
-        raise _Reached(output[0] if isinstance(output, tuple) else output)
+        passing.states.append(output[0] if isinstance(output, tuple) else output)
+        if len(passing.states) == len(layers):
+            raise _Reached
 
-    handle = layer.register_forward_hook(reached)
+    def states(inputs: dict[str, Tensor]) -> list[Tensor]:
+        passing.states = []
+        with suppress(_Reached):
+            cast(Any, model)(**inputs, use_cache=False)
+        return cast(list[Tensor], passing.states)
+
+    handles = [layer.register_forward_hook(reached) for layer in layers]
     try:
-        yield
+        yield states
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def interference(
     try:
         with undone(model):
             # The methods may count what they see.
-            rate = brief.model_copy(update={"learning_rate": peak_rate(config)})
+            rate = brief.model_copy(update={"learning_rate": peak_rate(config, model)})
             train(model, rows, steps, copy.deepcopy(methods), rate, pad_id=pad_id, stop=stop, quiet=True)
             after = losses(model, learned, config, pad_id, stop)
     except (LossError, HalfStepError) as error:

@@ -40,7 +40,7 @@ FILE = "rates.json"
 MEASURED, LEAST = 24, 8
 """New rows that are measured, and remembered ones; with fewer new ones than the second there is no test."""
 
-RATES, UP = 4, 2
+RATES, UP = 4, 1
 """Rates that are tried at most, and how many above the default: a few steps favour high rates, more so where there is
 nothing to forget."""
 
@@ -104,9 +104,8 @@ class Sample:
         return RATES * STEPS * ROWS + (RATES + 1) * READING * (len(self.new_measured) + len(self.old_measured))
 
 
-def given(config: Config, sample: Sample, steps: Sequence[Step]) -> Choice | None:
-    """The rate where there is nothing to test: it is set, or a test would cost too much beside `steps`; else None."""
-    rate = peak_rate(config)
+def given(config: Config, rate: float, sample: Sample, steps: Sequence[Step]) -> Choice | None:
+    """`rate` where there is nothing to test: it is set, or a test would cost too much beside `steps`; else None."""
     if config.learning_rate != "auto":
         return Choice(rate, "as set")
     default = f"default for {config.finetuning_type}"
@@ -160,7 +159,7 @@ class RangeTest:
             advance(1)
             return gained(before, tried[-1].losses)
 
-        rate = search(peak_rate(self._config), gain)
+        rate = search(peak_rate(self._config, self._model), gain)
         return Choice(rate, self._reason(rate, before, tried), before, tuple(tried), time.perf_counter() - started)
 
     def measure(self) -> Losses:

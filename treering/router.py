@@ -21,7 +21,7 @@ from treering.files import write_file, write_json
 
 FILE, SUMS = "router.json", "router.safetensors"
 
-SHRINKAGE = 0.05
+SHRINKAGE = 0.2
 """Share of the covariance that is taken as the same in all directions (Ledoit and Wolf 2004)."""
 
 FOLDS = 5
@@ -30,7 +30,7 @@ FOLDS = 5
 _OTHERS = ""
 """Whose classes those others are meanwhile."""
 
-FAR = 2.5
+FAR = 3.0
 """Standard deviations above the mean distance of known rows from which on a prompt gets no expert."""
 
 NOVEL = 0.8

@@ -14,10 +14,15 @@ from treering.memory import Memory, evenly
 from treering.methods import Methods
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
     from treering.config import Config
 
-LEARNING_RATES = {"lora": 1e-3, "freeze": 2e-4, "full": 5e-5, "osf": 5e-5, "adapter": 1e-3, "norm": 5e-3}
-"""Peak rates that `learning_rate: auto` takes."""
+LEARNING_RATES = {"lora": 3e-3, "freeze": 2e-4, "full": 5e-5, "osf": 5e-5, "adapter": 1e-3, "norm": 5e-3}
+"""Peak rates that `learning_rate: auto` begins from; that of LoRA is for models up to `WIDTH` wide."""
+
+WIDTH = 576
+"""Hidden size above which LoRA's rate falls as one over it, as with muP (Yang et al. 2022, arXiv:2203.03466)."""
 
 PASSES, MOST_PASSES, ENOUGH_STEPS = 3, 20, 50
 """What `num_train_epochs: auto` takes: that many passes, or more until the new rows alone make enough steps."""
@@ -26,9 +31,17 @@ BATCHES_SORTED_TOGETHER = 8
 """Rows of so many batches are sorted by length together: little padding, and still a random mix of rows."""
 
 
-def peak_rate(config: Config) -> float:
-    """The peak learning rate: as set, or the default of the `finetuning_type`."""
-    return LEARNING_RATES[config.finetuning_type] if config.learning_rate == "auto" else config.learning_rate
+def default_rate(finetuning_type: str, base: PreTrainedConfig) -> float:
+    """The peak rate that a `finetuning_type` begins from on the model `base`."""
+    width = base.get_text_config().hidden_size if finetuning_type == "lora" else WIDTH
+    return LEARNING_RATES[finetuning_type] * min(1.0, WIDTH / width)
+
+
+def peak_rate(config: Config, model: PreTrainedModel) -> float:
+    """The peak learning rate: as set, or the default for what learns and for `model`."""
+    if config.learning_rate != "auto":
+        return config.learning_rate
+    return default_rate(config.finetuning_type, model.config)
 
 
 def passes(config: Config, new: int) -> float:

@@ -91,7 +91,7 @@ def train(
     ranks = Ranks(accelerator)
     _made_ready(model, config, accelerator)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = optimizers.optimizer(config, model, peak_rate(config))
+    optimizer = optimizers.optimizer(config, model, peak := peak_rate(config, model))
     share = rate_schedule(config, len(steps))
     parts = shares.count(config, accelerator.device)
     collate = partial(make_batch, pad_id=pad_id, device=accelerator.device, teachers=teachers, parents=parents)
@@ -128,10 +128,10 @@ def train(
                     entry = {"step": float(step), **summed, **_penalized(methods, model, weights)}
                     entry["grad_norm"] = sharding.clipped(weights, config.max_grad_norm)
                     check_loss(entry, log, model.get_output_embeddings().weight.shape[0])
-                    entry["lr"] = peak_rate(config) * share(step - 1) * recovery.rate
+                    entry["lr"] = peak * share(step - 1) * recovery.rate
                     _take(model, optimizer, methods, entry["lr"], ranks)
             except Exception as error:
-                log = _after(error, pieces, log, kept, recovery, config, partial(_loss_alone, losses_of, collate))
+                log = _after(error, pieces, log, kept, recovery, config, peak, partial(_loss_alone, losses_of, collate))
                 advance(len(log) - step + 1)
                 continue
             seconds = time.perf_counter() - started
@@ -220,11 +220,13 @@ def _after(
     kept: Checkpoints,
     recovery: Recovery,
     config: Config,
+    peak: float,
     loss_alone: Callable[[Tokens], float],
 ) -> Log:
     """What to go on from once the step after `log`, computed in `pieces`, has failed with `error`.
 
-    Raises `error` itself where it is none of those that training survives, and else as `train` does.
+    `peak` is the rate without what was taken off it. Raises `error` itself where it is none of those that training
+    survives, and else as `train` does.
     """
     step = len(log) + 1
     if isinstance(error, UpdateInterruptedError):
@@ -247,7 +249,7 @@ def _after(
         raise LossError(
             f"{error} at step {step}, after {len(recovery.retries)} retries at lower rates (max_loss_retries is "
             f"{config.max_loss_retries}; a first step has none). Set a learning_rate below "
-            f"{peak_rate(config) * recovery.rate:g}, or see to the rows of the step; {worst(losses)}"
+            f"{peak * recovery.rate:g}, or see to the rows of the step; {worst(losses)}"
         ) from None
     raise error
 

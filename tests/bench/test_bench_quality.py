@@ -246,7 +246,7 @@ def test_a_rate_that_fails_is_out(bench: Callable[..., Bench], tmp_path: Path, m
     monkeypatch.setattr(tuning, "FACTORS", (1.0, 4.0))
     bad, draw = 2e-3, bench().stream.draw(42)
     (entry,) = parse("naive-tuned")
-    assert tuning.tune(entry, draw, lambda one: bench().settings(one, 42), tmp_path)["rate"] == 1e-3
+    assert tuning.tune(entry, draw, lambda one: bench().settings(one, 42), tmp_path)["rate"] == 3e-3
     bad = 0.0
     with pytest.raises(TreeringError, match="failed at every rate"):
         tuning.tune(entry, draw, lambda one: bench().settings(one, 42), tmp_path)

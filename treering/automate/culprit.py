@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from treering import registry
-from treering.schedule import peak_rate
 
 if TYPE_CHECKING:
     from treering.registry import Version
@@ -34,9 +33,10 @@ def careful(ws: Workspace, file: str) -> list[str]:
     """Settings that protect more than when `file` was held: half the rate, and half as many new rows among old ones."""
     config = ws.config()
     held = next((v for v in reversed(registry.readable(ws)) if not v.promote and files(ws, v) == [file]), None)
-    rate = held.manifest["choices"]["learning_rate"]["value"] if held else peak_rate(config)
+    rate = held.manifest["choices"]["learning_rate"]["value"] if held else config.learning_rate
     share = (1 + config.memory.replay_share) / 2
-    return [f"learning_rate={rate / 2!r}", f"memory.replay_share={share!r}"]
+    slower = [f"learning_rate={rate / 2!r}"] if rate != "auto" else []
+    return [*slower, f"memory.replay_share={share!r}"]
 
 
 def files(ws: Workspace, version: Version) -> list[str]:

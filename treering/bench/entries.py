@@ -60,14 +60,23 @@ class Entry:
         A rate that nobody names is the default of the `finetuning_type`, so that nothing but a `tuned` rate is chosen
         by what came out. Raises `ConfigError`.
         """
-        from treering.schedule import LEARNING_RATES
-
         given = [*overrides, *self.overrides]
         if self.tuned:
             given = [text for text in given if not text.startswith("learning_rate=")]
         config = Config.build(dict(common), given, source=f"method {self.name}")
         found = config.model_dump(mode="json", exclude_unset=True)
-        return {"learning_rate": LEARNING_RATES[config.finetuning_type], **found}
+        return {"learning_rate": _default_rate(config), **found}
+
+
+def _default_rate(config: Config) -> float:
+    from transformers import AutoConfig
+
+    from treering.model import resolve
+    from treering.schedule import default_rate
+
+    base = resolve(config.model_name_or_path, config.trust_remote_code)
+    about = AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code)
+    return default_rate(config.finetuning_type, about)
 
 
 def parse(text: str) -> list[Entry]:
