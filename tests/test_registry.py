@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from treering import Workspace, registry
 from treering.errors import UsageError, VersionError
+from treering.files import append_line
 from treering.registry import Version
 
 
@@ -290,6 +291,31 @@ def test_what_a_version_brings_is_noted_before_it_serves(ws: Workspace, monkeypa
     again.rollback()
     shutil.rmtree(held.folder)
     assert registry.given_back(again) == {"row"}
+
+
+def test_rows_noted_for_a_promotion_that_was_cut_off_count_for_the_next(
+    ws: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain(ws, 1)
+    first, second = (commit(ws, "v1", promote=False, rows=("row",)) for _ in range(2))
+    noted: list[Path] = []
+
+    def dies(path: Path, content: Any) -> None:
+        if noted:
+            raise RuntimeError("crash")
+        noted.append(path)
+        append_line(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "append_line", dies)
+        with pytest.raises(RuntimeError):
+            ws.promote(first.name, force=True)
+    assert noted == [ws.consumed]
+    again = Workspace(ws.root)
+    again.promote(second.name, force=True)
+    again.rollback()
+    shutil.rmtree(second.folder)
+    assert registry.given_back(Workspace(ws.root)) == {"row"}
 
 
 def test_what_versions_brought_is_found_again_as_far_as_they_are_there(ws: Workspace) -> None:

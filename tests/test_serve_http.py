@@ -25,7 +25,7 @@ from treering.serve import keys, run
 from treering.serve.answers import Shape
 from treering.serve.api import ChatMessage
 from treering.serve.app import create_app
-from treering.serve.engine import Embeddings, Job, Piece, Token
+from treering.serve.engine import Embeddings, EngineError, Job, Piece, Token
 from treering.serve.loops import go_on
 from treering.serve.respond import _stream, _StreamResponse, _within
 from treering.serve.state import Server
@@ -186,6 +186,15 @@ def test_a_bug_is_logged_with_its_status(ws: Workspace, caplog: pytest.LogCaptur
         assert chat(client).json()["error"]["code"] == "internal_error"
         assert 'status="500"' in client.get("/metrics").text
     assert json.loads(caplog.messages[0])["status"] == 500
+
+
+def test_what_the_engine_has_no_room_for_says_when_to_come_again(ws: Workspace) -> None:
+    engine = Told()
+    with client_of(ws, engine) as client:
+        engine.bug = EngineError("8 others", status=429, code="too_many_schemas")
+        answer = chat(client)
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+    assert answer.json()["error"]["code"] == "too_many_schemas"
 
 
 def test_until_the_model_is_loaded_it_says_so(ws: Workspace) -> None:

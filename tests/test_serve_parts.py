@@ -126,6 +126,8 @@ def test_a_grammar_is_built_once(tokenizer: Any) -> None:
         ({"type": "integer", "multipleOf": 999983}, "multipleOf asks for 999983; 10000 is the most"),
         ({"type": "number", "multipleOf": 0.00012345}, "multipleOf asks for"),
         ({"allOf": [{"type": "integer", "multipleOf": 997}, {"multipleOf": 991}]}, "asks for 988027"),
+        ({"multipleOf": 997, "anyOf": [{"type": "integer", "multipleOf": 991}]}, "asks for 988027"),
+        ({"oneOf": [{"type": "integer", "multipleOf": 997 + n} for n in range(4)]}, "asks for 994010994"),
     ],
 )
 def test_schemas_that_cannot_be_followed(tokenizer: Any, schema: dict[str, Any], reason: str) -> None:

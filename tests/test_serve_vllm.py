@@ -457,6 +457,9 @@ def test_a_job_becomes_a_request() -> None:
     path, body = wire.request(Job(id="j", version="base", prompt=[1, 2], temperature=0), "m", config, 100)
     assert path == "/v1/completions" and body["prompt"] == [1, 2]
     assert (body["max_tokens"], body["temperature"], body["logprobs"]) == (50, 0, None)
+    slow = Job(id="j", version="base", prompt=[1, 2], json_schema={"type": "integer", "multipleOf": 99991})
+    with pytest.raises(EngineError, match="multipleOf asks for 99991"):
+        wire.request(slow, "m", config, 100)
 
 
 def read(*events: Any, top: int | None = None) -> list[Piece]:

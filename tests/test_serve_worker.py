@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
@@ -16,7 +17,7 @@ from treering import Workspace
 from treering.errors import ModelError
 from treering.serve.adapters import Adapter
 from treering.serve.batch import Batch
-from treering.serve.engine import BASE, Job
+from treering.serve.engine import BASE, EngineError, Job
 from treering.serve.grammars import MOST_WAITING, Grammars
 from treering.serve.texts import Texts
 from treering.serve.versions import Loaded
@@ -175,6 +176,40 @@ def test_a_schema_that_is_too_much_fails_and_does_not_end_well(inside: Inside) -
     inside.run(1)
     assert inside.failure("wide")[0] == 400
     assert "cannot be followed: " in inside.failure("wide")[1]
+
+
+def test_what_fails_again_and_again_is_not_held(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each failure is raised anew: the one that is kept would hold all that its raising has passed."""
+    raised, fail = list[EngineError](), Worker._fail
+
+    def seen(self: Worker, id: str, error: EngineError) -> None:
+        raised.append(error)
+        fail(self, id, error)
+
+    monkeypatch.setattr(Worker, "_fail", seen)
+    for number in range(3):
+        inside.generate(f"long {number}", messages=[{"role": "user", "content": "x" * 5000}])
+        inside.generate(f"odd {number}", json_schema={"enum": []})
+    inside.run(6)
+    assert len({id(error) for error in raised}) == 6
+    assert {str(error) for error in raised} == {inside.failure("long 0")[1], inside.failure("odd 0")[1]}
+    depths = [len(list(traceback.walk_tb(error.__traceback__))) for error in raised]
+    assert max(depths) < 8
+
+
+def test_where_prompts_find_no_memory_what_is_kept_makes_room(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    join, full = Batch.join, [NO_MEMORY]
+
+    def once_full(batch: Batch[Any], rows: Any) -> None:
+        if full:
+            raise full.pop()
+        join(batch, rows)
+
+    monkeypatch.setattr(Batch, "join", once_full)
+    monkeypatch.setattr(Batch, "forget", lambda batch: True)
+    inside.generate("large", messages=LONG)
+    inside.run(1)
+    assert inside.text("large") and not full
 
 
 def test_a_request_breaks_only_itself(inside: Inside) -> None:

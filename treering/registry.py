@@ -357,7 +357,7 @@ def _note_highest(ws: Workspace) -> None:
 
 def _note_rows(ws: Workspace, version: Version) -> None:
     """Note what `version` brings before it becomes current; it counts once `history.jsonl` says that it did."""
-    new = _brought(version) - _noted(ws)
+    new = _brought(version) - _noted(ws, {event["version"] for event in history(ws)})
     if new:
         append_line(ws.consumed, {"version": version.name, "rows": sorted(new)})
 

@@ -21,6 +21,10 @@ class EngineError(TreeringError):
         self.status = status
         self.code = code
 
+    def again(self) -> EngineError:
+        """The same to be raised anew: one that is kept and raised each time holds all that its raising has passed."""
+        return EngineError(str(self), status=self.status, code=self.code)
+
 
 class _Wire(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -78,7 +78,8 @@ async def _api_error(_: Request, failure: ApiError) -> JSONResponse:
 
 
 async def _engine_error(_: Request, failure: EngineError) -> JSONResponse:
-    return refusal(failure.status, str(failure), failure.code)
+    headers = {"retry-after": "1"} if failure.status == 429 else None
+    return refusal(failure.status, str(failure), failure.code, headers=headers)
 
 
 async def _treering_error(_: Request, failure: TreeringError) -> JSONResponse:

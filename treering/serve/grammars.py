@@ -42,12 +42,8 @@ class Grammars:
 
     def of(self, schema: dict[str, Any]) -> Future[llguidance.LLMatcher]:
         """The matcher of `schema`, to be copied for each use; it raises `EngineError` where that cannot be followed."""
-        try:
-            text = json.dumps(schema)
-        except (ValueError, RecursionError) as error:
-            raise refused(str(error)) from None
+        text = checked(schema)
         if text not in self._built:
-            _check(schema, text)
             if sum(not built.done() for built in self._built.values()) >= MOST_WAITING:
                 raise EngineError(
                     f"{MOST_WAITING} other JSON schemas are being read; try again in some seconds",
@@ -86,18 +82,31 @@ class Grammars:
         return matcher
 
 
-def _check(schema: Any, text: str) -> None:
-    """Refuse what would take too long: once begun, it cannot be ended."""
+def built(building: Future[llguidance.LLMatcher]) -> llguidance.LLMatcher:
+    """A matcher of one's own of what was built. Raises `EngineError`."""
+    failure = building.exception()
+    if isinstance(failure, EngineError):
+        raise failure.again()
+    return building.result().deep_copy()
+
+
+def checked(schema: dict[str, Any]) -> str:
+    """`schema` as text. Raises `EngineError` for what would take too long to read: once begun, it cannot be ended."""
+    try:
+        text = json.dumps(schema)
+    except (ValueError, RecursionError) as error:
+        raise refused(str(error)) from None
     if len(text) > LARGEST:
         raise refused(f"it has {len(text)} characters; {LARGEST} is the most")
     try:
         found = list(_multiples(schema))
     except RecursionError:
         raise refused("it is nested too deeply") from None
-    # Several on one number are one automaton with the product of their states.
-    states = math.prod(found) if '"allOf"' in text or '"$ref"' in text else max(found, default=1)
+    # Those on one number, wherever they stand, are one automaton with as many states as their product; others add up.
+    states = math.prod(set(found))
     if states > MOST_STATES:
-        raise refused(f"multipleOf asks for {states}; {MOST_STATES} is the most, all together where they are joined")
+        raise refused(f"multipleOf asks for {states}; {MOST_STATES} is the most, different ones multiplied")
+    return text
 
 
 def _multiples(schema: Any) -> Iterator[int]:

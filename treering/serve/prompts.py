@@ -37,7 +37,7 @@ class Prompts:
                 self._last = error
             self._asked = asked
         if isinstance(self._last, EngineError):
-            raise self._last
+            raise self._last.again()
         return self._last
 
     def question(self, job: Job) -> int:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -30,7 +31,7 @@ from treering.errors import TreeringError, no_memory
 from treering.pipes import own_output
 from treering.serve.batch import Batch, Row
 from treering.serve.engine import EngineError, Job, Piece, Token
-from treering.serve.grammars import Grammars
+from treering.serve.grammars import Grammars, built
 from treering.serve.prompts import Prompts
 from treering.serve.sampling import Sampler
 from treering.serve.text import Writer
@@ -51,6 +52,8 @@ IDLE_SECONDS = 0.005
 """How often a worker with nothing to generate looks whether a version has been read."""
 
 log = logging.getLogger("treering.serve")
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -147,7 +150,7 @@ class Worker:
             if building.done():
                 self._drafts.remove((job, building))
                 with self._failing(job.id):
-                    self._waiting.append((job.version, self._prepare(job, building.result().deep_copy())))
+                    self._waiting.append((job.version, self._prepare(job, built(building))))
 
     def _prepare(self, job: Job, matcher: llguidance.LLMatcher | None = None) -> Answer:
         """Tokenise and check. Raises `EngineError`."""
@@ -242,14 +245,15 @@ class Worker:
                 groups.append((home.batch, [row]))
         for batch, rows in groups:
             try:
-                self._join(batch, rows)
+                _with_room(batch, partial(batch.join, rows))
             except Exception as error:
                 self._give_up(rows, error)
 
     def _slot(self, home: Home, answer: Answer) -> int:
         """Where `answer` is written. Those to one request come one after the other, and go to the same."""
         if self._to_route(home, answer):
-            found = home.routed(answer.prompt, self._prompts.question(answer.job), self._config)
+            question = self._prompts.question(answer.job)
+            found = _with_room(home.batch, partial(home.routed, answer.prompt, question, self._config))
             self._routed = home, answer.prompt, found
         return home.slot if home.router is None else self._routed[2]
 
@@ -261,14 +265,6 @@ class Worker:
     def _busy(self) -> bool:
         """Whether answers are under way."""
         return any(batch.running for batch in self._loaded.batches())
-
-    def _join(self, batch: Batch[Answer], rows: list[Row[Answer]]) -> None:
-        try:
-            batch.join(rows)
-        except Exception as error:
-            if not (no_memory(error) and batch.forget()):
-                raise
-            batch.join(rows)
 
     def _read(self, batch: Batch[Answer]) -> None:
         """A slice of the prompts that are being read."""
@@ -386,6 +382,16 @@ class Worker:
             cast(int, self._tokenizer.eos_token_id),
             *(own if isinstance(own, list) else [own] if own is not None else []),
         }
+
+
+def _with_room(batch: Batch[Answer], work: Callable[[], T]) -> T:
+    """What `work` gives; where it finds no memory, once more without what `batch` keeps for later requests."""
+    try:
+        return work()
+    except Exception as error:
+        if not (no_memory(error) and batch.forget()):
+            raise
+        return work()
 
 
 def _fatal(error: Exception) -> bool:

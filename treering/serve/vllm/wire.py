@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from treering.serve.engine import EngineError, Job, Piece, Token
+from treering.serve.grammars import checked
 from treering.serve.vllm.client import DownError, refusal
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def request(job: Job, name: str, config: Config, context: int) -> tuple[str, dic
     if job.background and serve.vllm_url is None:  # A server of somebody else's may know no priorities.
         body["priority"] = 1
     if job.json_schema is not None:
+        checked(job.json_schema)
         body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": job.json_schema}}
     if job.messages is None:
         return "/v1/completions", {**body, "prompt": job.prompt, "logprobs": job.logprobs}
