@@ -9,7 +9,9 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -544,7 +546,55 @@ def test_what_is_a_spike(loss: float, first: float, bad: bool) -> None:
         check_loss({"loss": 1.0, "grad_norm": math.inf}, [], 256)
 
 
+@pytest.mark.parametrize(("first", "loss", "bad"), [(6.0, 12.5, True), (6.0, 11.9, False), (0.1, 11.0, False)])
+def test_a_loss_that_runs_away_at_once(first: float, loss: float, bad: bool) -> None:
+    """Above twice the first and blind guessing, 5.545 here; the first step has nothing to be compared with."""
+    with pytest.raises(LossError, match="above twice that of the first step") if bad else nullcontext():
+        check_loss({"loss": loss}, [{"loss": first}, {"loss": 3.0}], 256)
+    check_loss({"loss": 99.0}, [], 256)
+
+
+def test_a_rate_that_is_far_too_high_is_told_early(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(model_folder, constant(model_folder, finetuning_type="full", learning_rate=10.0), growing())
+    with pytest.raises(LossError, match="above twice that of the first step"):
+        run.train(checkpoints=tmp_path)
+    assert len(recorded(tmp_path)["retries"]) == run.config.max_loss_retries
+    assert "going back to step 0, with 0.5 of the learning rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["could not create a primitive", "mkldnn_matmul failed, switching to baddbmm: no room"]
+)
+def test_what_onednn_says_is_a_lack_of_memory(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """The second is a warning of torch, which goes on with a kernel that rounds in another way."""
+    run, full = Run(model_folder, constant(model_folder), growing()), [True]
+
+    def short(*given: Any, **named: Any) -> Tensor:
+        if full and full.pop():
+            if text.startswith("could"):
+                raise RuntimeError(text)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message="mkldnn_matmul failed")  # As model.py has it; pytest forgets.
+                warnings.warn(text, stacklevel=1)
+        return logits_at(*given, **named)
+
+    monkeypatch.setattr(loop, "logits_at", short)
+    log = run.train(checkpoints=tmp_path)
+    assert len(log) == len(run.steps) and [split["pieces"] for split in recorded(tmp_path)["splits"]] == [2]
+
+
+def test_torch_may_not_change_kernels_silently() -> None:
+    code = "import treering.model, warnings; warnings.warn('mkldnn_matmul failed, switching to baddbmm: no room')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 1 and "UserWarning: mkldnn_matmul failed" in ended.stderr
+
+
 def test_the_worst_rows_come_first() -> None:
+    assert worst({"a": math.nan, "b": math.nan}).startswith("the loss of every row is nan")
     assert worst({"a": 1.0, "b": math.nan, "c": 3.0}) == "worst first: b (loss nan), c (loss 3), a (loss 1)"
     many = worst({f"row{n:02}": float(n) for n in range(20)})
     assert many.startswith("worst first: row19 (loss 19), row18") and many.endswith(f", and {20 - MOST_ROWS} more")

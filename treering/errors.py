@@ -76,8 +76,9 @@ def no_memory(error: Exception) -> bool:
     """Whether `error` is a device's or the process's way to say that memory has run out."""
     import torch
 
-    # On CPU it is known by its text alone: the allocator's own, or what C++ says where a library asked for memory.
-    texts = ("allocate memory", "bad_alloc")
+    # On CPU it is known by its text alone: the allocator's own, what C++ says where a library asked for memory, or
+    # oneDNN, which says no more than that.
+    texts = ("allocate memory", "bad_alloc", "create a primitive", "execute a primitive", "mkldnn_matmul failed")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 
 

@@ -61,6 +61,9 @@ FINGERPRINTED = (
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+# Where a product finds no memory, torch would take another kernel, which rounds in another way, and nothing would say
+# so: as an error it is met as any lack of memory, and noted.
+warnings.filterwarnings("error", message="mkldnn_matmul failed")
 for library in ("huggingface_hub", "bitsandbytes"):
     logging.getLogger(library).setLevel(logging.ERROR)
 
@@ -327,7 +330,7 @@ def use_bf16(config: Config) -> tuple[bool, str]:
     if config.bf16 != "auto":
         return bool(config.bf16), "as set"
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(), "what the GPU supports"
+        return torch.cuda.is_bf16_supported(including_emulation=False), "what the GPU has in hardware"
     found = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return found, "the processor has it in hardware" if found else "the processor lacks it in hardware"
 

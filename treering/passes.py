@@ -14,6 +14,7 @@ from treering.errors import first_line, no_memory
 from treering.model import Tokens
 from treering.progress import Advance, silent
 from treering.readings import Reading, Readings
+from treering.room import give_back
 from treering.tree import Tree
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ def in_parts(
         except Exception as error:
             if not no_memory(error):
                 raise
-            short = first_line(error)  # Not the error itself: it would hold the pass that failed, and all its memory.
+            short = first_line(error)
+            give_back(error)
         if short:
             parts = reading.halve(parts, done, at_once, short)
     return [found[at] for at in range(len(rows))]

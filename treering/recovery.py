@@ -137,16 +137,26 @@ class Recovery:
 def check_loss(entry: Mapping[str, float], log: Sequence[Mapping[str, float]], vocabulary: int) -> None:
     """Raise `LossError` if the step `entry` is no good, after the steps in `log`.
 
-    Nothing may be infinite or NaN. After the first `FIRST_STEPS` steps the loss has run away if it is above both twice
-    the highest of theirs and half of ln(`vocabulary`), the loss of blind guessing. A false alarm would cost a good
-    update: rows that are merely hard stay below the one or the other.
+    Nothing may be infinite or NaN. In the first `FIRST_STEPS` steps the loss has run away if it is above twice both the
+    very first and ln(`vocabulary`), the loss of blind guessing; after them, if it is above both twice the highest of
+    theirs and half of blind guessing. A false alarm would cost a good update: rows that are merely hard stay below the
+    one or the other.
     """
     endless = [f"{name} is {value}" for name, value in entry.items() if not math.isfinite(value)]
     if endless:
         raise LossError(", ".join(endless))
-    if len(log) < FIRST_STEPS:
+    if not log:
         return
-    highest, blind = max(before["loss"] for before in log[:FIRST_STEPS]), math.log(vocabulary)
+    blind = math.log(vocabulary)
+    if len(log) < FIRST_STEPS:
+        first = log[0]["loss"]
+        if entry["loss"] > 2 * max(first, blind):
+            raise LossError(
+                f"loss is {entry['loss']:.4g}, above twice that of the first step ({first:.4g}) and of blind guessing "
+                f"({blind:.4g})"
+            )
+        return
+    highest = max(before["loss"] for before in log[:FIRST_STEPS])
     if entry["loss"] > max(2 * highest, blind / 2):
         raise LossError(
             f"loss is {entry['loss']:.4g}, above twice the highest of the first {FIRST_STEPS} steps ({highest:.4g}) "
@@ -156,6 +166,8 @@ def check_loss(entry: Mapping[str, float], log: Sequence[Mapping[str, float]], v
 
 def worst(losses: Mapping[str, float]) -> str:
     """Row ids with their losses, those that are not finite first, then the highest; no more than `MOST_ROWS`."""
+    if all(math.isnan(loss) for loss in losses.values()):
+        return "the loss of every row is nan, so the weights themselves are no good"
     ordered = sorted(losses, key=lambda id: (not math.isfinite(losses[id]), losses[id]), reverse=True)
     more = f", and {len(ordered) - MOST_ROWS} more" if len(ordered) > MOST_ROWS else ""
     return "worst first: " + ", ".join(f"{id} (loss {losses[id]:.4g})" for id in ordered[:MOST_ROWS]) + more

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -37,6 +40,17 @@ def peak_gpu_memory_mb() -> float | None:
     import torch
 
     return torch.cuda.max_memory_reserved() / 2**20 if torch.cuda.is_available() else None
+
+
+def give_back(error: BaseException) -> None:
+    """Let go of what the frames that `error` went through still hold, and of what the allocator keeps for later.
+
+    Where memory ran out, the next try would otherwise begin beside what the failed one has left.
+    """
+    traceback.clear_frames(error.__traceback__)
+    gc.collect()
+    with suppress(AttributeError, OSError):  # glibc alone has it.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _held_mb() -> float:

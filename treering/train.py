@@ -32,6 +32,7 @@ from treering.progress import bar
 from treering.ranks import Ranks
 from treering.readings import Reading, Readings
 from treering.recovery import HalfStepError, LossError, Recovery, check_loss, worst
+from treering.room import give_back
 from treering.schedule import Step, peak_rate, rate_schedule
 from treering.stop import Stop
 
@@ -239,6 +240,7 @@ def _after(
         return kept.resume()
     elif no_memory(error):
         recovery.split(step, max(map(len, pieces)), error)
+        give_back(error)
         return log
     elif isinstance(error, LossError):
         back_to = kept.last_good(len(log))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from treering.automate import culprit
-from treering.errors import TreeringError, full_disk_is_clear
+from treering.errors import TreeringError, full_disk_is_clear, short_memory_is_clear
 from treering.pipes import own_output
 from treering.registry import PLAN
 from treering.workspace import Workspace
@@ -54,9 +54,10 @@ def _calibrated(ws: Workspace, folder: Path, overrides: list[str]) -> dict[str, 
     from treering.data.catalog import Catalog
     from treering.plan import Plan
 
-    ws.catalog = Catalog(folder / "treering.db")
-    plan = Plan(**json.loads((folder / PLAN).read_text(encoding="utf-8")))
-    return asdict(calibrate(ws, plan, ws.config(overrides), folder))
+    with full_disk_is_clear(ws.root), short_memory_is_clear():
+        ws.catalog = Catalog(folder / "treering.db")
+        plan = Plan(**json.loads((folder / PLAN).read_text(encoding="utf-8")))
+        return asdict(calibrate(ws, plan, ws.config(overrides), folder))
 
 
 def main() -> None:

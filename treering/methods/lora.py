@@ -59,6 +59,9 @@ class LoRA:
         for target in targets:
             if not any(name.endswith(target) for name in modules):
                 raise ConfigError(f"additional_target names {target!r}, but the model has {_kinds(modules)}")
+        for target in [] if self.config.lora_target == "all" else names(self.config.lora_target):
+            if not any(name == target or name.endswith(f".{target}") for name in modules):
+                raise ConfigError(f"lora_target names {target!r}, but the model has {_kinds(modules)}")
         settings = adapter(self.config)
         # Where input and output embeddings are one, they stay one: whichever is named, both learn.
         whole = {module for name, module in modules.items() if name.endswith(tuple(targets))}
