@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ import pytest
 from tests.test_pipeline import snapshot
 from treering import Workspace, forecast, pipeline, registry
 from treering.automate import children
+from treering.automate.child import perform
 from treering.automate.children import Answer
 from treering.calibrate import Estimate, _all_steps, typical_steps
 from treering.errors import ConfigError, RoomError, TreeringError
@@ -184,6 +186,25 @@ def test_what_stops_the_miniature_is_told(workspace: MakeWorkspace, said: Callab
     with pytest.raises(TreeringError, match=r"a few steps of the update were tried: it was killed"):
         forecast.forecast(ws, quiet=True)
     assert list(ws.versions.iterdir()) == [] and not (ws.root / forecast.ESTIMATE).exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot write to .*Free some space"),
+        (RuntimeError("could not create a primitive"), "out of memory"),
+    ],
+)
+def test_a_miniature_that_finds_no_room_says_so(
+    workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    ws = workspace()
+    monkeypatch.setattr("treering.data.catalog.Catalog", full)
+    with pytest.raises(TreeringError, match=said):
+        perform(ws, {"step": "calibrate", "folder": str(ws.root), "overrides": []})
 
 
 def test_a_setting_that_does_not_go_with_the_model_is_told_as_such(workspace: MakeWorkspace) -> None:
