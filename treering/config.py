@@ -27,6 +27,7 @@ from treering.sections import (
     L2Config,
     LwfConfig,
     MemoryConfig,
+    MergeConfig,
     OloraConfig,
     OsfConfig,
     ReptileConfig,
@@ -204,6 +205,7 @@ class Config(Section):
     ewc: EwcConfig = EwcConfig()
     l2: L2Config = L2Config()
     si: SiConfig = SiConfig()
+    merge: MergeConfig = MergeConfig()
     gate: GateConfig = GateConfig()
     eval: EvalConfig = EvalConfig()
     serve: ServeConfig = ServeConfig()
@@ -263,6 +265,7 @@ class Config(Section):
                 "and only lora has adapters: drop either"
             )
         self._averages_fit()
+        self._merge_fits()
         for key in ("use_dora", "use_rslora", "additional_target", "quantization_bit"):
             kinds = ("lora", "adapter") if key == "quantization_bit" else ("lora",)
             if (value := getattr(self, key)) and self.finetuning_type not in kinds:
@@ -290,11 +293,11 @@ class Config(Section):
                         "alone: drop either"
                     )
         if self.adapter_composition != "continue":
-            for name in ("ewc", "si"):
+            for name in ("ewc", "si", "merge"):
                 if name in self.protect:
                     raise ValueError(
-                        f"protect: {name} knows how much each weight of the parent matters, but adapter_composition is "
-                        f"{self.adapter_composition}, and others learn in the next update: drop either"
+                        f"protect: {name} keeps something of each weight that learns for the next update, but "
+                        f"adapter_composition is {self.adapter_composition}, and others learn then: drop either"
                     )
         if "olora" in self.protect and self.adapter_composition != "stack":
             raise ValueError(
@@ -350,6 +353,24 @@ class Config(Section):
             raise ValueError(
                 f"interpolate.share is auto, but memory.size is {self.memory.size}, and no remembered row could tell "
                 "what is forgotten: set a number, or memory.size: auto"
+            )
+
+    def _merge_fits(self) -> None:
+        """Raise `ValueError` where others would undo what `merge` did, do it again, or count it as learned."""
+        if "merge" not in self.protect:
+            return
+        if "interpolate" in self.protect:
+            raise ValueError(
+                "protect has merge and interpolate, and both take the weights back towards the parent's: drop either "
+                "(merge.method: linear with a number as merge.weight is interpolate with that share)"
+            )
+        for name in ("ema", "reptile", "si"):
+            if name in self.protect[self.protect.index("merge") :]:
+                raise ValueError(f"protect has merge before {name}, which needs the weights as trained: list it last")
+        if self.finetuning_type == "osf" and self.merge.method != "linear":
+            raise ValueError(
+                f"merge.method is {self.merge.method}, which drops single numbers, but finetuning_type is osf, which "
+                "would put parts of them back: set merge.method: linear, or drop either"
             )
 
     @property

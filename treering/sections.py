@@ -153,6 +153,20 @@ class SiConfig(Section):
     """Weight of the term: the sum of all squared distances to the parent's weights, each times its importance."""
 
 
+class MergeConfig(Section):
+    """The version gets what its update and those before it made of the weights, merged."""
+
+    method: Literal["ties", "dare", "linear"] = "ties"
+    """How: a weighted mean (`linear`); the same after most of what is new was dropped at random, and the rest scaled up
+    for it (`dare`); or, of the largest numbers of both, a mean of those whose sign prevails (`ties`)."""
+
+    density: float = Field(0.5, gt=0, lt=1)
+    """With `ties` and `dare`: share of the numbers that stay."""
+
+    weight: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = "auto"
+    """What the newest update counts beside all before it together; `auto`: 1 / updates, so that each counts alike."""
+
+
 class GateConfig(Section):
     """When a candidate may become current."""
 
