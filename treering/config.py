@@ -252,8 +252,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        if "distill" in self.protect and "replay" not in self.protect:
-            raise ValueError("protect: distill works on replayed rows; add replay or drop distill")
+        self._distill_fits()
         if self.memory.mix != "uniform" and "replay" not in self.protect:
             raise ValueError(
                 f"memory.mix is {self.memory.mix}, but protect does not list replay, and nothing else draws rows: add "
@@ -330,6 +329,20 @@ class Config(Section):
                 "set quantization_bit: 4, or drop either"
             )
         return self
+
+    def _distill_fits(self) -> None:
+        """Raise `ValueError` where there would be no rows, or no teacher for them."""
+        if "distill" not in self.protect:
+            return
+        rows, teacher = self.distill.rows, self.distill.teacher
+        if "replay" not in self.protect and rows != "new":
+            also = " (or set distill.teacher: parent and distill.rows: new)" if teacher == "parent" else ""
+            raise ValueError(f"protect: distill works on replayed rows; add replay or drop distill{also}")
+        if teacher == "stored" and rows != "replayed":
+            raise ValueError(
+                f"distill.rows is {rows}, but distill.teacher is stored, and of new rows nothing is stored yet: set "
+                "distill.teacher: parent, or distill.rows: replayed with lwf in protect for the new ones"
+            )
 
     def _averages_fit(self) -> None:
         """Raise `ValueError` where one would change weights after they were measured, or undo what another did."""

@@ -39,7 +39,7 @@ def updated(
 ) -> tuple[dict[str, Tensor], Merge]:
     """An update that would end with those weights: its state, and `model` as it leaves it."""
     method = Merge(Config.build({"merge": values}))
-    assert method.prepare(model, state) is model
+    method.prepare(model, state)
     with torch.no_grad():
         model.weight.copy_(torch.as_tensor(trained)[None])
     method.after_training(model, measure)
@@ -49,7 +49,8 @@ def updated(
 def test_linear_is_the_mean_of_all_updates() -> None:
     """However often it was taken: what each update trained counts alike, and the first weights for nothing."""
     generator = torch.Generator().manual_seed(0)
-    model, state, trained = layer(torch.randn(7, generator=generator)), dict[str, Tensor](), []
+    model, state = layer(torch.randn(7, generator=generator)), dict[str, Tensor]()
+    trained: list[Tensor] = []
     first = model.weight.detach().clone()
     for number in range(1, 7):
         trained.append(torch.randn(7, generator=generator))
@@ -141,7 +142,8 @@ def test_dare_drops_what_is_new_and_nothing_old() -> None:
 
 
 def test_dare_drops_by_the_seed_and_leaves_the_random_state_alone() -> None:
-    parent, trained, found = torch.zeros(100), torch.ones(100), []
+    parent, trained = torch.zeros(100), torch.ones(100)
+    found: list[Tensor] = []
     for seed in (1, 1, 2):
         model, method = layer(parent), Merge(Config.build({"merge": {"method": "dare"}, "seed": seed}))
         method.prepare(model, {"updates": torch.tensor(1), "first.weight": parent[None]})
