@@ -58,7 +58,7 @@ class Batch:
 
     `inputs`: `ids` and `mask`, `[rows, length]`. `at`: `[answer tokens]` flat positions whose logits predict `targets`
     `[answer tokens]`; `of` is how many the whole optimiser step has, so that a sum over a batch, divided by it, is the
-    batch's part of a mean over the step. `teacher`: what the memory has stored of replayed rows. `parent`: what the
+    batch's part of a mean over the step. `teacher`: what `distill` holds rows to. `parent`: what the
     version before makes of new rows. `noise`: what is added to the embeddings.
     """
 

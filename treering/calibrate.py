@@ -170,10 +170,11 @@ def _typical_rows(candidate: Candidate) -> set[str]:
 
 
 def _parents_mb(candidate: Candidate, plan: Plan) -> float:
-    """What the parent makes of all new rows: a number of 4 bytes and one of 2 for each of its top logits."""
-    if candidate.parent is None or "lwf" not in candidate.config.protect:
-        return 0.0
-    return sum(len(candidate.rows[id].answers) for id in plan.row_ids) * TOP_K * 6 / 2**20
+    """What the parent makes of all rows it is asked about: 4 bytes and 2 for each of its top logits."""
+    asked = candidate.asked_of_parent(plan.row_ids, candidate.replayed.rows)
+    if candidate.parent is not None and "lwf" in candidate.config.protect:
+        asked += plan.row_ids
+    return sum(len(candidate.rows[id].answers) for id in asked) * TOP_K * 6 / 2**20
 
 
 def _timed(work: Callable[[], T]) -> tuple[T, float]:

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -154,6 +154,7 @@ class Candidate:
             self.methods,
             self.config,
             pad_id=self.pad_id,
+            teachers=self._teachers(sample.new, sample.memory.rows, "asking the teacher before the range test"),
             parents=self._parents(sample.new, "asking the parent before the range test"),
             stop=self.stop,
             folder=self.staging / "range-test",
@@ -165,7 +166,9 @@ class Candidate:
         `track` is given each entry when it is finished, and what was measured on the rows kept aside.
         """
         started = time.perf_counter()
-        teachers = self.memory.teachers if "distill" in self.config.protect else None
+        drawn = {id for step in self.steps for batch in step for id in batch}
+        replayed = [id for id in self.replayed.rows if id in drawn]
+        teachers = self._teachers(self.new, replayed, "asking the teacher before training")
         parents = self._parents(self.new, "asking the parent before training")
         if self.config.launcher != "local":
             self._learn_in_processes(teachers, parents, track)
@@ -244,7 +247,7 @@ class Candidate:
             show([self.examples[id] for id in ids], task, labelled=self.metrics[task] == "exact_match")
         if ordered:
             self._order()
-        if "distill" in self.config.protect:
+        if "distill" in self.config.protect and self.config.distill.teacher == "stored":
             # Of other experts' rows the one that was taught knows nothing.
             own = {*self.plan.row_ids, *self.replayed.rows}
             wanted = [id for id in self.memory.rows if id in own and id not in self.memory.teachers]
@@ -387,6 +390,22 @@ class Candidate:
             return None
         return self._logits([self.rows[id] for id in new], TOP_K, title)
 
+    def asked_of_parent(self, new: Iterable[str], remembered: Iterable[str]) -> list[str]:
+        """Those of the rows that the parent is the teacher of, for `distill`."""
+        asked = self.config.distill
+        if self.parent is None or "distill" not in self.config.protect or asked.teacher == "stored":
+            return []
+        return [*(new if asked.rows != "replayed" else ()), *(remembered if asked.rows != "new" else ())]
+
+    def _teachers(self, new: Sequence[str], remembered: Iterable[str], title: str) -> Mapping[str, Teacher] | None:
+        """What `distill` holds rows to; where that is the parent, to be asked before the first step as well."""
+        if "distill" not in self.config.protect:
+            return None
+        if self.config.distill.teacher == "stored":
+            return self.memory.teachers
+        rows = [self.rows[id] for id in self.asked_of_parent(new, remembered)]
+        return self._logits(rows, TOP_K, title, self.config.distill.temperature) if rows else None
+
     def _choose_expert(self) -> None:
         """Have the adapter that is taught be that of the expert which the new rows are for."""
         self.vectors = self._about(self.plan.row_ids)
@@ -420,13 +439,16 @@ class Candidate:
                 means[at] = math.fsum(losses(self.model, rows, self.config, self.pad_id, self.stop)) / len(rows)
         return Losses(*means)
 
-    def _logits(self, rows: Sequence[Tokens], top_k: int, title: str) -> dict[str, Teacher]:
+    def _logits(
+        self, rows: Sequence[Tokens], top_k: int, title: str, temperature: float | None = None
+    ) -> dict[str, Teacher]:
         return teach(
             self.model,
             rows,
             self.config,
             top_k=top_k,
             pad_id=self.pad_id,
+            temperature=temperature,
             stop=self.stop,
             quiet=self.quiet,
             reading=self.readings.of(title),

@@ -27,6 +27,7 @@ from treering.sections import (
     L2Config,
     LwfConfig,
     MemoryConfig,
+    MergeConfig,
     OloraConfig,
     OsfConfig,
     ReptileConfig,
@@ -204,6 +205,7 @@ class Config(Section):
     ewc: EwcConfig = EwcConfig()
     l2: L2Config = L2Config()
     si: SiConfig = SiConfig()
+    merge: MergeConfig = MergeConfig()
     gate: GateConfig = GateConfig()
     eval: EvalConfig = EvalConfig()
     serve: ServeConfig = ServeConfig()
@@ -250,8 +252,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        if "distill" in self.protect and "replay" not in self.protect:
-            raise ValueError("protect: distill works on replayed rows; add replay or drop distill")
+        self._distill_fits()
         if self.memory.mix != "uniform" and "replay" not in self.protect:
             raise ValueError(
                 f"memory.mix is {self.memory.mix}, but protect does not list replay, and nothing else draws rows: add "
@@ -263,6 +264,7 @@ class Config(Section):
                 "and only lora has adapters: drop either"
             )
         self._averages_fit()
+        self._merge_fits()
         for key in ("use_dora", "use_rslora", "additional_target", "quantization_bit"):
             kinds = ("lora", "adapter") if key == "quantization_bit" else ("lora",)
             if (value := getattr(self, key)) and self.finetuning_type not in kinds:
@@ -290,11 +292,11 @@ class Config(Section):
                         "alone: drop either"
                     )
         if self.adapter_composition != "continue":
-            for name in ("ewc", "si"):
+            for name in ("ewc", "si", "merge"):
                 if name in self.protect:
                     raise ValueError(
-                        f"protect: {name} knows how much each weight of the parent matters, but adapter_composition is "
-                        f"{self.adapter_composition}, and others learn in the next update: drop either"
+                        f"protect: {name} keeps something of each weight that learns for the next update, but "
+                        f"adapter_composition is {self.adapter_composition}, and others learn then: drop either"
                     )
         if "olora" in self.protect and self.adapter_composition != "stack":
             raise ValueError(
@@ -328,6 +330,20 @@ class Config(Section):
             )
         return self
 
+    def _distill_fits(self) -> None:
+        """Raise `ValueError` where there would be no rows, or no teacher for them."""
+        if "distill" not in self.protect:
+            return
+        rows, teacher = self.distill.rows, self.distill.teacher
+        if "replay" not in self.protect and rows != "new":
+            also = " (or set distill.teacher: parent and distill.rows: new)" if teacher == "parent" else ""
+            raise ValueError(f"protect: distill works on replayed rows; add replay or drop distill{also}")
+        if teacher == "stored" and rows != "replayed":
+            raise ValueError(
+                f"distill.rows is {rows}, but distill.teacher is stored, and of new rows nothing is stored yet: set "
+                "distill.teacher: parent, or distill.rows: replayed with lwf in protect for the new ones"
+            )
+
     def _averages_fit(self) -> None:
         """Raise `ValueError` where one would change weights after they were measured, or undo what another did."""
         if {"ema", "reptile"} <= {*self.protect}:
@@ -350,6 +366,24 @@ class Config(Section):
             raise ValueError(
                 f"interpolate.share is auto, but memory.size is {self.memory.size}, and no remembered row could tell "
                 "what is forgotten: set a number, or memory.size: auto"
+            )
+
+    def _merge_fits(self) -> None:
+        """Raise `ValueError` where others would undo what `merge` did, do it again, or count it as learned."""
+        if "merge" not in self.protect:
+            return
+        if "interpolate" in self.protect:
+            raise ValueError(
+                "protect has merge and interpolate, and both take the weights back towards the parent's: drop either "
+                "(merge.method: linear with a number as merge.weight is interpolate with that share)"
+            )
+        for name in ("ema", "reptile", "si"):
+            if name in self.protect[self.protect.index("merge") :]:
+                raise ValueError(f"protect has merge before {name}, which needs the weights as trained: list it last")
+        if self.finetuning_type == "osf" and self.merge.method != "linear":
+            raise ValueError(
+                f"merge.method is {self.merge.method}, which drops single numbers, but finetuning_type is osf, which "
+                "would put parts of them back: set merge.method: linear, or drop either"
             )
 
     @property

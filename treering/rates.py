@@ -122,7 +122,7 @@ def given(config: Config, rate: float, sample: Sample, steps: Sequence[Step]) ->
 class RangeTest:
     """A range test on `model`, which is afterwards as it was before, the random state included.
 
-    `sample` names the rows, `rows` has their tokens, `parents` what the version before makes of the new ones (`lwf`).
+    `sample` names the rows, `rows` has their tokens; `teachers` and `parents` are as in `train.train`.
     `methods` are those of the update; each training gets a copy of them as they are now. In `folder` it notes what it
     had to adapt to where memory ran out, so that a test that was killed finds the same losses again.
     """
@@ -136,6 +136,7 @@ class RangeTest:
         config: Config,
         *,
         pad_id: int,
+        teachers: Mapping[str, Teacher] | None = None,
         parents: Mapping[str, Teacher] | None = None,
         stop: Stop | None = None,
         folder: Path | None = None,
@@ -143,7 +144,7 @@ class RangeTest:
         self._folder, self._readings = folder, Readings(folder)
         self._measured, self._trained, self._pieces = 0, 0, 1
         self._model, self._rows, self._sample, self._methods = model, rows, sample, methods
-        self._pad_id, self._parents, self._stop = pad_id, parents, stop
+        self._pad_id, self._teachers, self._parents, self._stop = pad_id, teachers, parents, stop
         self._config = short(config)
         lengths = {id: len(row.ids) for id, row in rows.items()}
         self._steps = plan_steps(sample.new, sample.memory, methods, lengths, self._config)
@@ -190,7 +191,7 @@ class RangeTest:
                     copy.deepcopy(self._methods),  # They may count what they see.
                     self._config.model_copy(update={"learning_rate": rate}),
                     pad_id=self._pad_id,
-                    teachers=self._sample.memory.teachers if "distill" in self._config.protect else None,
+                    teachers=self._teachers,
                     parents=self._parents,
                     recovery=recovery,
                     stop=self._stop,

@@ -68,7 +68,14 @@ class MemoryConfig(Section):
 
 
 class DistillConfig(Section):
-    """Distillation of the stored teacher logits on replayed rows."""
+    """Distillation: rows keep the answer distribution that a teacher gave them."""
+
+    teacher: Literal["stored", "parent"] = "stored"
+    """Who that is: the model that had just learned the row, by its `stored` top logits, or the `parent`, by what it
+    makes of the row before training begins."""
+
+    rows: Literal["replayed", "new", "both"] = "replayed"
+    """Which rows; `new` ones with the `parent` as teacher, whose answers are held as well, so take a low weight."""
 
     weight: float = Field(0.25, ge=0)
     """Weight of the distillation term beside the cross entropy of the same step."""
@@ -77,7 +84,7 @@ class DistillConfig(Section):
     """Softening of teacher and student."""
 
     top_k: int = Field(16, ge=1, le=16)
-    """Logits stored for each answer token."""
+    """Logits stored for each answer token; the parent's are never stored."""
 
 
 class LwfConfig(Section):
@@ -151,6 +158,20 @@ class SiConfig(Section):
 
     weight: float = Field(0.1, ge=0)
     """Weight of the term: the sum of all squared distances to the parent's weights, each times its importance."""
+
+
+class MergeConfig(Section):
+    """The version gets what its update and those before it made of the weights, merged."""
+
+    method: Literal["ties", "dare", "linear"] = "ties"
+    """How: a weighted mean (`linear`); the same after most of what is new was dropped at random, and the rest scaled up
+    for it (`dare`); or, of the largest numbers of both, a mean of those whose sign prevails (`ties`)."""
+
+    density: float = Field(0.5, gt=0, lt=1)
+    """With `ties` and `dare`: share of the numbers that stay."""
+
+    weight: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = "auto"
+    """What the newest update counts beside all before it together; `auto`: 1 / updates, so that each counts alike."""
 
 
 class GateConfig(Section):

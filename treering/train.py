@@ -373,18 +373,22 @@ def teach(
     *,
     top_k: int,
     pad_id: int,
+    temperature: float | None = None,
     stop: Stop | None = None,
     quiet: bool = False,
     reading: Reading | None = None,
 ) -> dict[str, Teacher]:
     """The model's `top_k` highest logits at every answer token of `rows`.
 
-    Raises as `passes.in_parts` does.
+    With a `temperature` they are shifted so that `exp(logit / temperature)` are probabilities among all tokens: what
+    these lack to 1 is what the other tokens have. Raises as `passes.in_parts` does.
     """
     model.eval()
 
     def highest(part: Sequence[Tokens], logits: Tensor) -> list[Teacher]:
         top = logits.topk(min(top_k, logits.shape[-1]))
+        if temperature is not None:
+            top.values.sub_(temperature * torch.logsumexp(logits / temperature, -1, keepdim=True))
         ids, values = top.indices.to(torch.int32).cpu(), top.values.half().cpu()
         counts = [len(row.answers) for row in part]
         pairs = zip(ids.split(counts), values.split(counts), strict=True)

@@ -40,6 +40,7 @@ PROTECT: dict[str, str] = {
     "ewc": "treering.methods.ewc:EWC",
     "l2": "treering.methods.l2:L2",
     "si": "treering.methods.si:SI",
+    "merge": "treering.methods.merge:Merge",
 }
 """What protects old knowledge."""
 

@@ -27,16 +27,10 @@ class Anchor:
         learns = trained(model)
         self.start = {name: weight.detach().clone() for name, weight in learns.items()}
         self.importance = None if importance is None else dict(importance)
+        check_shapes(importance or {}, learns, method)
         for name, known in (importance or {}).items():
-            if name not in learns:
-                continue
-            if known.shape != learns[name].shape:
-                raise ConfigError(
-                    f"protect has {method}, but the parent version's {method} is of another model: {name} is "
-                    f"{list(known.shape)} there and {list(learns[name].shape)} here; drop {method} from protect for "
-                    "one update, or start a new workspace"
-                )
-            cast("dict[str, Tensor]", self.importance)[name] = known.to(learns[name].device)
+            if name in learns:
+                cast("dict[str, Tensor]", self.importance)[name] = known.to(learns[name].device)
 
     def pull(self, model: PreTrainedModel) -> Tensor | None:
         """Half the sum over all numbers of `importance * (weight - start)^2`; None where nothing is of importance.
@@ -58,6 +52,17 @@ class Anchor:
     def __deepcopy__(self, memo: dict[int, Any]) -> Anchor:
         """Itself, for its numbers never change: the range test copies methods, and it is as large as what learns."""
         return self
+
+
+def check_shapes(kept: Mapping[str, Tensor], learns: Mapping[str, Tensor], method: str) -> None:
+    """Raise `ConfigError`, which names `method`, where what it `kept` of a weight has not the shape of that weight."""
+    for name, known in kept.items():
+        if name in learns and known.shape != learns[name].shape:
+            raise ConfigError(
+                f"protect has {method}, but the parent version's {method} is of another model: {name} is "
+                f"{list(known.shape)} there and {list(learns[name].shape)} here; drop {method} from protect for "
+                "one update, or start a new workspace"
+            )
 
 
 class _Pull(torch.autograd.Function):
