@@ -482,7 +482,7 @@ class Forgetful:
             self._careful = config.memory.replay_share > ws.config().memory.replay_share
             return train(*given, **options)
 
-        monkeypatch.setattr("treering.candidate.train", noted)
+        monkeypatch.setattr("treering.lesson.train", noted)
         monkeypatch.setattr(gate, "judge", self._judge)
 
     def _judge(self, _: object, __: object, ___: object, fresh: set[str], *____: object) -> Verdict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from treering import Workspace, experts, pipeline, registry
 from treering.config import Config
 from treering.data.example import Example, Message
 from treering.errors import ConfigError, UpdateInterruptedError
-from treering.experts import Choice, Experts, class_of
+from treering.experts import Experts, class_of
 from treering.forecast import forecast
 from treering.memory import Memory
 from treering.methods import Methods
@@ -77,7 +78,7 @@ def test_what_is_unlike_gets_an_expert_of_its_own(two: Workspace) -> None:
     first, second = version(two, "v1"), version(two, "v2")
     assert expert(first) == {"value": "e1", "reason": "the first"}
     assert expert(second)["value"] == "e2"
-    assert "72 of 72 new rows have labels or tasks that no expert knows" in expert(second)["reason"]
+    assert "of cups, 72 of 72 new rows have labels or a task that no expert knows" in expert(second)["reason"]
     assert sorted(path.name for path in (second.folder / "experts").iterdir()) == ["e1", "e2"]
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         kept, before = second.folder / "experts" / "e1" / name, first.folder / "experts" / "e1" / name
@@ -116,7 +117,7 @@ def test_a_task_that_returns_goes_on_with_its_expert(copied: Workspace) -> None:
     made = ws.update()
     assert made is not None
     assert expert(made)["value"] == "e1"
-    assert expert(made)["reason"] == "36 of 36 new rows are of what it knows, or nearest to it"
+    assert expert(made)["reason"] == "36 of 36 new rows are of what it knows"
     one, other = (made.folder / "experts" / name / "adapter_model.safetensors" for name in ("e1", "e2"))
     assert other.samefile(version(ws, "v2").folder / "experts" / "e2" / "adapter_model.safetensors")
     assert one.read_bytes() != (version(ws, "v2").folder / "experts" / "e1" / "adapter_model.safetensors").read_bytes()
@@ -188,7 +189,7 @@ def known(**owners: str) -> Experts:
     """Experts whose classes lie 10 apart on a line."""
     router = Router(2)
     for at, (name, owner) in enumerate(owners.items()):
-        router.learn(cluster(10 * at), [name] * 40, owner)
+        router.learn(cluster(10 * at), [name] * 40, {name: owner})
     return Experts(router, {owner: {} for owner in owners.values()})
 
 
@@ -196,31 +197,56 @@ def cluster(at: float, seed: int = 0) -> Tensor:
     return torch.randn(40, 2, generator=torch.Generator().manual_seed(seed)) + torch.tensor([at, 0.0])
 
 
+def given(both: Experts | None, rows: Sequence[tuple[str, str, Tensor]]) -> dict[str, tuple[str | None, int]]:
+    """By expert, in their order, what it begins from and how many of the rows (task, label, vectors) it is taught."""
+    tasks = [task for task, _, vectors in rows for _ in vectors]
+    classes = [label for _, label, vectors in rows for _ in vectors]
+    found = experts.split(both, torch.cat([vectors for *_, vectors in rows]), tasks, classes)
+    assert sorted(at for choice in found for at in choice.rows) == list(range(len(classes)))
+    return {choice.expert: (choice.begins, len(choice.rows)) for choice in found}
+
+
 def test_who_is_chosen() -> None:
-    assert experts.choose(None, cluster(0), ["a"] * 40) == Choice("e1", True, None, "the first")
     both = known(a="e1", b="e2")
-    assert experts.choose(both, cluster(10), ["b"] * 40).expert == "e2"
-    assert experts.choose(both, cluster(0), ["b"] * 21 + ["a"] * 19).expert == "e2"  # Who knows the label counts.
-    near, far = experts.choose(both, cluster(10, 1), ["c"] * 40), experts.choose(both, cluster(40), ["c"] * 40)
-    assert (near.expert, near.new, near.begins) == ("e2", False, "e2")
-    assert (far.expert, far.new, far.begins) == ("e3", True, "e2")
+    assert given(None, [("t", "a", cluster(0))]) == {"e1": (None, 40)}
+    assert given(both, [("t", "b", cluster(10))]) == {"e2": ("e2", 40)}
+    # Who knows the label counts, wherever its rows lie now.
+    assert list(given(both, [("t", "b", cluster(0)[:21]), ("t", "a", cluster(0)[21:])]).items()) == [
+        ("e2", ("e2", 21)),
+        ("e1", ("e1", 19)),
+    ]
+    assert given(both, [("t", "c", cluster(10, 1))]) == {"e2": ("e2", 40)}
+    assert given(both, [("t", "c", cluster(40))]) == {"e3": ("e2", 40)}
 
 
-def test_only_rows_of_the_chosen_expert_are_replayed() -> None:
+def test_few_new_labels_go_with_their_task() -> None:
+    both = known(a="e1", b="e2")
+    few = [("t", "a", cluster(0)[:30]), ("t", "new", cluster(60)[:10])]
+    assert given(both, few) == {"e1": ("e1", 40)}
+    many = [("t", "a", cluster(0)[:10]), ("t", "new", cluster(60)[:30])]
+    assert given(both, many) == {"e3": ("e2", 30), "e1": ("e1", 10)}
+
+
+def test_new_tasks_that_are_alike_share_an_expert() -> None:
+    both = known(a="e1", b="e2")
+    found = given(both, [("z", "z", cluster(40)), ("y", "y", cluster(80)), ("x", "x", cluster(40, 1))])
+    assert found == {"e3": ("e2", 80), "e4": ("e2", 40)}  # x comes first, z is like it.
+    assert given(None, [("z", "z", cluster(40)), ("y", "y", cluster(80)), ("x", "x", cluster(40, 1))]) == {
+        "e1": (None, 80),
+        "e2": (None, 40),
+    }
+
+
+def test_only_rows_of_the_expert_are_replayed() -> None:
     both, memory = known(**{class_of("t", "a"): "e1", class_of("t", "b"): "e2"}), Memory(100)
     rows = [
         Example.of([{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "ab"[n % 2]}])
         for n in range(8)
     ]
     memory.add(rows, "t")
-    for choice, labels in (
-        (Choice("e1", False, "e1", ""), {"a"}),
-        (Choice("e3", True, "e1", ""), set()),
-    ):
-        found = experts.part(memory, choice, both, [class_of("t", "c")])
-        assert {row.label for row in found.rows.values()} == labels
-    taken = experts.part(memory, Choice("e1", False, "e1", ""), both, [class_of("t", "b")])
-    assert len(taken) == len(memory)  # What an expert takes over, it is to know.
+    for name, labels in (("e1", {"a"}), ("e2", {"b"}), ("e3", set[str]())):
+        assert {row.label for row in experts.part(memory, name, both).rows.values()} == labels
+    assert not len(experts.part(memory, "e1", None))
 
 
 @pytest.mark.parametrize(

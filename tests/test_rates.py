@@ -268,7 +268,7 @@ def test_a_killed_update_chooses_no_other(workspace: Callable[..., Workspace], m
     counted = Counted()
 
     def interrupted(self: Candidate, *given: Any) -> Any:
-        self.stop = KillAt(200) if len(tests) == 1 and not counted.looks else counted
+        self.pupil.stop = KillAt(200) if len(tests) == 1 and not counted.looks else counted
         counted.looks += 1
         return learn(self, *given)
 

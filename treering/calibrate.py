@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,6 +24,7 @@ from treering.schedule import peak_rate
 
 if TYPE_CHECKING:
     from treering.config import Config
+    from treering.lesson import Lesson
     from treering.plan import Plan
     from treering.schedule import Step
     from treering.workspace import Workspace
@@ -75,43 +77,47 @@ def calibrate(ws: Workspace, plan: Plan, config: Config, folder: Path) -> Estima
     _, before = _timed(candidate.measure_parent)
 
     candidate.prepare()
-    steps = candidate.steps
-    trying = _trying(candidate)
-    tokens = {id: len(row.ids) for id, row in candidate.rows.items()}
-    candidate.steps = typical_steps(steps, tokens)
-    if candidate.aside:  # All of them are to be taken.
-        candidate.config = config.model_copy(update={"early_stopping_steps": len(candidate.steps) + 1})
-    learned = {id for step in candidate.steps for batch in step for id in batch}
+    planned, main = [(lesson, lesson.steps) for lesson in candidate.lessons], candidate.main
+    steps, parents = candidate.steps, _parents_mb(candidate)
+    tests, trying = _trying(candidate)
+    tokens = {id: len(row.ids) for id, row in candidate.pupil.rows.items()}
+    tried_steps = typical_steps(steps, tokens)
+    learned = {id for step in tried_steps for batch in step for id in batch}
+    for lesson in candidate.lessons:  # What one adapter learns takes as long as what others do.
+        lesson.steps = tried_steps if lesson is main else []
+        lesson.ids = [id for id in lesson.ids if id in learned]
+    if main.aside:  # All of them are to be taken.
+        main.config = config.model_copy(update={"early_stopping_steps": len(tried_steps) + 1})
     candidate.plan = replace(plan, rows={task: [i for i in ids if i in learned] for task, ids in plan.rows.items()})
     log, learning = _timed(candidate.learn)
-    stepping = [_tokens(step, tokens) / e["tokens_per_second"] for step, e in zip(candidate.steps, log, strict=True)]
-    looks, looking = _looks(candidate, len(steps))
+    stepping = [_tokens(step, tokens) / e["tokens_per_second"] for step, e in zip(tried_steps, log, strict=True)]
+    looking = _looking(main)
+    looks = sum(_looks(lesson, len(own)) for lesson, own in planned)
     # Processes of their own begin once, however many the steps are.
-    starting = learning - candidate.processes[0].seconds if candidate.processes else 0.0
-    ending = candidate.ending_seconds
-    looked = _looks(candidate, len(candidate.steps))[0] * looking
-    saving = max(0.0, learning - starting - sum(stepping) - looked - ending)
-    checkpoints = list((folder / "checkpoints").glob("step-*"))
-    checkpoint = max(map(_size_mb, checkpoints))
+    starting = learning - main.processes[0].seconds if main.processes else 0.0
+    ended = sum(lesson.ending_seconds for lesson in candidate.lessons)
+    looked = _looks(main, len(tried_steps)) * looking
+    saving = max(0.0, learning - starting - sum(stepping) - looked - ended)
+    checkpoint = max(map(_size_mb, main.checkpoints.glob("step-*")))
 
     results, after = _timed(candidate.measure)
     candidate.remember()
     candidate.write(base_name(config), results, log)
-    rest = time.perf_counter() - candidate.started - before - trying - learning - looking - after + starting
+    rest = time.perf_counter() - candidate.started - before - tests * trying - learning - looking - after + starting
     memory, gpu_memory = candidate.peaks
 
-    seconds = _all_steps(steps, candidate.steps, stepping, tokens)
-    saves = -(-len(steps) // config.save_steps)
-    training = seconds + saves * saving + looks * looking + ending + rates.RATES * trying
+    seconds = _all_steps(steps, tried_steps, stepping, tokens)
+    saves = [-(-len(own) // config.save_steps) for _, own in planned]
+    training = seconds + sum(saves) * saving + looks * looking + ended + tests * rates.RATES * trying
     scoring = to_score * (before + after) / max(1, asked + len(results))
-    # That of the beginning, two by count and the newest stay; the version is written beside them.
-    fullest = checkpoint * min(4, saves + 2) + _size_mb(candidate.folder) + REPORT_MB
+    # Of each lesson that of the beginning, two by count and the newest stay; the version is written beside them.
+    fullest = checkpoint * sum(min(4, count + 2) for count in saves) + _size_mb(candidate.folder) + REPORT_MB
     return Estimate(
         steps=len(steps),
         rows_trained=sum(len(batch) for step in steps for batch in step),
         seconds=training,
         total_seconds=rest + training + scoring,
-        peak_memory_mb=memory + _parents_mb(candidate, plan),
+        peak_memory_mb=memory + parents,
         peak_gpu_memory_mb=gpu_memory,
         disk_mb=fullest,
     )
@@ -127,22 +133,34 @@ def typical_steps(steps: Sequence[Step], tokens: Mapping[str, int]) -> list[Step
     return [ranked[-1], *(ranked[(len(ranked) - 1) * at // (SPREAD - 1)] for at in range(SPREAD))]
 
 
-def _trying(candidate: Candidate) -> float:
-    """Seconds of a rate in the range test; 0 if there will be none."""
-    sample = rates.Sample.drawn(candidate.new, candidate.replayed, candidate.config)
-    rate = peak_rate(candidate.config, candidate.model)
-    if rates.given(candidate.config, rate, sample, candidate.steps) is not None:
+def _trying(candidate: Candidate) -> tuple[int, float]:
+    """How many lessons have a range test, and the seconds of a rate in it.
+
+    Leaves the model to the main lesson.
+    """
+    tests, seconds = 0, 0.0
+    for lesson in reversed(candidate.lessons):
+        candidate.turn_to(lesson)
+        sample = rates.Sample.drawn(lesson.new, lesson.memory, lesson.config)
+        rate = peak_rate(lesson.config, candidate.model)
+        if rates.given(lesson.config, rate, sample, lesson.steps) is None:
+            tests += 1
+            test = lesson.range_test(sample)
+            seconds = _timed(partial(test.after, rate))[1]
+    return tests, seconds
+
+
+def _looking(lesson: Lesson) -> float:
+    """Seconds of measuring the rows kept aside."""
+    if not lesson.aside:
         return 0.0
-    return _timed(lambda: candidate.range_test(sample).after(rate))[1]
+    rows = [lesson.pupil.rows[id] for id in lesson.aside]
+    return _timed(lambda: losses(lesson.pupil.model, rows, lesson.config, lesson.pupil.pad_id))[1]
 
 
-def _looks(candidate: Candidate, steps: int) -> tuple[int, float]:
-    """How often the rows kept aside are measured in so many steps, and the seconds of each time."""
-    if not candidate.aside:
-        return 0, 0.0
-    rows = [candidate.rows[id] for id in candidate.aside]
-    _, seconds = _timed(lambda: losses(candidate.model, rows, candidate.config, candidate.pad_id))
-    return -(-steps // candidate.config.eval_steps), seconds
+def _looks(lesson: Lesson, steps: int) -> int:
+    """How often they are measured in so many steps."""
+    return -(-steps // lesson.config.eval_steps) if lesson.aside else 0
 
 
 def _all_steps(
@@ -169,12 +187,15 @@ def _typical_rows(candidate: Candidate) -> set[str]:
     return {*ids[:size], *ids[middle : middle + size], *ids[-size:]}
 
 
-def _parents_mb(candidate: Candidate, plan: Plan) -> float:
-    """What the parent makes of all rows it is asked about: 4 bytes and 2 for each of its top logits."""
-    asked = candidate.asked_of_parent(plan.row_ids, candidate.replayed.rows)
-    if candidate.parent is not None and "lwf" in candidate.config.protect:
-        asked += plan.row_ids
-    return sum(len(candidate.rows[id].answers) for id in asked) * TOP_K * 6 / 2**20
+def _parents_mb(candidate: Candidate) -> float:
+    """What the parent makes of the rows it is asked about in a lesson: 4 bytes and 2 for each of its top logits."""
+    most = 0
+    for lesson in candidate.lessons:
+        asked = lesson.asked_of_parent(lesson.ids, lesson.memory.rows)
+        if candidate.parent is not None and "lwf" in candidate.config.protect:
+            asked += lesson.ids
+        most = max(most, sum(len(candidate.pupil.rows[id].answers) for id in asked))
+    return most * TOP_K * 6 / 2**20
 
 
 def _timed(work: Callable[[], T]) -> tuple[T, float]:

@@ -6,35 +6,34 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from treering import early, experts, general, launch, mix, rates
+from treering import early, experts, general
 from treering.batches import Batch, make_batch
 from treering.config import names
-from treering.errors import ConfigError, TreeringError
+from treering.errors import ConfigError
 from treering.evaluate import conditions, evaluate
 from treering.features import features
 from treering.files import fsync_tree, write_file
-from treering.handover import Handover
 from treering.keep import FROM_FEATURES, FROM_LOSSES, ORDERED
-from treering.memory import Memory, Teacher, some
-from treering.methods import Losses, Methods
-from treering.methods.lwf import TOP_K
+from treering.lesson import Lesson, Pupil, prepared
+from treering.memory import Memory
+from treering.methods import Methods
 from treering.metrics import metric_for
 from treering.model import Tokens, encode, load, load_tokenizer, save_weights, use_bf16
 from treering.passes import losses
 from treering.progress import bar
 from treering.readings import Readings
-from treering.recovery import Recovery
 from treering.registry import Version
 from treering.results import Result, read_results, write_results
 from treering.room import peak_gpu_memory_mb, peak_memory_mb
-from treering.schedule import passes, peak_rate, plan_steps
-from treering.train import teach, train
+from treering.train import teach
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,14 +43,10 @@ if TYPE_CHECKING:
     from treering.plan import Plan
     from treering.schedule import Step
     from treering.stop import Stop
-    from treering.worker import Trained
     from treering.workspace import Workspace
 
 RESULTS = "results.parquet"
 PARENT_RESULTS = "parent.parquet"
-
-MEASURED = 64
-"""Rows that methods are told the losses of, new ones and remembered ones."""
 
 
 class Candidate:
@@ -75,13 +70,10 @@ class Candidate:
         self.started = time.perf_counter()
         self.plan, self.parent, self.config, self.staging = plan, parent, config, staging
         self.base, self.root = base, ws.root
-        self.stop, self.quiet = stop, quiet
         torch.set_num_threads(plan.machine["threads"])
         self.readings = Readings(staging)
         self.tokenizer = load_tokenizer(base, config.trust_remote_code)
         _check_kind(parent, config)
-        self.model = load(base, config, parent)
-        self.methods = Methods(config)
         self.memory = _memory(parent, config)
         measured: dict[str, list[str]] = parent.manifest["held_out"] if parent else {}
         self.held_out = {
@@ -94,19 +86,23 @@ class Candidate:
         for task, ids in plan.rows.items():
             self.metrics.setdefault(task, metric_for([self.examples[id].label for id in ids]))
         self.general = general.read(config, ws.root, self.tokenizer, plan.general)
-        self.rows: dict[str, Tokens] = {}
-        self.aside: list[str] = []
-        self.mix: mix.Mix | None = None
-        self.steps: list[Step] = []
-        self.log: list[dict[str, float]] = []
-        self.rate = rates.Choice(peak_rate(config, self.model), "not chosen yet")
-        self.expert: experts.Choice | None = None
+        self.pupil = Pupil(
+            load(base, config, parent),
+            base,
+            parent,
+            ws.root,
+            plan.machine["threads"],
+            cast(int, self.tokenizer.pad_token_id),
+            {},
+            list(self.general),
+            stop,
+            quiet,
+        )
+        self.lessons: list[Lesson] = []
+        """What is taught; the first has most rows. Known once prepared."""
         self.vectors, self.classes = torch.empty(0), list[str]()
-        self.replayed = self.memory
-        self.train_seconds = self.ending_seconds = 0.0  # Of all training; of what methods do at its end.
-        self.trainable_parameters = 0
-        """How many numbers this update can change."""
-        self.processes: list[Trained] = []
+        self.log: list[dict[str, float]] = []
+        self._begun: Lesson | None = None
 
     def measure_parent(self) -> list[Result]:
         """The parent's results on every held-out row: those it was made with, and the fresh ones scored now."""
@@ -121,118 +117,34 @@ class Candidate:
         return [(id, task) for task, ids in self.held_out.items() for id in ids if id not in done]
 
     def prepare(self) -> None:
-        """Make the model ready to learn, and decide what it is taught at each step."""
-        if self.config.adapter_composition == "experts":
-            self._choose_expert()
-        self.model = _prepared(self.model, self.methods, self.config, self.parent)
-        self.trainable_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        self.rows = {id: self._tokens(id) for id in [*self.plan.row_ids, *self.memory.rows]} | self.general
-        lengths = {id: len(row.ids) for id, row in self.rows.items()}
-        self.aside = early.aside(self.plan.row_ids, self.config)
-        self.mix = self._mixed()
-        self.replayed.weights = self.mix.weights if self.mix else {}
-        self.steps = plan_steps(self.new, self.replayed, self.methods, lengths, self.config, list(self.general))
+        """Decide the lessons, and what is taught at each of their steps; make the model ready for them."""
+        self.lessons = self._by_expert() if self.config.adapter_composition == "experts" else [self._lesson()]
+        self.pupil.rows = {id: self._tokens(id) for id in [*self.plan.row_ids, *self.memory.rows]} | self.general
+        for lesson in self.lessons:
+            self.turn_to(lesson)
+            lesson.plan(self._about)
 
     def choose_rate(self) -> None:
-        """Settle the learning rate: as set, as an earlier run of this update chose it, or by a range test now."""
-        sample = rates.Sample.drawn(self.new, self.replayed, self.config)
-        found = rates.given(self.config, self.rate.value, sample, self.steps) or rates.saved(self.staging)
-        if found is None:
-            with bar("trying learning rates", rates.RATES, self.quiet) as advance:
-                found = self.range_test(sample).choose(advance)
-            rates.save(self.staging, found)
-        self.rate = found
-        self.train_seconds += found.seconds
-        self.config = self.config.model_copy(update={"learning_rate": found.value})
-
-    def range_test(self, sample: rates.Sample) -> rates.RangeTest:
-        """A range test on `sample`, before the first step."""
-        return rates.RangeTest(
-            self.model,
-            self.rows,
-            sample,
-            self.methods,
-            self.config,
-            pad_id=self.pad_id,
-            teachers=self._teachers(sample.new, sample.memory.rows, "asking the teacher before the range test"),
-            parents=self._parents(sample.new, "asking the parent before the range test"),
-            stop=self.stop,
-            folder=self.staging / "range-test",
-        )
+        """Settle the learning rate of each lesson."""
+        for lesson in self.lessons:
+            self.turn_to(lesson)
+            lesson.choose_rate()
 
     def learn(self, track: Callable[[Mapping[str, float]], None] | None = None) -> list[dict[str, float]]:
-        """Train over `steps`: the new rows and what the methods mix in; returns the log, an entry a step taken.
+        """Go through the lessons, one after the other; returns the log, an entry a step taken.
 
         `track` is given each entry when it is finished, and what was measured on the rows kept aside.
         """
-        started = time.perf_counter()
-        drawn = {id for step in self.steps for batch in step for id in batch}
-        replayed = [id for id in self.replayed.rows if id in drawn]
-        teachers = self._teachers(self.new, replayed, "asking the teacher before training")
-        parents = self._parents(self.new, "asking the parent before training")
-        if self.config.launcher != "local":
-            self._learn_in_processes(teachers, parents, track)
-            track = None  # It was told.
-        # Where processes did it, the last checkpoint has all steps done.
-        self.log = train(
-            self.model,
-            self.rows,
-            self.steps,
-            self.methods,
-            self.config,
-            pad_id=self.pad_id,
-            teachers=teachers,
-            parents=parents,
-            aside=[self.rows[id] for id in self.aside],
-            checkpoints=self._checkpoints,
-            stop=self.stop,
-            track=track,
-            quiet=self.quiet or self.config.launcher != "local",
-        )
-        trained = time.perf_counter()
-        self.methods.after_training(self.model, self._losses)
-        self.ending_seconds = time.perf_counter() - trained
-        if use_bf16(self.config)[0]:
-            # As it will be saved, so that what is measured is what serves; buffers (rotary frequencies) and LoRA's
-            # matrices stay float32.
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad and "lora_" not in name:
-                    parameter.data = parameter.data.bfloat16()
-        if self.expert is not None:
-            experts.keep(self.model, self.expert, self.vectors, self.classes)
-        self.train_seconds += time.perf_counter() - started
+        for lesson in self.lessons:
+            self.turn_to(lesson)
+            later = partial(_later, steps=len(self.log))
+            lesson.learn(track and partial(_told, track, later))
+            self.log += map(later, lesson.log)
+        if self.taught:
+            owners = {self.classes[at]: choice.expert for choice in self.taught for at in choice.rows}
+            weights = {choice.expert: one.weights for choice, one in zip(self.taught, self.lessons, strict=True)}
+            experts.keep(self.model, weights, self.vectors, self.classes, owners)
         return self.log
-
-    def _learn_in_processes(
-        self,
-        teachers: Mapping[str, Teacher] | None,
-        parents: Mapping[str, Teacher] | None,
-        track: Callable[[Mapping[str, float]], None] | None,
-    ) -> None:
-        handover = Handover(
-            self.config,
-            self.base,
-            self.parent,
-            self.rows,
-            self.steps,
-            self.pad_id,
-            launch.threads(self.config, self.plan.machine["threads"]),
-            self._checkpoints,
-            teachers,
-            parents,
-        )
-        del self.model  # The room is theirs.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        folder = self.staging / "processes"
-        self.processes = launch.train(handover, folder, self.root, stop=self.stop, track=track, quiet=self.quiet)
-        if not (self._checkpoints / f"step-{len(self.steps)}").exists():
-            raise TreeringError(
-                f"{self._checkpoints} has no checkpoint of the last step, which the processes have made: all machines "
-                "that train need the workspace and the base model under the same path, on a disk that they share"
-            )
-        shutil.rmtree(folder)
-        self.model, self.methods = begun(self.base, self.config, self.parent)
 
     def measure(self) -> list[Result]:
         """The candidate's results on every held-out row."""
@@ -248,11 +160,23 @@ class Candidate:
         if ordered:
             self._order()
         if "distill" in self.config.protect and self.config.distill.teacher == "stored":
-            # Of other experts' rows the one that was taught knows nothing.
-            own = {*self.plan.row_ids, *self.replayed.rows}
-            wanted = [id for id in self.memory.rows if id in own and id not in self.memory.teachers]
-            rows = [self._tokens(id) for id in wanted]
-            self.memory.teachers |= self._logits(rows, self.config.distill.top_k, "taking logits to remember")
+            self._take_logits()
+
+    def _take_logits(self) -> None:
+        """Store the logits of all remembered rows that have none yet, each row's from the expert that answers it."""
+        known = experts.of(self.model)
+        rows: dict[str | None, list[Tokens]] = {}
+        for id, row in self.memory.rows.items():
+            if id not in self.memory.teachers:
+                expert = known.router.expert[experts.class_of(row.task, row.label)] if known else None
+                rows.setdefault(expert, []).append(self._tokens(id))
+        settings: dict[str, Any] = {"pad_id": self.pad_id, "stop": self.stop, "quiet": self.quiet}
+        for number, (expert, own) in enumerate(sorted(rows.items(), key=lambda item: str(item[0]))):
+            reading = self.readings.of("taking logits to remember", number)
+            with experts.using(self.model, known, expert) if known else nullcontext():
+                self.memory.teachers |= teach(
+                    self.model, own, self.config, top_k=self.config.distill.top_k, reading=reading, **settings
+                )
 
     def _order(self) -> None:
         """Have the memory decide which of its rows stay, new ones included."""
@@ -278,15 +202,14 @@ class Candidate:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         save_weights(self.model, self.tokenizer, folder, base_name)
-        if self.expert is not None:
-            found = experts.of(self.model)
-            assert found is not None
-            experts.save(folder, found, self.expert.expert, self.parent)
+        if self.taught:
+            write = partial(save_weights, self.model, self.tokenizer, base_name=base_name)
+            experts.save(self.model, folder, [choice.expert for choice in self.taught], self.parent, write)
         self.memory.save(folder)
         write_results(folder / RESULTS, results)
         write_file(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log).encode())
         shutil.copyfile(self.staging / PARENT_RESULTS, folder / PARENT_RESULTS)
-        state = self.methods.after_update(self.model, self._learned)
+        state = self.main.methods.after_update(self.model, self._learned)
         if state:
             from safetensors.torch import save_file
 
@@ -294,15 +217,44 @@ class Candidate:
         fsync_tree(folder)  # Here, not in the commit, so that a rollback need not wait for it.
 
     @property
-    def new(self) -> list[str]:
-        """The new rows that are learned: all but those kept aside."""
-        aside = set(self.aside)
-        return [id for id in self.plan.row_ids if id not in aside]
+    def model(self) -> PreTrainedModel:
+        """The model, as far as it is."""
+        return self.pupil.model
+
+    @property
+    def main(self) -> Lesson:
+        """The lesson with most rows, whose adapter is the version's own."""
+        return self.lessons[0]
+
+    @property
+    def taught(self) -> list[experts.Choice]:
+        """The experts that are taught, a lesson each; empty: there are none."""
+        return [lesson.expert for lesson in self.lessons if lesson.expert is not None]
+
+    @property
+    def aside(self) -> list[str]:
+        """The new rows that are not learned but measured."""
+        return [id for lesson in self.lessons for id in lesson.aside]
+
+    @property
+    def steps(self) -> list[Step]:
+        """All steps, lesson after lesson."""
+        return [step for lesson in self.lessons for step in lesson.steps]
 
     @property
     def taken(self) -> list[Step]:
         """The steps that were taken: all, but where training stopped early."""
-        return self.steps[: len(self.log)]
+        return [step for lesson in self.lessons for step in lesson.taken]
+
+    @property
+    def train_seconds(self) -> float:
+        """Of all training."""
+        return sum(lesson.seconds for lesson in self.lessons)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers this update can change."""
+        return sum(lesson.trainable_parameters for lesson in self.lessons)
 
     @property
     def folder(self) -> Path:
@@ -310,70 +262,49 @@ class Candidate:
         return self.staging / "version"
 
     @property
-    def _checkpoints(self) -> Path:
-        return self.staging / "checkpoints"
-
-    @property
     def choices(self) -> dict[str, dict[str, Any]]:
-        """What was chosen automatically, and why."""
-        found = {
-            "learning_rate": {"value": self.rate.value, "reason": self.rate.reason},
-            "num_train_epochs": {"value": passes(self.config, len(self.new)), "reason": self._length},
+        """What was chosen automatically, and why; of lessons but the main one under the name of their expert."""
+        found = self.main.choices
+        for lesson in self.lessons[1:]:
+            found |= {f"{name}{lesson.of}": choice for name, choice in lesson.choices.items()}
+        found |= {
             "bf16": dict(zip(("value", "reason"), use_bf16(self.config), strict=True)),
             "memory": {"value": len(self.memory), "reason": f"size {self.memory.size}, {self.memory.policy}"},
         }
-        if self.expert is not None:
-            found["expert"] = {"value": self.expert.expert, "reason": self.expert.reason}
-        if self.mix:
-            found["memory.mix"] = {"value": self.config.memory.mix, "reason": self.mix.reason}
+        if self.taught:
+            reasons = [f"{choice.expert}: {choice.reason}" for choice in self.taught]
+            found["expert"] = {
+                "value": ", ".join(choice.expert for choice in self.taught),
+                "reason": "; ".join(reasons) if len(reasons) > 1 else self.taught[0].reason,
+            }
         for task in self.plan.rows:
             few = "short answers, each used at least twice on average"
             reason = few if self.metrics[task] == "exact_match" else "answers are no small label set"
             found[f"metric of {task}"] = {"value": self.metrics[task], "reason": reason}
-        if self.config.early_stopping_steps is not None:
-            found["early_stopping_steps"] = early.choice(
-                self.log, len(self.plan.row_ids), len(self.aside), len(self.steps), self.config
-            )
-        found |= self.readings.choices | Readings(self._checkpoints).choices | self.methods.choices
-        return found | Recovery(self._checkpoints).choices(self.rate.value)
-
-    @property
-    def _length(self) -> str:
-        """Why the training is as long as it is."""
-        if self.config.max_steps > 0:
-            return f"not used: max_steps is {self.config.max_steps}"
-        if self.config.num_train_epochs != "auto":
-            return "as set"
-        return f"{len(self.new)} new rows, {len(self.steps)} steps with the replayed ones"
+        return found
 
     @property
     def peaks(self) -> tuple[float, float | None]:
         """The most memory that was held, in MB, by all processes together, and GPU memory by the one that had most."""
         own, gpu = peak_memory_mb(), peak_gpu_memory_mb()
-        gpus = [gpu, *(process.peak_gpu_memory_mb for process in self.processes)]
+        gpus = [gpu, *(process.peak_gpu_memory_mb for process in self.main.processes)]
         most = max((peak for peak in gpus if peak is not None), default=None)
-        return own + sum(process.peak_memory_mb for process in self.processes), most
+        return own + sum(process.peak_memory_mb for process in self.main.processes), most
 
     @property
     def pad_id(self) -> int:
         """The token that fills rows up to the length of their batch."""
-        return cast(int, self.tokenizer.pad_token_id)
+        return self.pupil.pad_id
 
-    def _mixed(self) -> mix.Mix | None:
-        """Which remembered rows are replayed more often, as an earlier run of this update found or as is found now."""
-        if self.config.memory.mix == "uniform" or not self.replayed.rows:
-            return None
-        found = mix.saved(self.staging)
-        if found is None:
-            given = self.new, self.replayed
-            if self.config.memory.mix == "interference":
-                found = mix.interference(
-                    self.model, self.rows, *given, self.methods, self.config, self.pad_id, self.stop
-                )
-            else:
-                found = mix.similarity(self._about, *given, self.config)
-            mix.save(self.staging, found)
-        return found
+    @property
+    def stop(self) -> Stop | None:
+        """Asked before each piece of work whether to go on."""
+        return self.pupil.stop
+
+    @property
+    def quiet(self) -> bool:
+        """Whether no bars are shown."""
+        return self.pupil.quiet
 
     def _tokens(self, id: str) -> Tokens:
         return encode(self.tokenizer, self.examples[id])
@@ -384,40 +315,46 @@ class Candidate:
             return []
         return read_results(self.parent.folder / RESULTS)
 
-    def _parents(self, new: Sequence[str], title: str) -> dict[str, Teacher] | None:
-        """What the parent makes of those new rows, for `lwf`; to be asked before the first step changes the model."""
-        if self.parent is None or "lwf" not in self.config.protect:
-            return None
-        return self._logits([self.rows[id] for id in new], TOP_K, title)
+    def _lesson(self) -> Lesson:
+        """All rows for the one model."""
+        return Lesson(self.pupil, self.config, self.plan.row_ids, self.memory, self.staging, self.readings)
 
-    def asked_of_parent(self, new: Iterable[str], remembered: Iterable[str]) -> list[str]:
-        """Those of the rows that the parent is the teacher of, for `distill`."""
-        asked = self.config.distill
-        if self.parent is None or "distill" not in self.config.protect or asked.teacher == "stored":
-            return []
-        return [*(new if asked.rows != "replayed" else ()), *(remembered if asked.rows != "new" else ())]
-
-    def _teachers(self, new: Sequence[str], remembered: Iterable[str], title: str) -> Mapping[str, Teacher] | None:
-        """What `distill` holds rows to; where that is the parent, to be asked before the first step as well."""
-        if "distill" not in self.config.protect:
-            return None
-        if self.config.distill.teacher == "stored":
-            return self.memory.teachers
-        rows = [self.rows[id] for id in self.asked_of_parent(new, remembered)]
-        return self._logits(rows, TOP_K, title, self.config.distill.temperature) if rows else None
-
-    def _choose_expert(self) -> None:
-        """Have the adapter that is taught be that of the expert which the new rows are for."""
-        self.vectors = self._about(self.plan.row_ids)
-        known = experts.of(self.model)
+    def _by_expert(self) -> list[Lesson]:
+        """Each expert the rows that are for it; all begin where the parent's experts are, whatever their order."""
+        row_ids = self.plan.row_ids
+        self.vectors = self._about(row_ids)
+        tasks = [task for task, ids in self.plan.rows.items() for _ in ids]
         self.classes = [
             experts.class_of(task, self.examples[id].label if self.metrics[task] == "exact_match" else "")
-            for task, ids in self.plan.rows.items()
-            for id in ids
+            for task, id in zip(tasks, row_ids, strict=True)
         ]
-        self.expert = experts.choose(known, self.vectors, self.classes)
-        experts.begin(self.model, self.expert)
-        self.replayed = experts.part(self.memory, self.expert, known, self.classes)
+        known = experts.of(self.model)
+        adapters = known.adapters if known else {}
+        self.pupil.model = prepared(self.model, Methods(self.config), self.config, self.parent)
+        fresh = experts.weights(self.model)
+        found: list[Lesson] = []
+        for choice in experts.split(known, self.vectors, tasks, self.classes):
+            folder = self.staging / choice.expert if found else self.staging
+            found.append(
+                Lesson(
+                    self.pupil,
+                    self.config,
+                    [row_ids[at] for at in choice.rows],
+                    experts.part(self.memory, choice.expert, known),
+                    folder,
+                    Readings(folder) if found else self.readings,
+                    choice,
+                    adapters[choice.begins] if choice.begins is not None else fresh,
+                )
+            )
+            folder.mkdir(exist_ok=True)
+        return found
+
+    def turn_to(self, lesson: Lesson) -> None:
+        """Have the model be ready for this lesson."""
+        if self._begun is not lesson:
+            lesson.begin()
+            self._begun = lesson
 
     def _about(self, ids: Sequence[str]) -> torch.Tensor:
         """The features of these rows' prompts, `[rows, size]`."""
@@ -429,30 +366,6 @@ class Candidate:
     def _learned(self) -> list[Batch]:
         """The new rows, each a batch of its own."""
         return [make_batch([self._tokens(id)], self.pad_id, self.model.device) for id in self.plan.row_ids]
-
-    def _losses(self) -> Losses:
-        """The losses of the model as it is, on some rows that were new and some that are remembered."""
-        means = [0.0, 0.0]
-        for at, ids in enumerate((self.new, self.replayed.rows)):
-            rows = [self.rows[id] for id in some(ids, MEASURED, f"{self.config.seed}:losses")]
-            if rows:
-                means[at] = math.fsum(losses(self.model, rows, self.config, self.pad_id, self.stop)) / len(rows)
-        return Losses(*means)
-
-    def _logits(
-        self, rows: Sequence[Tokens], top_k: int, title: str, temperature: float | None = None
-    ) -> dict[str, Teacher]:
-        return teach(
-            self.model,
-            rows,
-            self.config,
-            top_k=top_k,
-            pad_id=self.pad_id,
-            temperature=temperature,
-            stop=self.stop,
-            quiet=self.quiet,
-            reading=self.readings.of(title),
-        )
 
     def _score(self, rows: Sequence[tuple[str, str]], title: str) -> list[Result]:
         pairs = [(self.examples[id], task) for id, task in rows]
@@ -469,15 +382,17 @@ class Candidate:
         )
 
 
-def begun(base: Path, config: Config, parent: Version | None) -> tuple[PreTrainedModel, Methods]:
-    """The model as an update begins to teach it, and the methods that made it ready."""
-    methods = Methods(config)
-    return _prepared(load(base, config, parent), methods, config, parent), methods
+def _later(entry: Mapping[str, float], steps: int) -> dict[str, float]:
+    """An entry of the log, after the `steps` of earlier lessons."""
+    return {**entry, "step": entry["step"] + steps}
 
 
-def _prepared(model: PreTrainedModel, methods: Methods, config: Config, parent: Version | None) -> PreTrainedModel:
-    torch.manual_seed(config.seed)  # New adapters begin at random.
-    return methods.prepare(model, _state(parent))
+def _told(
+    track: Callable[[Mapping[str, float]], None],
+    later: Callable[[Mapping[str, float]], Mapping[str, float]],
+    entry: Mapping[str, float],
+) -> None:
+    track(later(entry))
 
 
 def _check_kind(parent: Version | None, config: Config) -> None:
@@ -514,12 +429,3 @@ def _memory(parent: Version | None, config: Config) -> Memory:
         memory = Memory.load(parent.folder)
         memory.size, memory.policy = config.memory.size, config.memory.policy
     return memory
-
-
-def _state(parent: Version | None) -> dict[str, torch.Tensor]:
-    path = parent.folder / "state.safetensors" if parent else None
-    if path is None or not path.exists():
-        return {}
-    from safetensors.torch import load_file
-
-    return load_file(path)

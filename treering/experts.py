@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from treering.config import Config
     from treering.data.example import Message
-    from treering.memory import Memory, Remembered
+    from treering.memory import Memory
     from treering.stop import Stop
 
 R = TypeVar("R")
@@ -47,12 +47,15 @@ class Experts:
 
 @dataclass(frozen=True)
 class Choice:
-    """The `expert` that an update teaches, whether it is new, the one it begins from, and why."""
+    """An `expert` that an update teaches, the one whose weights it begins with (None: new ones), and why.
+
+    `rows` are the places of the rows that it is taught.
+    """
 
     expert: str
-    new: bool
     begins: str | None
     reason: str
+    rows: tuple[int, ...]
 
 
 def of(model: PreTrainedModel) -> Experts | None:
@@ -70,59 +73,110 @@ def class_of(task: str, label: str) -> str:
     return f"{task}\n{label}"
 
 
-def choose(experts: Experts | None, vectors: Tensor, classes: Sequence[str]) -> Choice:
-    """Which expert is to learn new rows of these `classes`, whose vectors are `[rows, size]`.
+def split(experts: Experts | None, vectors: Tensor, tasks: Sequence[str], classes: Sequence[str]) -> list[Choice]:
+    """Which experts learn which of the new rows, the one with most of them first.
 
-    A new one, if most rows are of classes that nobody knows, and prompts of theirs would find it; else the one that
-    knows, or is nearest to, most of them.
+    Each row has a vector of `[rows, size]`, a task and a class. Those of classes that an expert knows go to it. The
+    others of a task go together: to a new expert, if they are most of the task's rows and prompts of theirs would find
+    it; else to the expert that knows, or is nearest to, most of the task's rows. Tasks are taken by their names, and
+    what one was given is known to those that follow: two that are alike share an expert.
     """
-    if experts is None or not experts.adapters:
-        return Choice("e1", True, None, "the first")
-    router = experts.router
-    unseen = [at for at, name in enumerate(classes) if name not in router.expert]
+    before = experts.router if experts is not None else Router(vectors.shape[1])
+    router, count = before, len(experts.adapters) if experts is not None else 0
+    rows: dict[str, list[int]] = {}
+    begins: dict[str, str | None] = {}
+    reasons: dict[str, list[str]] = {}
+    for at, name in enumerate(classes):
+        if name in before.expert:
+            rows.setdefault(before.expert[name], []).append(at)
+    for expert, own in rows.items():
+        reasons[expert] = [f"{len(own)} of {len(classes)} new rows are of what it knows"]
+    for task in sorted(set(tasks)):
+        own = [at for at, of_task in enumerate(tasks) if of_task == task]
+        unseen = [at for at in own if classes[at] not in before.expert]
+        if unseen:
+            expert, is_new, reason = _judged(router, task, own, unseen, vectors, classes, f"e{count + 1}")
+            if is_new:
+                count += 1
+                begins[expert] = _best(before, vectors[own], [classes[at] for at in own])[0] if before.expert else None
+                reason += f"; it begins from {begins[expert]}" if begins[expert] else ""
+            rows.setdefault(expert, []).extend(unseen)
+            reasons.setdefault(expert, []).append(reason)
+            owners = {classes[at]: before.expert.get(classes[at], expert) for at in own}
+            router = router.with_rows(vectors[own], [classes[at] for at in own], owners)
+    found = [
+        Choice(expert, begins.get(expert, expert), "; ".join(reasons[expert]), tuple(sorted(own)))
+        for expert, own in rows.items()
+    ]
+    return sorted(found, key=lambda choice: (-len(choice.rows), choice.expert))
+
+
+def _judged(
+    router: Router,
+    task: str,
+    own: Sequence[int],
+    unseen: Sequence[int],
+    vectors: Tensor,
+    classes: Sequence[str],
+    new: str,
+) -> tuple[str, bool, str]:
+    """Who is to learn the rows at the places `unseen`, of classes that nobody knows; whether that is `new`; and why.
+
+    They are among those of `task`, at the places `own`.
+    """
+    if not router.expert:
+        return new, True, "the first"
+    found = f"of {task}, {len(unseen)} of {len(own)} new rows have labels or a task that no expert knows"
+    if 2 * len(unseen) > len(own):
+        novelty = router.novelty(vectors[unseen], [classes[at] for at in unseen])
+        found += f", and {novelty:.0%} of them are told apart from what is known (new from {NOVEL:.0%})"
+        if novelty >= NOVEL:
+            return new, True, found
+    best, count = _best(router, vectors[own], [classes[at] for at in own])
+    return best, False, f"{found}; {count} of {len(own)} are of what it knows, or nearest to it"
+
+
+def _best(router: Router, vectors: Tensor, classes: Sequence[str]) -> tuple[str, int]:
+    """The expert that knows, or is nearest to, most of these rows, and how many."""
     nearest = router.nearest(vectors)[0]
     votes = Counter(router.expert.get(name, near) for name, near in zip(classes, nearest, strict=True))
-    best, count = max(votes.items(), key=lambda vote: (vote[1], vote[0]))
-    of_all = f"of {len(classes)} new rows"
-    if 2 * len(unseen) > len(classes):
-        novelty = router.novelty(vectors[unseen], [classes[at] for at in unseen])
-        found = (
-            f"{len(unseen)} {of_all} have labels or tasks that no expert knows; {novelty:.0%} of them are told apart "
-            f"from what is known (new from {NOVEL:.0%})"
-        )
-        if novelty >= NOVEL:
-            return Choice(f"e{len(experts.adapters) + 1}", True, best, f"{found}; it begins from {best}")
-        return Choice(best, False, best, f"{found}, and {count} are nearest to it")
-    return Choice(best, False, best, f"{count} {of_all} are of what it knows, or nearest to it")
+    return max(votes.items(), key=lambda vote: (vote[1], vote[0]))
 
 
-def begin(model: PreTrainedModel, choice: Choice) -> None:
-    """Put the weights that `choice` begins from into the adapter of `model`, to be taught."""
-    experts = of(model)
-    if experts is not None and choice.begins is not None:
-        _put(model, {name: weight.clone() for name, weight in experts.adapters[choice.begins].items()})
+def part(memory: Memory, expert: str, experts: Experts | None) -> Memory:
+    """The remembered rows that `expert` answers for."""
+    owners = experts.router.expert if experts is not None else {}
+    return memory.part(lambda row: owners.get(class_of(row.task, row.label)) == expert)
 
 
-def part(memory: Memory, choice: Choice, experts: Experts | None, classes: Sequence[str]) -> Memory:
-    """The remembered rows that the chosen expert answers for, and those of the `classes` that it takes over."""
-    own = set(classes)
-    if experts is not None and not choice.new:
-        own |= {name for name, expert in experts.router.expert.items() if expert == choice.expert}
-
-    def wanted(row: Remembered) -> bool:
-        return class_of(row.task, row.label) in own
-
-    return memory.part(wanted)
+def weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A copy of the weights of the adapter in `model`, by parameter name."""
+    return {name: p.detach().clone() for name, p in _adapter(model).items()}
 
 
-def keep(model: PreTrainedModel, choice: Choice, vectors: Tensor, classes: Sequence[str]) -> None:
-    """The weights in the adapter of `model` are the chosen expert's now, which answers for these rows."""
+def put(model: PreTrainedModel, start: Mapping[str, Tensor]) -> None:
+    """Put a copy of these weights into the adapter of `model`, to be taught."""
+    _point(model, {name: weight.clone() for name, weight in start.items()})
+
+
+def keep(
+    model: PreTrainedModel,
+    taught: Mapping[str, dict[str, Tensor]],
+    vectors: Tensor,
+    classes: Sequence[str],
+    owners: Mapping[str, str],
+) -> None:
+    """The experts `taught` have these weights now, and rows of `classes` belong to their `owners`.
+
+    The first of those taught is left in the adapter of `model`.
+    """
     experts = of(model)
     if experts is None:
         experts = Experts(Router(vectors.shape[1]))
         attach(model, experts)
-    experts.adapters[choice.expert] = {name: p.detach().clone() for name, p in _weights(model).items()}
-    experts.router.learn(vectors, classes, choice.expert)
+    experts.adapters |= dict(sorted(taught.items(), key=lambda item: (len(item[0]), item[0])))
+    experts.router.learn(vectors, classes, owners)
+    put(model, next(iter(taught.values())))
 
 
 def routed(
@@ -164,21 +218,31 @@ def using(model: PreTrainedModel, experts: Experts, expert: str | None) -> Itera
         with cast(Any, model).disable_adapter():
             yield
         return
-    before = {name: p.data for name, p in _weights(model).items()}
-    _put(model, experts.adapters[expert])
+    before = {name: p.data for name, p in _adapter(model).items()}
+    _point(model, experts.adapters[expert])
     try:
         yield
     finally:
-        _put(model, before)
+        _point(model, before)
 
 
-def save(folder: Path, experts: Experts, trained: str, parent: Version | None) -> None:
-    """Write all experts into the version `folder`: `trained` is its own adapter, the others are those of `parent`."""
-    before = parent.experts if parent else {}
+def save(
+    model: PreTrainedModel, folder: Path, taught: Sequence[str], parent: Version | None, write: Callable[[Path], None]
+) -> None:
+    """Put all experts of `model` into the version `folder`: those that were `taught`, and those of `parent`.
+
+    The first of those taught is in `folder` already; `write` puts the adapter of the model into a folder.
+    """
+    experts, before = of(model), parent.experts if parent else {}
+    assert experts is not None
     for expert in experts.adapters:
         own = folder / EXPERTS / expert
         own.mkdir(parents=True)
-        source = folder if expert == trained else before[expert]
+        if expert in taught[1:]:
+            with using(model, experts, expert):
+                write(own)
+            continue
+        source = folder if expert == taught[0] else before[expert]
         for name in ADAPTER_FILES:
             _link(source / name, own / name)
     experts.router.save(folder)
@@ -190,20 +254,20 @@ def load(model: PreTrainedModel, version: Version) -> None:
     from safetensors.torch import load_file
 
     experts = Experts(Router.load(version.folder))
-    before = {name: p.detach().clone() for name, p in _weights(model).items()}
+    before = weights(model)
     for name, folder in version.experts.items():
         set_peft_model_state_dict(model, load_file(folder / ADAPTER_FILES[1]))
-        experts.adapters[name] = {key: p.detach().clone() for key, p in _weights(model).items()}
-    _put(model, before)
+        experts.adapters[name] = weights(model)
+    _point(model, before)
     attach(model, experts)
 
 
-def _weights(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+def _adapter(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if "lora_" in name}
 
 
-def _put(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
-    for name, parameter in _weights(model).items():
+def _point(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    for name, parameter in _adapter(model).items():
         parameter.data = weights[name]
 
 

@@ -61,7 +61,7 @@ def of_update(
         "plan": plan.digest,
         "config": plan.config,
         "choices": candidate.choices,
-        "range_test": asdict(candidate.rate) if candidate.rate.before else None,
+        "range_test": asdict(candidate.main.rate) if candidate.main.rate.before else None,
         "machine": {**plan.machine, "platform": platform.platform()},
         "libraries": {name: library_version(name) for name in libraries(candidate.config)},
         "rows": plan.rows,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -87,12 +87,18 @@ class Router:
             self.sums = torch.zeros(0, self.size, dtype=torch.float64)
             self.products = torch.zeros(self.size, self.size, dtype=torch.float64)
 
-    def learn(self, features: Tensor, classes: Sequence[str], expert: str) -> None:
-        """Rows `[n, size]` of these classes, which `expert` answers from now on."""
+    def learn(self, features: Tensor, classes: Sequence[str], owners: Mapping[str, str]) -> None:
+        """Rows `[n, size]` of these classes, which the experts in `owners` answer from now on."""
         rows = features.double()
         measured = [self._told(rows, classes, part)[1] for part in _folds(len(rows))]
-        self._add(rows, classes, expert)
+        self._add(rows, classes, owners)
         self.known = self.known.with_new(torch.cat(measured))
+
+    def with_rows(self, features: Tensor, classes: Sequence[str], owners: Mapping[str, str]) -> Router:
+        """Another that knows these rows as well, but no more of what is far."""
+        found = replace(self, expert=dict(self.expert))
+        found._add(features.double(), classes, owners)
+        return found
 
     def nearest(self, features: Tensor) -> tuple[list[str], Tensor]:
         """The expert of the class nearest to each of `features` `[n, size]`, and the log of its squared distance."""
@@ -139,8 +145,8 @@ class Router:
         about = json.loads((folder / FILE).read_text(encoding="utf-8"))
         return cls(about["size"], about["expert"], **load_file(folder / SUMS), known=Known(**about["known"]))
 
-    def _add(self, rows: Tensor, classes: Sequence[str], expert: str) -> None:
-        self.expert |= dict.fromkeys(classes, expert)
+    def _add(self, rows: Tensor, classes: Sequence[str], owners: Mapping[str, str]) -> None:
+        self.expert |= {name: owners[name] for name in classes}
         names = {name: at for at, name in enumerate(self.expert)}
         more = len(names) - len(self.counts)
         self.counts = torch.cat([self.counts, self.counts.new_zeros(more)])
@@ -153,8 +159,7 @@ class Router:
     def _told(self, rows: Tensor, classes: Sequence[str], part: range) -> tuple[list[str], Tensor]:
         """`nearest` of the rows at the places in `part`, once all others of `rows` are known, as those of `_OTHERS`."""
         others = [at for at in range(len(rows)) if at not in part]
-        told = replace(self, expert=dict(self.expert))
-        told._add(rows[others], [classes[at] for at in others], _OTHERS)
+        told = self.with_rows(rows[others], [classes[at] for at in others], dict.fromkeys(classes, _OTHERS))
         if not told.expert:  # The first row of all has no other to be measured by.
             return [], rows.new_empty(0)
         return told.nearest(rows[part.start :: part.step])

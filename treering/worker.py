@@ -63,7 +63,7 @@ def _train(folder: Path, stop: Stop) -> Trained:
     import torch
     from accelerate import PartialState
 
-    from treering.candidate import begun
+    from treering.lesson import begun
     from treering.room import peak_gpu_memory_mb, peak_memory_mb
     from treering.train import train
 

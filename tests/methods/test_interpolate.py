@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tests.training import Run, same_bits, settings
 from treering import Workspace, registry
-from treering.candidate import Candidate
 from treering.config import Config
 from treering.errors import ConfigError, UpdateInterruptedError
+from treering.lesson import Lesson
 from treering.memory import Memory
 from treering.methods import Losses
 from treering.methods import trained as trained_weights
@@ -170,15 +170,15 @@ def test_an_update_says_what_was_chosen_and_forgets_less(second: Callable[..., W
 def test_killed_while_it_measures_it_is_not_applied_twice(
     second: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ws, asked, measure = second(), [], Candidate._losses
+    ws, asked, measure = second(), [], Lesson._losses
 
-    def killed(self: Candidate) -> Losses:
+    def killed(self: Lesson) -> Losses:
         asked.append(1)
         if len(asked) == 4:
             raise UpdateInterruptedError("asked")
         return measure(self)
 
-    monkeypatch.setattr(Candidate, "_losses", killed)
+    monkeypatch.setattr(Lesson, "_losses", killed)
     with pytest.raises(UpdateInterruptedError):
         ws.update(promote=False)
     resumed = ws.update(promote=False)
