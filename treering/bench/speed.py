@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -138,6 +139,8 @@ class Contestant:
             last = " ".join(self._log.read_text(errors="replace").strip().splitlines()[-1:])
             if last.startswith("ModuleNotFoundError"):
                 last += "; pip install 'treering[benchmarks]'"
+            if self._process.wait() == -signal.SIGKILL:
+                last = "it was killed, as when the machine's memory is full; name fewer --peers, which all stay loaded"
             raise TreeringError(f"{self.name} ended ({last}); all it said is in {self._log}")
         found: dict[str, Any] = json.loads(line)
         return found
