@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from tests.training import Run, StopAt, settings
-from treering import Workspace, candidate, registry
+from treering import Workspace, candidate, lesson, registry
 from treering.batches import Batch, Taught
 from treering.config import Config
 from treering.errors import ConfigError, UpdateInterruptedError
@@ -145,7 +145,8 @@ def test_the_rows_that_are_held(
         asked.append({row.id for row in given})
         return teach(model, given, *others, **named)
 
-    monkeypatch.setattr(candidate, "teach", noted)
+    for module in (lesson, candidate):
+        monkeypatch.setattr(module, "teach", noted)
     version = updated(ws, *PARENT, f"distill.rows={rows}", "max_steps=9")
     old = {*Memory.load(registry.get(ws, "v1").folder).rows}
     new = {*version.manifest["rows"]["cups"]}
@@ -194,7 +195,7 @@ def test_stopped_while_it_trains_it_ends_in_the_same_bits(
         return train(*given, **{**named, "stop": StopAt(500)})
 
     with monkeypatch.context() as patch:
-        patch.setattr(candidate, "train", stopped)
+        patch.setattr(lesson, "train", stopped)
         with pytest.raises(UpdateInterruptedError):
             broken.update(*overrides, promote=False)
     (staging,) = broken.versions.glob(".staging-*")
