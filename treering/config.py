@@ -77,8 +77,8 @@ class Config(Section):
 
     adapter_composition: Literal["continue", "stack", "experts"] = "continue"
     """How updates build on each other, with `lora`: `continue` trains on the parent's adapter; `stack` freezes it and
-    trains `lora_rank` new columns beside it, in one plain adapter whose rank grows; with `experts` an update that is
-    unlike what is known gets an adapter of its own, and a router says which of them answers a prompt."""
+    trains `lora_rank` new columns beside it, in one plain adapter whose rank grows; with `experts` tasks that are
+    unlike what is known get an adapter of their own, and a router says which of them answers a prompt."""
 
     use_dora: bool = False
     """Learn the length of each layer's weights apart from their direction (DoRA): nearer to full, and slower."""
