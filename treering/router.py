@@ -30,7 +30,7 @@ FOLDS = 5
 _OTHERS = ""
 """Whose classes those others are meanwhile."""
 
-FAR = 3.0
+FAR = 2.5
 """Standard deviations above the mean distance of known rows from which on a prompt gets no expert."""
 
 NOVEL = 0.8
