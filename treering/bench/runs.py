@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -170,7 +171,9 @@ def _end_with_parent() -> None:
 
         def end() -> None:
             parent.join()
-            os.kill(os.getpid(), signal.SIGTERM)
+            while True:  # An update that is about to end takes the signal and goes by; the next one is asked again.
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(1)
 
         threading.Thread(target=end, daemon=True).start()
 
