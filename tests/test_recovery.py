@@ -587,6 +587,40 @@ def test_what_onednn_says_is_a_lack_of_memory(
     assert len(log) == len(run.steps) and [split["pieces"] for split in recorded(tmp_path)["splits"]] == [2]
 
 
+def test_after_a_product_that_finds_no_memory_the_next_is_the_same() -> None:
+    """A real one, in a process with a limit of its own."""
+    code = """
+import resource, torch
+import treering.model
+from treering.errors import no_memory
+
+def held():
+    return int(open("/proc/self/statm").read().split()[0]) * 4096
+
+torch.set_num_threads(1)
+small = torch.randn(2, 4, 300, 512).bfloat16()
+before = torch.bmm(small[0], small[1].mT)
+x, y = torch.randn(1, 900, 901).bfloat16(), torch.randn(1, 901, 903).bfloat16()
+out = torch.empty(1, 900, 903).bfloat16()
+unlimited, met = (resource.RLIM_INFINITY, resource.RLIM_INFINITY), []
+for left in range(0, 64, 2):
+    resource.setrlimit(resource.RLIMIT_AS, (held() + left * 2**17, resource.RLIM_INFINITY))
+    try:
+        torch.bmm(x, y, out=out)
+    except Exception as error:
+        met.append(error)
+    resource.setrlimit(resource.RLIMIT_AS, unlimited)
+assert met and all(map(no_memory, met)), met
+assert torch._C._get_mkldnn_enabled()
+assert torch.equal(before, torch.bmm(small[0], small[1].mT))
+print(met[-1])
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    if torch.cpu._is_avx512_bf16_supported():
+        assert "mkldnn_matmul failed" in ended.stdout
+
+
 def test_torch_may_not_change_kernels_silently() -> None:
     code = "import treering.model, warnings; warnings.warn('mkldnn_matmul failed, switching to baddbmm: no room')"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

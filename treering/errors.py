@@ -73,13 +73,25 @@ LESS_TO_LEARN = (
 
 
 def no_memory(error: Exception) -> bool:
-    """Whether `error` is a device's or the process's way to say that memory has run out."""
+    """Whether `error` is a device's or the process's way to say that memory has run out.
+
+    Where torch has switched oneDNN off for it, it is on again: all that came after would be many times slower, and
+    round in another way.
+    """
     import torch
 
-    # On CPU it is known by its text alone: the allocator's own, what C++ says where a library asked for memory, or
-    # oneDNN, which says no more than that.
-    texts = ("allocate memory", "bad_alloc", "create a primitive", "execute a primitive", "mkldnn_matmul failed")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
+    if _SWITCHED_OFF in str(error):
+        torch.backends.mkldnn.set_flags(True)
+    # On CPU it is known by its text alone: the allocator's own, what C++ says where a library asked for memory,
+    # Python's where it asked for a thread, or oneDNN's, which says no more than that.
+    texts = ("allocate memory", "bad_alloc", "start new thread", "create a primitive", "execute a primitive")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        text in str(error) for text in (*texts, _SWITCHED_OFF)
+    )
+
+
+_SWITCHED_OFF = "mkldnn_matmul failed"
+"""What torch warns of then; `model.py` has made an error of it."""
 
 
 def first_line(error: Exception) -> str:

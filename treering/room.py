@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import resource
 import shutil
 import traceback
 from collections.abc import Iterator
@@ -58,9 +59,12 @@ def _held_mb() -> float:
 
 
 def _free_mb() -> float:
-    """What the machine has free, or what the limits of this process's container leave of it."""
-    free = _number(Path("/proc/meminfo"), "MemAvailable") * 1024
-    return min([free, *_left(Path("/proc/self/cgroup"))]) / 2**20
+    """What the machine has free, or what the limits of this process and of its container leave of it."""
+    free = [_number(Path("/proc/meminfo"), "MemAvailable") * 1024, *_left(Path("/proc/self/cgroup"))]
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        free.append(limit - _number(Path("/proc/self/status"), "VmSize") * 1024)
+    return min(free) / 2**20
 
 
 def _left(cgroups: Path, root: Path = Path("/")) -> Iterator[int]:

@@ -234,6 +234,7 @@ def _after(
         kept.save(log)
     elif isinstance(error, HalfStepError):
         recovery.split(step, max(map(len, pieces)), error)
+        give_back(error)
         if not kept.made:
             reason = f"out of memory at step {step} ({error}), with no checkpoint to go back to"
             raise HalfStepError(f"{reason}. {LESS_TO_LEARN}")

@@ -113,7 +113,10 @@ def test_additional_modules_learn_whole_in_float32(model_folder: Path, target: s
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"lora_target": "q_proj,v_porj"}, "lora_target names 'v_porj', but the model has .*q_proj"),
+        (
+            {"lora_target": "q_proj,v_porj"},
+            "lora_target names 'v_porj', but the model's linear layers are down_proj, .*q_proj",
+        ),
         ({"additional_target": "norm,nowhere"}, "additional_target names 'nowhere', but the model has .*lm_head"),
     ],
 )

@@ -61,7 +61,8 @@ class LoRA:
                 raise ConfigError(f"additional_target names {target!r}, but the model has {_kinds(modules)}")
         for target in [] if self.config.lora_target == "all" else names(self.config.lora_target):
             if not any(name == target or name.endswith(f".{target}") for name in modules):
-                raise ConfigError(f"lora_target names {target!r}, but the model has {_kinds(modules)}")
+                linear = [name for name, module in modules.items() if "Linear" in type(module).__name__]
+                raise ConfigError(f"lora_target names {target!r}, but the model's linear layers are {_kinds(linear)}")
         settings = adapter(self.config)
         # Where input and output embeddings are one, they stay one: whichever is named, both learn.
         whole = {module for name, module in modules.items() if name.endswith(tuple(targets))}
