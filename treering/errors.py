@@ -72,6 +72,21 @@ LESS_TO_LEARN = (
 """The ways out where memory runs out: of those who read, and of those who learn as well."""
 
 
+SWITCHED_OFF = "mkldnn_matmul failed"
+"""What torch warns of where a product finds no memory, and it does without oneDNN from then on."""
+
+# On CPU it is known by its text alone: the allocator's own, what C++ says where a library asked for memory, Python's
+# where it asked for a thread, or oneDNN's, which says no more than that.
+_NO_MEMORY = (
+    "allocate memory",
+    "bad_alloc",
+    "start new thread",
+    "create a primitive",
+    "execute a primitive",
+    SWITCHED_OFF,
+)
+
+
 def no_memory(error: Exception) -> bool:
     """Whether `error` is a device's or the process's way to say that memory has run out.
 
@@ -80,18 +95,9 @@ def no_memory(error: Exception) -> bool:
     """
     import torch
 
-    if _SWITCHED_OFF in str(error):
+    if SWITCHED_OFF in str(error):
         torch.backends.mkldnn.set_flags(True)
-    # On CPU it is known by its text alone: the allocator's own, what C++ says where a library asked for memory,
-    # Python's where it asked for a thread, or oneDNN's, which says no more than that.
-    texts = ("allocate memory", "bad_alloc", "start new thread", "create a primitive", "execute a primitive")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        text in str(error) for text in (*texts, _SWITCHED_OFF)
-    )
-
-
-_SWITCHED_OFF = "mkldnn_matmul failed"
-"""What torch warns of then; `model.py` has made an error of it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in _NO_MEMORY)
 
 
 def first_line(error: Exception) -> str:

@@ -88,12 +88,12 @@ def vectors(
         with compute(use_bf16(config)[0], model.device):
             hidden = [states.float() for states in read(inputs)]
         spans = [slice(starts[row], len(rows[row])) for row in part]
-        return [_folded(_even([states[at, span].mean(0) for states in hidden])) for at, span in enumerate(spans)]
+        return [_even([states[at, span].mean(0) for states in hidden]) for at, span in enumerate(spans)]
 
     with _as_base(model), _read(layers, model) as read:
         found = in_parts(model, rows, one, config, advance, stop, reading)
     size = len(layers) * model.config.get_text_config().hidden_size
-    return torch.stack(found) if found else torch.empty(0, min(size, LARGEST))
+    return _folded(torch.stack(found) if found else torch.empty(0, size))
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -107,17 +107,18 @@ def _even(means: Sequence[Tensor]) -> Tensor:
     return torch.cat([mean / mean.square().mean().sqrt().clamp_min(1e-12) for mean in means]).cpu()
 
 
-def _folded(vector: Tensor) -> Tensor:
-    """At most `LARGEST` numbers: each place is added, with a sign, to one drawn for it (Weinberger et al. 2009).
+def _folded(found: Tensor) -> Tensor:
+    """At most `LARGEST` numbers a vector: each is added, with a sign, to a place drawn for it (Weinberger et al. 2009).
 
     Products of vectors stay the same on average, and what is kept of all rows does not grow with the model's width.
     """
-    if len(vector) <= LARGEST:
-        return vector
+    count, size = found.shape
+    if size <= LARGEST:
+        return found
     draw = torch.Generator().manual_seed(0)
-    places = torch.randint(LARGEST, (len(vector),), generator=draw)
-    signs = torch.randint(2, (len(vector),), generator=draw) * 2.0 - 1.0
-    return torch.zeros(LARGEST).index_add(0, places, vector * signs)
+    places = torch.randint(LARGEST, (size,), generator=draw)
+    signs = torch.randint(2, (size,), generator=draw) * 2.0 - 1.0
+    return torch.zeros(count, LARGEST).index_add(1, places, found * signs)
 
 
 class _Reached(Exception):  # noqa: N818

@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from treering import attention
 from treering.data.example import Example, Message
-from treering.errors import ModelError, VersionError
+from treering.errors import SWITCHED_OFF, ModelError, VersionError
 from treering.extras import needed
 from treering.files import fsync_tree, sha256, write_file
 
@@ -63,7 +63,7 @@ transformers_logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
 # Where a product finds no memory, torch would take another kernel, which rounds in another way, and nothing would say
 # so: as an error it is met as any lack of memory, and noted.
-warnings.filterwarnings("error", message="mkldnn_matmul failed")
+warnings.filterwarnings("error", message=SWITCHED_OFF)
 for library in ("huggingface_hub", "bitsandbytes"):
     logging.getLogger(library).setLevel(logging.ERROR)
 

@@ -24,7 +24,7 @@ from treering.checkpoints import Checkpoints, Log, random_state, set_random_stat
 from treering.early import LOSS, EarlyStopping
 from treering.errors import LESS_TO_LEARN, ConfigError, UpdateInterruptedError, first_line, no_memory
 from treering.memory import Teacher
-from treering.methods import Methods
+from treering.methods import Methods, trained
 from treering.model import Tokens, compute, logits_at, use_bf16
 from treering.optimizers import Optimizer
 from treering.passes import losses, read
@@ -91,7 +91,7 @@ def train(
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     ranks = Ranks(accelerator)
     _made_ready(model, config, accelerator)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = trained(model)
     optimizer = optimizers.optimizer(config, model, peak := peak_rate(config, model))
     share = rate_schedule(config, len(steps))
     parts = shares.count(config, accelerator.device)
