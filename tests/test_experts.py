@@ -21,13 +21,14 @@ from treering.data.example import Example, Message
 from treering.errors import ConfigError, UpdateInterruptedError
 from treering.experts import Experts, class_of
 from treering.forecast import forecast
+from treering.guides import guides
 from treering.memory import Memory
 from treering.methods import Methods
 from treering.model import load, load_base, load_tokenizer
 from treering.progress import silent
 from treering.registry import Version
 from treering.results import read_results
-from treering.router import Router
+from treering.router import Router, Shown
 from treering.testing import toy_rows
 
 SETTINGS: dict[str, Any] = {
@@ -164,7 +165,8 @@ def test_prompts_find_their_experts_and_answers_their_order(two: Workspace) -> N
         return [(at, who) for at in part]
 
     rows = [[1, 2, 3]] * len(prompts)
-    assert experts.routed(model, tokenizer, prompts, rows, work, config, silent) == [
+    chosen = [guide.expert for guide in guides(model, tokenizer, prompts, config)]
+    assert experts.routed(model, chosen, rows, work, config, silent) == [
         (at, ("e1", "e2")[at % 2]) for at in range(len(prompts))
     ]
     assert before == {name: p.data_ptr() for name, p in model.named_parameters()}
@@ -192,7 +194,7 @@ def known(**owners: str) -> Experts:
     """Experts whose classes lie 10 apart on a line."""
     router = Router(2)
     for at, (name, owner) in enumerate(owners.items()):
-        router.learn(cluster(10 * at), [name] * 40, {name: owner})
+        router.learn(Shown(cluster(10 * at), [name] * 40), {name: owner})
     return Experts(router, {owner: {} for owner in owners.values()})
 
 

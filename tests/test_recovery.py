@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import os
 import random
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -585,6 +588,31 @@ def test_what_onednn_says_is_a_lack_of_memory(
     monkeypatch.setattr(loop, "logits_at", short)
     log = run.train(checkpoints=tmp_path)
     assert len(log) == len(run.steps) and [split["pieces"] for split in recorded(tmp_path)["splits"]] == [2]
+
+
+def test_what_a_later_share_switches_off_is_on_again(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
+) -> None:
+    """The first share's failure is the one that is raised; that of the other is to be seen all the same."""
+    threads(2)
+    run = Run(model_folder, constant(model_folder, per_device_train_batch_size=8), growing())
+    calls, both = itertools.count(1), threading.Barrier(2)
+
+    def short(*given: Any, **named: Any) -> Tensor:
+        number = next(calls)
+        if number in (3, 4):  # Both shares of the second step.
+            both.wait(60)
+            if number == 3:
+                raise RuntimeError("can't allocate memory")
+            time.sleep(0.2)
+            torch.backends.mkldnn.set_flags(False)
+            raise RuntimeError("mkldnn_matmul failed, switching to baddbmm: no room")
+        return logits_at(*given, **named)
+
+    monkeypatch.setattr(loop, "logits_at", short)
+    log = run.train(checkpoints=tmp_path)
+    assert len(log) == len(run.steps) and [split["pieces"] for split in recorded(tmp_path)["splits"]] == [2]
+    assert torch._C._get_mkldnn_enabled()
 
 
 def test_after_a_product_that_finds_no_memory_the_next_is_the_same() -> None:

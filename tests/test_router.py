@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from treering.router import SHRINKAGE, Known, Router
+from treering.router import SHRINKAGE, Known, Router, Shown
 
 SIZE = 6
 
@@ -22,8 +22,8 @@ def rows(count: int, centre: float, seed: int, spread: float = 1.0) -> Tensor:
 @pytest.fixture
 def taught() -> Router:
     router = Router(SIZE)
-    router.learn(torch.cat([rows(40, 0, 1), rows(30, 5, 2)]), ["a"] * 40 + ["b"] * 30, {"a": "e1", "b": "e1"})
-    router.learn(rows(50, -5, 3), ["c"] * 50, {"c": "e2"})
+    router.learn(Shown(torch.cat([rows(40, 0, 1), rows(30, 5, 2)]), ["a"] * 40 + ["b"] * 30), {"a": "e1", "b": "e1"})
+    router.learn(Shown(rows(50, -5, 3), ["c"] * 50), {"c": "e2"})
     return router
 
 
@@ -44,9 +44,9 @@ def test_it_is_fishers_discriminant(taught: Router) -> None:
 def test_rows_may_come_in_any_order_and_in_parts() -> None:
     one, other = Router(SIZE), Router(SIZE)
     a, b = rows(20, 0, 1), rows(20, 4, 2)
-    one.learn(torch.cat([a, b]), ["a"] * 20 + ["b"] * 20, {"a": "e1", "b": "e1"})
-    other.learn(b[:7], ["b"] * 7, {"b": "e1"})
-    other.learn(torch.cat([a, b[7:]]).flip(0), ["b"] * 13 + ["a"] * 20, {"a": "e1", "b": "e1"})
+    one.learn(Shown(torch.cat([a, b]), ["a"] * 20 + ["b"] * 20), {"a": "e1", "b": "e1"})
+    other.learn(Shown(b[:7], ["b"] * 7), {"b": "e1"})
+    other.learn(Shown(torch.cat([a, b[7:]]).flip(0), ["b"] * 13 + ["a"] * 20), {"a": "e1", "b": "e1"})
     asked = rows(30, 2, 5)
     torch.testing.assert_close(one.nearest(asked)[1], other.nearest(asked)[1])
 
@@ -59,7 +59,7 @@ def test_near_rows_get_an_expert_and_far_ones_none(taught: Router) -> None:
 
 
 def test_a_class_belongs_to_who_learned_it_last(taught: Router) -> None:
-    taught.learn(rows(10, -5, 21), ["c"] * 10, {"c": "e1"})
+    taught.learn(Shown(rows(10, -5, 21), ["c"] * 10), {"c": "e1"})
     assert set(taught.route(rows(50, -5, 13))) == {"e1"}
 
 
@@ -76,23 +76,23 @@ def test_distances_are_those_of_rows_that_were_not_learned() -> None:
     """Few rows in many dimensions lie near to the mean that they made themselves."""
     router = Router(SIZE)
     few = rows(12, 0, 41)
-    router.learn(few, ["a"] * 12, {"a": "e1"})
+    router.learn(Shown(few, ["a"] * 12), {"a": "e1"})
     unseen = router.nearest(rows(400, 0, 42))[1]
     assert abs(router.known.mean - unseen.mean()) < abs(float(router.nearest(few)[1].mean()) - unseen.mean())
 
 
 def test_new_distances_count_as_much_as_all_before() -> None:
     old, new = torch.full((100,), 4.0), torch.tensor([1.0, 3.0])
-    known = Known().with_new(old).with_new(new)
+    known = Known().with_new(old, 0.25).with_new(new, 0.0625)
     same = torch.cat([torch.full((2,), 4.0), new])
     assert known.mean == pytest.approx(float(same.mean()))
     assert known.variance == pytest.approx(float(same.var(correction=0)))
-    assert Known().with_new(torch.empty(0)) == Known()
+    assert Known().with_new(torch.empty(0), 1.0) == Known()
 
 
 def test_one_row_is_a_beginning() -> None:
     router = Router(SIZE)
-    router.learn(rows(1, 0, 1), ["a"], {"a": "e1"})
+    router.learn(Shown(rows(1, 0, 1), ["a"]), {"a": "e1"})
     assert router.route(rows(1, 0, 1)) == ["e1"]
 
 

@@ -20,7 +20,7 @@ from treering.serve.batch import Batch
 from treering.serve.engine import BASE, EngineError, Job
 from treering.serve.grammars import MOST_WAITING, Grammars
 from treering.serve.texts import Texts
-from treering.serve.versions import Loaded
+from treering.serve.versions import Loaded, Read
 from treering.serve.worker import Worker
 from treering.testing import toy_rows
 
@@ -448,10 +448,10 @@ class Places(Loaded):
 
     damaged: set[str]
 
-    def _read(self, name: str) -> Adapter | Batch[Any]:
+    def _read(self, name: str) -> Read:
         if name in self.damaged:
             raise ModelError(f"{name} is damaged")
-        return Adapter({})
+        return Read(Adapter({}), None)
 
 
 @pytest.fixture
@@ -523,7 +523,8 @@ def test_an_adapter_that_does_not_fit_takes_no_place(
     loaded = places(1)
     loaded.want("v1")
     settled(loaded)
-    monkeypatch.setattr(loaded, "_read", lambda _: Adapter({"model.nowhere": (torch.zeros(2, 3), torch.zeros(3, 2))}))
+    weights = {"model.nowhere": (torch.zeros(2, 3), torch.zeros(3, 2))}
+    monkeypatch.setattr(loaded, "_read", lambda _: Read(Adapter(weights), None))
     loaded.want("v2")
     reason = settled(loaded)["v2"]
     assert reason is not None and "no linear layer" in reason and there(loaded) == ["v1"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from treering import early, experts, general
+from treering import early, experts, general, registry
 from treering.batches import Batch, make_batch
 from treering.config import names
 from treering.errors import ConfigError
@@ -24,7 +24,7 @@ from treering.files import fsync_tree, write_file
 from treering.keep import FROM_FEATURES, FROM_LOSSES, ORDERED
 from treering.lesson import Lesson, Pupil, prepared
 from treering.memory import Memory
-from treering.methods import Methods
+from treering.methods import Methods, recall
 from treering.metrics import metric_for
 from treering.model import Tokens, encode, load, load_tokenizer, save_weights, use_bf16
 from treering.passes import losses
@@ -33,6 +33,7 @@ from treering.readings import Readings
 from treering.registry import Version
 from treering.results import Result, read_results, write_results
 from treering.room import peak_gpu_memory_mb, peak_memory_mb
+from treering.router import Router, Shown
 from treering.train import teach
 
 if TYPE_CHECKING:
@@ -80,7 +81,9 @@ class Candidate:
             task: [*measured.get(task, ()), *plan.fresh.get(task, ())] for task in {**measured, **plan.fresh}
         }
         held_out_ids = [id for ids in self.held_out.values() for id in ids]
-        wanted = list(dict.fromkeys([*plan.row_ids, *self.memory.rows, *held_out_ids]))
+        self.earlier = _earlier(ws, parent) if "recall" in config.protect else {}
+        earlier_ids = [id for ids in self.earlier.values() for id in ids]
+        wanted = list(dict.fromkeys([*plan.row_ids, *self.memory.rows, *held_out_ids, *earlier_ids]))
         self.examples: dict[str, Example] = ws.catalog.examples(wanted)
         self.metrics: dict[str, str] = dict(parent.manifest["metrics"]) if parent else {}
         for task, ids in plan.rows.items():
@@ -100,7 +103,9 @@ class Candidate:
         )
         self.lessons: list[Lesson] = []
         """What is taught; the first has most rows. Known once prepared."""
-        self.vectors, self.classes = torch.empty(0), list[str]()
+        self.past = recall.of(self.pupil.model)
+        """What the model recalls; None: nothing."""
+        self.shown = Shown(torch.empty(0), ())
         self.log: list[dict[str, float]] = []
         self._begun: Lesson | None = None
 
@@ -118,6 +123,8 @@ class Candidate:
 
     def prepare(self) -> None:
         """Decide the lessons, and what is taught at each of their steps; make the model ready for them."""
+        if self.config.adapter_composition == "experts" or "recall" in self.config.protect:
+            self.shown = self._shown(self.plan.rows)
         self.lessons = self._by_expert() if self.config.adapter_composition == "experts" else [self._lesson()]
         self.pupil.rows = {id: self._tokens(id) for id in [*self.plan.row_ids, *self.memory.rows]} | self.general
         for lesson in self.lessons:
@@ -141,10 +148,29 @@ class Candidate:
             lesson.learn(track and partial(_told, track, later))
             self.log += map(later, lesson.log)
         if self.taught:
-            owners = {self.classes[at]: choice.expert for choice in self.taught for at in choice.rows}
+            owners = {self.shown.classes[at]: choice.expert for choice in self.taught for at in choice.rows}
             weights = {choice.expert: one.weights for choice, one in zip(self.taught, self.lessons, strict=True)}
-            experts.keep(self.model, weights, self.vectors, self.classes, owners)
+            experts.keep(self.model, weights, self.shown, owners)
+        if "recall" in self.config.protect:
+            self._recall()
+        else:
+            self.past = None
+        recall.attach(self.model, self.past)
         return self.log
+
+    def _recall(self) -> None:
+        """Have recall know the new rows too; where the parent had none, all that its lineage learned."""
+        known, before = experts.of(self.model), self.past and self.past.router
+        self.past = recall.Recall(self.config)
+        if known is not None:
+            self.past.router = known.router  # It knows them already.
+            return
+        if before is None and self.earlier:
+            earlier = self._shown(self.earlier)
+            before = Router(earlier.vectors.shape[1])
+            before.learn(earlier, dict.fromkeys(earlier.classes, ""))
+        self.past.router = before or Router(self.shown.vectors.shape[1])
+        self.past.router.learn(self.shown, dict.fromkeys(self.shown.classes, ""))
 
     def measure(self) -> list[Result]:
         """The candidate's results on every held-out row."""
@@ -205,6 +231,8 @@ class Candidate:
         if self.taught:
             write = partial(save_weights, self.model, self.tokenizer, base_name=base_name)
             experts.save(self.model, folder, [choice.expert for choice in self.taught], self.parent, write)
+        elif self.past is not None and self.past.router is not None:
+            self.past.router.save(folder)
         self.memory.save(folder)
         write_results(folder / RESULTS, results)
         write_file(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log).encode())
@@ -271,6 +299,12 @@ class Candidate:
             "bf16": dict(zip(("value", "reason"), use_bf16(self.config), strict=True)),
             "memory": {"value": len(self.memory), "reason": f"size {self.memory.size}, {self.memory.policy}"},
         }
+        if self.past is not None and self.past.router is not None:
+            known = self.past.router.known
+            found["recall"] = {
+                "value": len(self.past.router.answers),
+                "reason": f"labels; sharpness {known.sharpness:.2g} was best for rows not yet learned",
+            }
         if self.taught:
             reasons = [f"{choice.expert}: {choice.reason}" for choice in self.taught]
             found["expert"] = {
@@ -322,18 +356,13 @@ class Candidate:
     def _by_expert(self) -> list[Lesson]:
         """Each expert the rows that are for it; all begin where the parent's experts are, whatever their order."""
         row_ids = self.plan.row_ids
-        self.vectors = self._about(row_ids)
         tasks = [task for task, ids in self.plan.rows.items() for _ in ids]
-        self.classes = [
-            experts.class_of(task, self.examples[id].label if self.metrics[task] == "exact_match" else "")
-            for task, id in zip(tasks, row_ids, strict=True)
-        ]
         known = experts.of(self.model)
         adapters = known.adapters if known else {}
         self.pupil.model = prepared(self.model, Methods(self.config), self.config, self.parent)
         fresh = experts.weights(self.model)
         found: list[Lesson] = []
-        for choice in experts.split(known, self.vectors, tasks, self.classes):
+        for choice in experts.split(known, self.shown.vectors, tasks, self.shown.classes):
             folder = self.staging / choice.expert if found else self.staging
             found.append(
                 Lesson(
@@ -355,6 +384,17 @@ class Candidate:
         if self._begun is not lesson:
             lesson.begin()
             self._begun = lesson
+
+    def _shown(self, rows: Mapping[str, Sequence[str]]) -> Shown:
+        """What a router is to know of these rows, ids by task."""
+        classes, answers = list[str](), dict[str, str]()
+        for task, ids in rows.items():
+            for example in map(self.examples.__getitem__, ids):
+                label = example.label if self.metrics[task] == "exact_match" else ""
+                classes.append(experts.class_of(task, label))
+                if label:
+                    answers.setdefault(classes[-1], example.answer)
+        return Shown(self._about([id for ids in rows.values() for id in ids]), classes, answers)
 
     def _about(self, ids: Sequence[str]) -> torch.Tensor:
         """The features of these rows' prompts, `[rows, size]`."""
@@ -420,6 +460,17 @@ def _check_kind(parent: Version | None, config: Config) -> None:
             raise ConfigError(
                 f"{key} is {wanted}, but {parent.name} was made with {found}: {way_out}, or start a new workspace"
             )
+
+
+def _earlier(ws: Workspace, parent: Version | None) -> dict[str, list[str]]:
+    """The rows by task that `parent` and its ancestors learned, where `parent` has no router that knows them."""
+    if parent is None or parent.has_router:
+        return {}
+    found: dict[str, list[str]] = {}
+    for ancestor in reversed(list(registry.lineage(ws, parent))):
+        for task, ids in ancestor.manifest["rows"].items():
+            found.setdefault(task, []).extend(ids)
+    return found
 
 
 def _memory(parent: Version | None, config: Config) -> Memory:

@@ -30,6 +30,7 @@ from treering.sections import (
     MergeConfig,
     OloraConfig,
     OsfConfig,
+    RecallConfig,
     ReptileConfig,
     Section,
     ServeConfig,
@@ -196,6 +197,7 @@ class Config(Section):
 
     memory: MemoryConfig = MemoryConfig()
     distill: DistillConfig = DistillConfig()
+    recall: RecallConfig = RecallConfig()
     lwf: LwfConfig = LwfConfig()
     olora: OloraConfig = OloraConfig()
     osf: OsfConfig = OsfConfig()
@@ -243,6 +245,13 @@ class Config(Section):
             raise ValueError("0 layers would train nothing; take a positive or negative number")
         return value
 
+    @field_validator("lora_target")
+    @classmethod
+    def _some_target(cls, value: str) -> str:
+        if not names(value):
+            raise ValueError("no name would train nothing; write all, or layers such as q_proj,v_proj")
+        return value
+
     @field_validator("freeze_trainable_modules")
     @classmethod
     def _some_part(cls, value: str) -> str:
@@ -272,6 +281,11 @@ class Config(Section):
                     f"{key} is {value}, but finetuning_type is {self.finetuning_type}, and it goes with "
                     f"{' and '.join(kinds)} alone: drop either"
                 )
+        if "recall" in self.protect and self.finetuning_type != "lora":
+            raise ValueError(
+                f"protect: recall needs the base model beside what is learned, but finetuning_type is "
+                f"{self.finetuning_type}, and only what lora adds can be left out of a pass: drop either"
+            )
         if self.adapter_composition == "experts":
             for key, needed in _OF_EXPERTS.items():
                 if (value := getattr(self, key)) != needed:

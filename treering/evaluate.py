@@ -14,7 +14,9 @@ from torch.nn.functional import cross_entropy
 
 from treering.data.example import Example
 from treering.experts import routed
-from treering.greedy import Answer, Known, text, write
+from treering.greedy import Answer, Known, after, text, watched, write
+from treering.guides import guides
+from treering.methods.recall import Recalled
 from treering.metrics import exact_match, token_f1
 from treering.model import encode
 from treering.passes import read_answers
@@ -63,7 +65,8 @@ def evaluate(
     longest = config.eval.max_new_tokens
 
     def score(part: Sequence[int]) -> Sequence[tuple[str, float]]:
-        tree, now = Tree(model, config, pad_id), [tokens[at] for at in part]
+        now, recalled = [tokens[at] for at in part], [hints[at].recalled for at in part]
+        tree = Tree(model, config, pad_id, watched=watched(recalled))
         logits = read_answers(tree, now)
         targets = torch.tensor([token for at in part for token in right[at]], device=logits.device)
         each = cross_entropy(logits, targets, reduction="none").split([len(right[at]) for at in part])
@@ -71,24 +74,34 @@ def evaluate(
         del logits  # The largest of all, and no longer needed.
         answers: dict[int, Answer] = {}
         whole: dict[int, str] = {}
-        for at, row in zip(part, now, strict=True):
+        for at, row, past in zip(part, now, recalled, strict=True):
             path, long = tree.path(row.ids[:-1]), len(right[at])
             # An answer that is too long to be written whole (the end mark aside) is written after all.
-            if [tree.likeliest[number] for number in path[-long:]] == right[at] and long - 1 <= longest:
+            if long - 1 <= longest and _comes(right[at], path[-long:], past, tree):
                 whole[at] = rows[at][0].answer
                 continue
             # A label is right or wrong two tokens after it; what is right so far and rambles on is scored with all
             # it says.
             limit = min(long + 2, longest) if judged[at] else longest
-            answers[at] = Answer(row.ids[: row.answers[0]], path[: len(path) - long + 1], limit)
+            answers[at] = Answer(row.ids[: row.answers[0]], path[: len(path) - long + 1], limit, past)
         write(tree, model, list(answers.values()), known, config, end, pad_id, stop)
         texts = whole | {at: text(tokenizer, answer) for at, answer in answers.items()}
         return [(texts[at], loss) for at, loss in zip(part, losses, strict=True)]
 
     with bar(title, len(rows), quiet) as advance:
-        prompts, read = [example.prompt for example, _ in rows], [row.ids for row in tokens]
-        found = routed(model, tokenizer, prompts, read, score, config, advance, stop, reading)
+        hints = guides(model, tokenizer, [example.prompt for example, _ in rows], config, stop, reading)
+        chosen, read = [guide.expert for guide in hints], [row.ids for row in tokens]
+        found = routed(model, chosen, read, score, config, advance, stop, reading and reading.next())
     return [
         Result(example.id, task, metrics[task], METRICS[metrics[task]](written, example.answer), loss, written)
         for (example, task), (written, loss) in zip(rows, found, strict=True)
     ]
+
+
+def _comes(right: Sequence[int], numbers: Sequence[int], recalled: Recalled | None, tree: Tree) -> bool:
+    """Whether `right` is what is written, where each of its tokens comes after one of these numbers in `tree`."""
+    for token, number in zip(right, numbers, strict=True):
+        if after(tree, number, recalled) != token:
+            return False
+        recalled = recalled and recalled.after(token)
+    return True

@@ -19,18 +19,16 @@ import torch
 from torch import Tensor
 
 from treering.adopt import ADAPTER_FILES
-from treering.features import features
 from treering.passes import in_parts
 from treering.progress import Advance
 from treering.readings import Reading
 from treering.registry import EXPERTS, Version
-from treering.router import NOVEL, Router
+from treering.router import NOVEL, Router, Shown
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from treering.config import Config
-    from treering.data.example import Message
     from treering.memory import Memory
     from treering.stop import Stop
 
@@ -162,27 +160,25 @@ def put(model: PreTrainedModel, start: Mapping[str, Tensor]) -> None:
 def keep(
     model: PreTrainedModel,
     taught: Mapping[str, dict[str, Tensor]],
-    vectors: Tensor,
-    classes: Sequence[str],
+    shown: Shown,
     owners: Mapping[str, str],
 ) -> None:
-    """The experts `taught` have these weights now, and rows of `classes` belong to their `owners`.
+    """The experts `taught` have these weights now, and the classes of the rows `shown` belong to their `owners`.
 
     The first of those taught is left in the adapter of `model`.
     """
     experts = of(model)
     if experts is None:
-        experts = Experts(Router(vectors.shape[1]))
+        experts = Experts(Router(shown.vectors.shape[1]))
         attach(model, experts)
     experts.adapters |= dict(sorted(taught.items(), key=lambda item: (len(item[0]), item[0])))
-    experts.router.learn(vectors, classes, owners)
+    experts.router.learn(shown, owners)
     put(model, next(iter(taught.values())))
 
 
 def routed(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[Message]],
+    chosen: Sequence[str | None],
     rows: Sequence[Sequence[int]],
     work: Callable[[Sequence[int]], Sequence[R]],
     config: Config,
@@ -190,16 +186,15 @@ def routed(
     stop: Stop | None = None,
     reading: Reading | None = None,
 ) -> list[R]:
-    """As `passes.in_parts`; if `model` has experts, each row is worked on by the one that its prompt is routed to.
+    """As `passes.in_parts`; if `model` has experts, each row is worked on by the one `chosen` for it.
 
-    `prompts` are the rows' questions, `rows` their tokens. Where no expert is near, the base model works.
+    `rows` are their tokens. Where None is chosen, the base model works.
     """
     experts = of(model)
     if experts is None:
         return in_parts(model, rows, work, config, advance, stop, reading)
     found: dict[int, R] = {}
-    vectors = features(model, tokenizer, prompts, config, stop=stop, reading=reading)
-    for expert, places in _groups(experts.router.route(vectors)).items():
+    for expert, places in _groups(chosen).items():
 
         def own(part: Sequence[int], places: Sequence[int] = places) -> Sequence[R]:
             return work([places[at] for at in part])

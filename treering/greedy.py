@@ -9,6 +9,7 @@ was read can be kept is generated token by token.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ import torch
 
 from treering.data.example import Message
 from treering.experts import routed
+from treering.guides import guides
+from treering.methods.recall import Recalled
 from treering.model import compute, encode_prompt, lean_output, pad, use_bf16
 from treering.progress import Advance, silent
 from treering.tree import Path, Tree
@@ -39,12 +42,13 @@ GUESSES = 4
 class Answer:
     """An answer on its way: the path of its prompt in a tree, how many tokens it may have, and those written.
 
-    `path` goes on along what is written as far as that was read.
+    `path` goes on along what is written as far as that was read; `recalled` goes with it, while there is any.
     """
 
     prompt: Sequence[int]
     path: Path
     limit: int
+    recalled: Recalled | None = None
     written: list[int] = field(default_factory=list)
     ended: bool = False
 
@@ -57,12 +61,28 @@ class Answer:
             if self.ended or (at is None and len(self.written) + 1 < self.limit):
                 return
             self.written.append(token)
+            self.recalled = self.recalled and self.recalled.after(token)
             self.path += [] if at is None else [at]
             self.ended = len(self.written) == self.limit
 
     def next(self, tree: Tree) -> int:
         """The token that comes after the path."""
-        return tree.likeliest[self.path[-1]]
+        return after(tree, self.path[-1], self.recalled)
+
+
+def after(tree: Tree, number: int, recalled: Recalled | None) -> int:
+    """The token that comes after the one of that number in `tree`.
+
+    Among those that recall does not name the order is the model's, so one that it names comes, or the model's own.
+    """
+    likeliest = tree.likeliest[number]
+    if recalled is None:
+        return likeliest
+
+    def likely(token: int) -> tuple[float, bool]:
+        return recalled.score(token, math.exp(tree.log_chance(number, token))), token == likeliest
+
+    return max(sorted({likeliest, *recalled.shares}), key=likely)
 
 
 class Known:
@@ -112,7 +132,8 @@ def write(
             stop.check()
         begun = [[*answer.written, answer.next(tree)] for answer in left]
         guesses = [known.guesses(written) for written in begun]
-        if not tree.keeps and not any(guesses) and max(a.limit - len(a.written) for a in left) > SHORT:
+        alone = not any(guesses) and not any(answer.recalled for answer in left)
+        if not tree.keeps and alone and max(a.limit - len(a.written) for a in left) > SHORT:
             return _decode(model, left, config, end, pad_id)
         tree.go_on(
             # The last token of a guess, its end mark, is only predicted, never read.
@@ -137,15 +158,22 @@ def generate(
     model.eval()
     end, pad_id = cast(int, tokenizer.eos_token_id), cast(int, tokenizer.pad_token_id)
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    found = guides(model, tokenizer, prompts, config)
 
     def one(part: Sequence[int]) -> Sequence[str]:
-        tree = Tree(model, config, pad_id)
+        recalled = [found[at].recalled for at in part]
+        tree = Tree(model, config, pad_id, watched=watched(recalled))
         tree.begin([rows[at] for at in part], [[len(rows[at]) - 1] for at in part])
-        answers = [Answer(rows[at], tree.path(rows[at]), limits[at]) for at in part]
+        answers = [Answer(rows[at], tree.path(rows[at]), limits[at], found[at].recalled) for at in part]
         write(tree, model, answers, Known(()), config, end, pad_id)
         return [text(tokenizer, answer) for answer in answers]
 
-    return routed(model, tokenizer, prompts, rows, one, config, advance)
+    return routed(model, [guide.expert for guide in found], rows, one, config, advance)
+
+
+def watched(recalled: Iterable[Recalled | None]) -> set[int]:
+    """The tokens that a tree is to watch for what is `recalled`."""
+    return {token for one in recalled if one is not None for token in one.tokens}
 
 
 def text(tokenizer: PreTrainedTokenizerBase, answer: Answer) -> str:

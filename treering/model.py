@@ -262,6 +262,7 @@ def load(base: Path, config: Config, version: Version | None = None) -> PreTrain
 
     from treering import experts
     from treering.lora_product import join
+    from treering.methods import recall
 
     made = LoraConfig.from_pretrained(str(version.folder))
     made.lora_dropout = config.lora_dropout  # How the next update trains, whatever the last one did.
@@ -270,6 +271,8 @@ def load(base: Path, config: Config, version: Version | None = None) -> PreTrain
     model = cast("PreTrainedModel", adapted)
     if version.experts:
         experts.load(model, version)
+    if version.recalls:
+        recall.attach(model, recall.load(version))
     return model
 
 

@@ -40,6 +40,9 @@ FORMAT = 1
 EXPERTS = "experts"
 """In the folder of a version that has some: a PEFT folder for each expert."""
 
+ROUTER = "router.json"
+"""In the folder of a version that knows what the rows were like that were learned (`treering/router.py`)."""
+
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 BOTTLENECK_FILES = ("bottleneck.json", "bottleneck.safetensors")
@@ -127,6 +130,16 @@ class Version:
         return {
             path.name: path for path in sorted(self.folder.glob(f"{EXPERTS}/*"), key=lambda p: (len(p.name), p.name))
         }
+
+    @property
+    def has_router(self) -> bool:
+        """Whether it knows what the rows were like that were learned."""
+        return (self.folder / ROUTER).exists()
+
+    @property
+    def recalls(self) -> bool:
+        """Whether labels that prompts recall have part in its answers."""
+        return self.has_router and "recall" in self.manifest["config"]["protect"]
 
     def problems(self) -> list[str]:
         """What `manifest.json` promises and the folder does not hold, file by file."""

@@ -1,9 +1,11 @@
-"""Which expert answers a prompt: a linear discriminant on what the base model makes of it, fitted in closed form.
+"""What a prompt is like that was learned: a linear discriminant on what the base model makes of it, in closed form.
+
+It says which expert answers a prompt, and which labels rows like it had.
 
 Every class (a task's label, or a task without labels) is a mean; all share the covariance within classes (Fisher 1936;
 Rao 1948). Both follow from sums, so rows may come in any order and any number of updates: the router of all of them is
 the router of all rows at once, and nothing is forgotten (streaming discriminant analysis, Hayes and Kanan 2020,
-arXiv:1909.01520). What is far from every class gets no expert.
+arXiv:1909.01520). What is far from every class gets no expert, and is like no label.
 """
 
 from __future__ import annotations
@@ -11,15 +13,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from treering.files import write_file, write_json
+from treering.registry import ROUTER
 
-FILE, SUMS = "router.json", "router.safetensors"
+FILE, SUMS = ROUTER, "router.safetensors"
 
 SHRINKAGE = 0.2
 """Share of the covariance that is taken as the same in all directions (Ledoit and Wolf 2004)."""
@@ -40,16 +44,23 @@ NOVEL = 0.8
 ENOUGH = 10
 """Rows whose distances say what is far."""
 
+SHARPNESSES = torch.logspace(-8, 0, 25, base=2, dtype=torch.float64)
+"""Those tried: by what half the squared distances are multiplied before they are logarithms of chances."""
+
 
 @dataclass(frozen=True)
 class Known:
-    """How far rows lie from the nearest class that other rows made, the logarithm of the squared distance."""
+    """How far rows lie from the nearest class that other rows made, the logarithm of the squared distance.
+
+    With `sharpness`, of `SHARPNESSES` the geometric mean of the best, distances tell how likely classes are.
+    """
 
     rows: int = 0
     mean: float = 0.0
     variance: float = 0.0
+    sharpness: float = 1 / 16
 
-    def with_new(self, logs: Tensor) -> Known:
+    def with_new(self, logs: Tensor, sharpness: float) -> Known:
         """Of `logs` and of what was before, which counts no more than they do: distances shrink as rows come in."""
         new, old = len(logs), min(self.rows, len(logs))
         if not new:
@@ -58,7 +69,8 @@ class Known:
         total = new + old
         variance = (float(logs.var(correction=0)) * new + self.variance * old) / total
         between = (mean - self.mean) ** 2 * new * old / total**2
-        return Known(total, (mean * new + self.mean * old) / total, variance + between)
+        sharp = math.exp((math.log(sharpness) * new + math.log(self.sharpness) * old) / total)
+        return Known(total, (mean * new + self.mean * old) / total, variance + between, sharp)
 
     def deviations(self, logs: Tensor) -> Tensor:
         """By how many standard deviations `logs` are above the mean; 0 where too few rows are known to tell."""
@@ -67,12 +79,22 @@ class Known:
         return (logs - self.mean) / math.sqrt(max(self.variance, 1e-12))
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What is shown of rows: `vectors` `[rows, size]`, their `classes`, and the text of each class that is a label."""
+
+    vectors: Tensor
+    classes: Sequence[str]
+    answers: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass
 class Router:
     """What is known of the rows learned so far, whose vectors have `size` numbers.
 
     `expert` names each class's expert; `counts` and `sums` `[classes, size]` are of its rows, in the same order;
-    `products` `[size, size]` is the sum of all rows' outer products.
+    `products` `[size, size]` is the sum of all rows' outer products. `answers` has the texts of classes that are
+    labels, as they came first.
     """
 
     size: int
@@ -81,18 +103,25 @@ class Router:
     sums: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
     products: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
     known: Known = Known()
+    answers: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.sums.numel():
             self.sums = torch.zeros(0, self.size, dtype=torch.float64)
             self.products = torch.zeros(self.size, self.size, dtype=torch.float64)
 
-    def learn(self, features: Tensor, classes: Sequence[str], owners: Mapping[str, str]) -> None:
-        """Rows `[n, size]` of these classes, which the experts in `owners` answer from now on."""
-        rows = features.double()
-        measured = [self._told(rows, classes, part)[1] for part in _folds(len(rows))]
+    def learn(self, shown: Shown, owners: Mapping[str, str]) -> None:
+        """The rows `shown`, which the experts in `owners` answer by their classes from now on."""
+        rows, classes = shown.vectors.double(), shown.classes
+        logs, losses = [torch.zeros(0, dtype=torch.float64)], torch.zeros(len(SHARPNESSES), dtype=torch.float64)
+        for part in _folds(len(rows)):
+            told, distances = self._told(rows, classes, part)
+            if told.expert:  # The first row of all has no other to be measured by.
+                logs.append(distances.min(1).values.log())
+                losses += told._losses(distances, [classes[at] for at in part])
         self._add(rows, classes, owners)
-        self.known = self.known.with_new(torch.cat(measured))
+        self.answers = {**shown.answers, **self.answers}
+        self.known = self.known.with_new(torch.cat(logs), float(SHARPNESSES[losses.argmin()]))
 
     def with_rows(self, features: Tensor, classes: Sequence[str], owners: Mapping[str, str]) -> Router:
         """Another that knows these rows as well, but no more of what is far."""
@@ -100,8 +129,8 @@ class Router:
         found._add(features.double(), classes, owners)
         return found
 
-    def nearest(self, features: Tensor) -> tuple[list[str], Tensor]:
-        """The expert of the class nearest to each of `features` `[n, size]`, and the log of its squared distance."""
+    def distances(self, features: Tensor) -> Tensor:
+        """The squared distances of each of `features` `[n, size]` to all classes, `[n, classes]`, in their order."""
         means = self.sums / self.counts[:, None]
         # Sums of outer products less those of the means: the covariance within classes, whatever came when.
         within = (self.products - self.sums.T @ means) / self.counts.sum()
@@ -110,9 +139,30 @@ class Router:
         shrunk.diagonal().add_(SHRINKAGE * even.clamp_min(1e-12))
         factor = torch.linalg.cholesky(shrunk)
         white = torch.linalg.solve_triangular(factor, torch.cat([means, features.double()]).T, upper=False).T
-        found = torch.cdist(white[len(means) :], white[: len(means)]).square().min(1)
+        return torch.cdist(white[len(means) :], white[: len(means)]).square().clamp_min(1e-12)
+
+    def nearest(self, features: Tensor) -> tuple[list[str], Tensor]:
+        """The expert of the class nearest to each of `features` `[n, size]`, and the log of its squared distance."""
+        found = self.distances(features).min(1)
         owners = list(self.expert.values())
-        return [owners[at] for at in found.indices.tolist()], found.values.clamp_min(1e-12).log()
+        return [owners[at] for at in found.indices.tolist()], found.values.log()
+
+    def like(self, features: Tensor, sharper: float, most: int) -> list[dict[str, float]]:
+        """How likely each of `features` `[n, size]` is of which class, `most` classes of each; none where it is far.
+
+        The chances are those that rows which were not learned yet had, each to the power of `sharper`.
+        """
+        if not len(features):
+            return []
+        distances = self.distances(features)
+        far = self.known.deviations(distances.min(1).values.log()) > FAR
+        chances = torch.softmax(distances * (-sharper * self.known.sharpness / 2), 1)
+        top = chances.topk(min(most, len(self.expert)), 1)
+        names = list(self.expert)
+        return [
+            {} if away else {names[at]: chance for at, chance in zip(places, values, strict=True)}
+            for away, places, values in zip(far.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
 
     def route(self, features: Tensor) -> list[str | None]:
         """The expert that answers each of `features` `[n, size]`; None: none of them."""
@@ -125,15 +175,19 @@ class Router:
     def novelty(self, features: Tensor, classes: Sequence[str]) -> float:
         """The share of the rows `features` `[n, size]` that go to `classes` of the others, not to what is known."""
         rows = features.double()
-        found = [owner for part in _folds(len(rows)) for owner in self._told(rows, classes, part)[0]]
+        found: list[str] = []
+        for part in _folds(len(rows)):
+            told, distances = self._told(rows, classes, part)
+            owners = list(told.expert.values())
+            found += [owners[at] for at in distances.argmin(1).tolist()] if owners else []
         return found.count(_OTHERS) / max(1, len(rows))
 
     def save(self, folder: Path) -> None:
         """Write `router.json` and `router.safetensors` into `folder`."""
         from safetensors.torch import save
 
-        known = {"rows": self.known.rows, "mean": self.known.mean, "variance": self.known.variance}
-        write_json(folder / FILE, {"size": self.size, "expert": self.expert, "known": known})
+        about = {"size": self.size, "expert": self.expert, "known": asdict(self.known), "answers": self.answers}
+        write_json(folder / FILE, about)
         tensors = {"counts": self.counts, "sums": self.sums, "products": self.products}
         write_file(folder / SUMS, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
@@ -143,7 +197,9 @@ class Router:
         from safetensors.torch import load_file
 
         about = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        return cls(about["size"], about["expert"], **load_file(folder / SUMS), known=Known(**about["known"]))
+        sums = load_file(folder / SUMS)
+        answers = about.get("answers", {})  # Versions made before there was recall have none.
+        return cls(about["size"], about["expert"], **sums, known=Known(**about["known"]), answers=answers)
 
     def _add(self, rows: Tensor, classes: Sequence[str], owners: Mapping[str, str]) -> None:
         self.expert |= {name: owners[name] for name in classes}
@@ -156,13 +212,20 @@ class Router:
         self.sums = self.sums.index_add(0, places, rows)
         self.products = self.products + rows.T @ rows
 
-    def _told(self, rows: Tensor, classes: Sequence[str], part: range) -> tuple[list[str], Tensor]:
-        """`nearest` of the rows at the places in `part`, once all others of `rows` are known, as those of `_OTHERS`."""
+    def _told(self, rows: Tensor, classes: Sequence[str], part: range) -> tuple[Router, Tensor]:
+        """One that knows all others of `rows` too, as those of `_OTHERS`, and the `distances` of those in `part`."""
         others = [at for at in range(len(rows)) if at not in part]
         told = self.with_rows(rows[others], [classes[at] for at in others], dict.fromkeys(classes, _OTHERS))
-        if not told.expert:  # The first row of all has no other to be measured by.
-            return [], rows.new_empty(0)
-        return told.nearest(rows[part.start :: part.step])
+        asked = rows[part.start :: part.step]
+        return told, told.distances(asked) if told.expert else asked.new_empty(len(asked), 0)
+
+    def _losses(self, distances: Tensor, classes: Sequence[str]) -> Tensor:
+        """The cross entropy of rows in nats at each of `SHARPNESSES`, summed over those whose class is known."""
+        names = {name: at for at, name in enumerate(self.expert)}
+        known = [at for at, name in enumerate(classes) if name in names]
+        right = torch.tensor([names[classes[at]] for at in known], dtype=torch.long)
+        halves = -distances[known] / 2
+        return torch.stack([cross_entropy(halves * sharp, right, reduction="sum") for sharp in SHARPNESSES.tolist()])
 
 
 def _folds(count: int) -> list[range]:

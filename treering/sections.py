@@ -87,6 +87,14 @@ class DistillConfig(Section):
     """Logits stored for each answer token; the parent's are never stored."""
 
 
+class RecallConfig(Section):
+    """Recall: labels of rows like the prompt have part in the choice of each token of an answer."""
+
+    weight: float = Field(2.0, gt=0)
+    """Power that the chances of labels are taken to beside those of the model; 1: as they were for rows not yet
+    learned."""
+
+
 class LwfConfig(Section):
     """Learning without forgetting: how the parent ranks the other answers to new rows is kept."""
 

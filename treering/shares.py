@@ -7,13 +7,14 @@ on rows of their own, do not.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from treering import sharding
+from treering.errors import no_memory
 
 if TYPE_CHECKING:
     from treering.config import Config
@@ -53,7 +54,10 @@ def dealt(batch: Sequence[T], parts: int) -> list[Sequence[T]]:
 
 @contextmanager
 def side_by_side(count: int) -> Iterator[Callable[[Callable[[T], R], Sequence[T]], Iterator[R]]]:
-    """A `map` that computes `count` at once and keeps the order."""
+    """A `map` that computes `count` at once and keeps the order.
+
+    Where one fails, the others that have begun end before that is raised: what is tried next is alone with the memory.
+    """
     if count == 1:
         yield map
         return
@@ -63,5 +67,20 @@ def side_by_side(count: int) -> Iterator[Callable[[Callable[[T], R], Sequence[T]
         torch.set_num_threads(threads)
         torch.set_flush_denormal(True)
 
+    def compute_all(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+        begun: list[Future[R]] = []
+        try:
+            for item in items:
+                begun.append(pool.submit(work, item))  # Where one cannot begin, those that have are known.
+            for computing in begun:
+                yield computing.result()
+        finally:
+            for computing in begun:
+                computing.cancel()
+            for computing in begun:
+                error = None if computing.cancelled() else computing.exception()
+                if isinstance(error, Exception):
+                    no_memory(error)  # Each that torch has switched something off for is to be seen.
+
     with ThreadPoolExecutor(count, initializer=begin) as pool:
-        yield pool.map
+        yield compute_all

@@ -46,14 +46,27 @@ class _Row:
 class Tree:
     """Tokens that `model` has read. `pad_id` is any token; with `keep` there will be more passes than the first.
 
+    Of the tokens in `watched` it is known how likely they are after each where that was asked for (`log_chance`).
+
     Where the model's attention is not ours (`treering.attention`), nothing is shared or kept, and tokens are read again
     with all that comes before them: slower, with the same results.
     """
 
-    def __init__(self, model: PreTrainedModel, config: Config, pad_id: int, *, keep: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: Config,
+        pad_id: int,
+        *,
+        keep: bool = True,
+        watched: Iterable[int] = (),
+    ) -> None:
         self.keeps = model.config._attn_implementation == attention.NAME
         self.likeliest: dict[int, int] = {}
         """The token that is likeliest after a token, where it was asked for."""
+        self._watched = sorted(set(watched))
+        self._column = {token: at for at, token in enumerate(self._watched)}
+        self._logs: dict[int, tuple[float, Tensor]] = {}
         self._model, self._pad_id, self._bf16 = model, pad_id, use_bf16(config)[0]
         self._kept = attention.Kept() if self.keeps and keep else None
         self._prefix: list[int] = []
@@ -100,6 +113,11 @@ class Tree:
         found = self._after.get((path[-1], token))
         return found if found in self.likeliest else None
 
+    def log_chance(self, number: int, token: int) -> float:
+        """The logarithm of the chance of `token`, watched or the likeliest one, after the token of that number."""
+        best, watched = self._logs[number]
+        return best if token == self.likeliest[number] else float(watched[self._column[token]])
+
     def _grow(self, asked: Iterable[tuple[Path, Sequence[Sequence[int]]]]) -> list[_Row]:
         """Give new tokens their numbers, in the order of the rows' `made`."""
         rows, start = [], len(self._tokens)
@@ -132,6 +150,10 @@ class Tree:
         with compute(self._bf16, self._model.device):
             logits = self._along(rows, begun, wanted) if self.keeps else self._again(rows, wanted)
         self.likeliest.update(zip(wanted, logits.argmax(-1).tolist(), strict=True))
+        if self._watched:
+            total = logits.logsumexp(-1, keepdim=True)
+            best, watched = (logits.amax(-1, keepdim=True) - total)[:, 0], (logits[:, self._watched] - total).cpu()
+            self._logs.update(zip(wanted, zip(best.tolist(), watched, strict=True), strict=True))
         return logits
 
     def _along(self, rows: Sequence[_Row], begun: int, wanted: Sequence[int]) -> Tensor:

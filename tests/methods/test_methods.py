@@ -115,7 +115,7 @@ def test_additional_modules_learn_whole_in_float32(model_folder: Path, target: s
     [
         (
             {"lora_target": "q_proj,v_porj"},
-            "lora_target names 'v_porj', but the model's linear layers are down_proj, .*q_proj",
+            "lora_target names 'v_porj', but what takes adapters is down_proj, .*q_proj",
         ),
         ({"additional_target": "norm,nowhere"}, "additional_target names 'nowhere', but the model has .*lm_head"),
     ],

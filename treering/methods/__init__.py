@@ -32,6 +32,7 @@ FINETUNING_TYPES: dict[str, str] = {
 PROTECT: dict[str, str] = {
     "replay": "treering.methods.replay:Replay",
     "distill": "treering.methods.distill:Distill",
+    "recall": "treering.methods.recall:Recall",
     "lwf": "treering.methods.lwf:LwF",
     "olora": "treering.methods.olora:OLoRA",
     "ema": "treering.methods.ema:EMA",

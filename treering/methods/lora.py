@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from treering.config import Config, names
 from treering.errors import ConfigError
@@ -59,10 +60,10 @@ class LoRA:
         for target in targets:
             if not any(name.endswith(target) for name in modules):
                 raise ConfigError(f"additional_target names {target!r}, but the model has {_kinds(modules)}")
+        fitting = [name for name, module in modules.items() if _takes_adapters(module)]
         for target in [] if self.config.lora_target == "all" else names(self.config.lora_target):
-            if not any(name == target or name.endswith(f".{target}") for name in modules):
-                linear = [name for name, module in modules.items() if "Linear" in type(module).__name__]
-                raise ConfigError(f"lora_target names {target!r}, but the model's linear layers are {_kinds(linear)}")
+            if not any(name == target or name.endswith(f".{target}") for name in fitting):
+                raise ConfigError(f"lora_target names {target!r}, but what takes adapters is {_kinds(fitting)}")
         settings = adapter(self.config)
         # Where input and output embeddings are one, they stay one: whichever is named, both learn.
         whole = {module for name, module in modules.items() if name.endswith(tuple(targets))}
@@ -78,7 +79,7 @@ class LoRA:
             return cast(PeftModel, get_peft_model(model, settings))
         except ValueError as error:
             raise ConfigError(
-                f"lora_target is {self.config.lora_target}, but the model has {_kinds(modules)} "
+                f"lora_target is {self.config.lora_target}, but what takes adapters is {_kinds(fitting)} "
                 f"({str(error).splitlines()[0]})"
             ) from None
 
@@ -111,6 +112,11 @@ def adapter(config: Config) -> LoraConfig:
         use_rslora=config.use_rslora,
         modules_to_save=config.additional_targets or None,
     )
+
+
+def _takes_adapters(module: nn.Module) -> bool:
+    """Whether peft has LoRA for such a layer: linear ones, quantised or as GPT-2 has them, and embeddings."""
+    return "Linear" in type(module).__name__ or isinstance(module, Conv1D | nn.Embedding)
 
 
 def _kinds(modules: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""The next token of a sequence: greedy or drawn, with penalties, biases and a grammar."""
+"""The next token of a sequence: greedy or drawn, with what its prompt recalls, penalties, biases and a grammar."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from treering.methods.recall import Recalled
 from treering.serve.engine import EngineError, Job, Token
 from treering.serve.grammars import refused
 from treering.serve.tokens import name_of
@@ -52,6 +53,11 @@ class Sampler:
         else:
             self._random.manual_seed(job.seed)
         self._matcher = matcher
+        self._recalled: Recalled | None = None
+
+    def recall(self, recalled: Recalled | None) -> None:
+        """Have labels that the prompt recalls a part in what is chosen; not where a grammar says what may come."""
+        self._recalled = recalled if self._matcher is None else None
 
     @property
     def ended(self) -> bool:
@@ -64,8 +70,8 @@ class Sampler:
     def choose(self, logits: Tensor) -> tuple[int, Token | None]:
         """The next token's id, and its log-probabilities if asked; `logits` is `[vocabulary]`, float32.
 
-        Log-probabilities are the model's own, before temperature, penalties and grammar. Raises `EngineError` if there
-        is nothing to choose from.
+        Log-probabilities are the model's own, before recall, temperature, penalties and grammar. Raises `EngineError`
+        if there is nothing to choose from.
         """
         job = self._job
         scores = self._adjusted(logits.cpu())
@@ -89,7 +95,9 @@ class Sampler:
         return chosen, Token(text=self._text(chosen), logprob=float(logprobs[chosen]), top=others)
 
     def _adjusted(self, scores: Tensor) -> Tensor:
-        """Logits after biases, penalties and grammar."""
+        """Logits after recall, biases, penalties and grammar."""
+        if self._recalled is not None:
+            scores = self._recalled.blended(scores)
         if self._job.logit_bias or self._penalised:
             if self._shift is None:
                 self._shift = torch.zeros_like(scores)
@@ -110,6 +118,7 @@ class Sampler:
 
     def _note(self, chosen: int) -> None:
         """Penalties are OpenAI's: one each time, one once."""
+        self._recalled = self._recalled and self._recalled.after(chosen)
         if self._penalised and self._shift is not None:
             once = 0.0 if chosen in self._chosen else self._job.presence_penalty
             self._shift[chosen] -= self._job.frequency_penalty + once

@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from treering.config import Config
 from treering.features import vectors
+from treering.methods import recall
+from treering.methods.recall import Recall, Recalled
 from treering.model import fingerprint, load, load_base
 from treering.registry import Version
 from treering.router import Router
@@ -19,22 +21,42 @@ from treering.serve.adapters import Adapter, Slots, read_adapter
 from treering.serve.batch import Batch
 from treering.serve.engine import BASE
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(eq=False)
 class Home:
-    """Where a version runs: a batch, and its slot there, or those of its experts and who says which of them answers."""
+    """Where a version runs: a batch, and its slot there, or those of its experts and who says which of them answers.
+
+    With `recall` prompts recall what rows like them were answered.
+    """
 
     batch: Batch[Any]
     slot: int = 0
     experts: dict[str, int] = field(default_factory=dict)
     router: Router | None = None
+    recall: Recall | None = None
 
-    def routed(self, prompt: Sequence[int], question: int, config: Config) -> int:
-        """The slot of the expert for `prompt`, whose last turn begins at `question`; 0 if it is unlike all."""
-        assert self.router is not None and self.batch.slots is not None
-        self.batch.slots.use([0])
-        [expert] = self.router.route(vectors(self.batch.model, [(prompt, question)], config))
-        return self.experts[expert] if expert else 0
+    @property
+    def guided(self) -> bool:
+        """Whether it takes a pass to know who answers a prompt, or what it recalls."""
+        return self.router is not None or self.recall is not None
+
+    def guide(
+        self, prompt: Sequence[int], question: int, config: Config, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[int, Recalled | None]:
+        """The slot for `prompt`, whose last turn begins at `question`, 0 if it is unlike all; and what it recalls."""
+        if self.batch.slots is not None:
+            self.batch.slots.use([0])
+        read = vectors(self.batch.model, [(prompt, question)], config)
+        slot, recalled = self.slot, None
+        if self.router is not None:
+            [expert] = self.router.route(read)
+            slot = self.experts[expert] if expert else 0
+        if self.recall is not None:
+            [recalled] = self.recall.of(read, tokenizer)
+        return slot, recalled
 
     @property
     def slots(self) -> set[int]:
@@ -50,7 +72,19 @@ class _Experts:
     adapters: dict[str, Adapter]
 
 
-_Read = Adapter | _Experts | Batch[Any]
+@dataclass(frozen=True)
+class Read:
+    """A version as it was read: its weights, and its recall if it has any."""
+
+    weights: Adapter | _Experts | Batch[Any]
+    recall: Recall | None
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """Those that are to share the base model."""
+        if isinstance(self.weights, _Experts):
+            return list(self.weights.adapters.values())
+        return [self.weights] if isinstance(self.weights, Adapter) else []
 
 
 class Loaded:
@@ -73,7 +107,7 @@ class Loaded:
         self._slots = Slots(self._model, self._count + 1)
         self._homes = {BASE: Home(Batch(self._model, self._slots, pad_id))}
         self._wanted: deque[str] = deque()
-        self._reading: tuple[str, Future[_Read]] | None = None
+        self._reading: tuple[str, Future[Read]] | None = None
         self._kept = BASE
         self._next: str | None = None  # To be kept, once it is there.
         self._leaving: str | None = None
@@ -129,7 +163,7 @@ class Loaded:
         reason = None
         try:
             read = reading.result()
-            for adapter in _adapters(read):
+            for adapter in read.adapters:
                 self._slots.check(adapter)
             if not self._make_room(version, running, waiting):
                 if self._next in self._wanted:
@@ -159,17 +193,18 @@ class Loaded:
             self._begun(version)
             self._reading = version, self._thread.submit(self._read, version)
 
-    def _read(self, name: str) -> _Read:
+    def _read(self, name: str) -> Read:
         version = Version(name, self._versions / name).check()
         made_from = version.manifest["base"]
+        past = recall.load(version) if version.recalls else None
         if made_from["sha256"] == self._hash and version.kind == "lora":
             if version.experts:
-                return self._read_experts(version)
+                return Read(self._read_experts(version), past)
             adapter = read_adapter(version.folder, self._model.dtype)
             if adapter is not None:
-                return adapter
+                return Read(adapter, past)
         # It also says what is wrong with another base model.
-        return Batch(load(self._base, self._config, version).eval(), None, self._pad_id)
+        return Read(Batch(load(self._base, self._config, version).eval(), None, self._pad_id), past)
 
     def _read_experts(self, version: Version) -> _Experts:
         found = {name: read_adapter(folder, self._model.dtype) for name, folder in version.experts.items()}
@@ -178,16 +213,16 @@ class Loaded:
             raise ValueError(f"an expert of {version.name} is more than plain LoRA, which cannot answer beside others")
         return _Experts(Router.load(version.folder), adapters)
 
-    def _place(self, read: _Read) -> Home:
-        if isinstance(read, Batch):
-            return Home(read)
-        batch = self._homes[BASE].batch
-        if isinstance(read, Adapter):
-            return Home(batch, self._put(read, set()))
+    def _place(self, read: Read) -> Home:
+        batch, weights = self._homes[BASE].batch, read.weights
+        if isinstance(weights, Batch):
+            return Home(weights, recall=read.recall)
+        if isinstance(weights, Adapter):
+            return Home(batch, self._put(weights, set()), recall=read.recall)
         experts: dict[str, int] = {}
-        for name, adapter in read.adapters.items():
+        for name, adapter in weights.adapters.items():
             experts[name] = self._put(adapter, set(experts.values()))
-        return Home(batch, 0, experts, read.router)
+        return Home(batch, 0, experts, weights.router, read.recall)
 
     def _put(self, adapter: Adapter, also_taken: Set[int]) -> int:
         """Copy `adapter` into a free slot, the number of which is returned."""
@@ -218,9 +253,3 @@ class Loaded:
         for name in idle[: max(surplus, 0)]:
             del self._homes[name]
         return surplus <= len(idle)
-
-
-def _adapters(read: _Read) -> list[Adapter]:
-    if isinstance(read, Batch):
-        return []
-    return [read] if isinstance(read, Adapter) else list(read.adapters.values())

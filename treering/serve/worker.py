@@ -28,6 +28,7 @@ import torch
 from treering import model as models
 from treering.config import Config
 from treering.errors import TreeringError, no_memory
+from treering.methods.recall import Recalled
 from treering.pipes import own_output
 from treering.serve.batch import Batch, Row
 from treering.serve.engine import EngineError, Job, Piece, Token
@@ -88,7 +89,7 @@ class Worker:
         self._grammars = Grammars(self._tokenizer, self._vocabulary)
         self._drafts: deque[tuple[Job, Future[llguidance.LLMatcher]]] = deque()
         self._waiting: deque[tuple[str, Answer]] = deque()
-        self._routed: tuple[Home | None, list[int], int] = None, [], 0
+        self._guided: tuple[Home | None, list[int], int, Recalled | None] = None, [], 0, None
         self._texts: deque[Texts] = deque()
         self._ends = self._end_tokens(model)
 
@@ -216,7 +217,7 @@ class Worker:
         room = self._config.serve.max_batch_size - sum(len(batch.rows) for batch in self._loaded.batches())
         groups: list[tuple[Batch[Answer], list[Row[Answer]]]] = []
         unread: dict[int, int] = {}
-        routed = False
+        guided = False
         for version, answer in sorted(self._waiting, key=lambda pair: pair[1].job.background):
             home = self._loaded.home(version)
             if home is None:
@@ -224,10 +225,10 @@ class Worker:
                 continue
             if room < 1:
                 break
-            if self._to_route(home, answer):
-                if routed and self._busy:
+            if self._to_guide(home, answer):
+                if guided and self._busy:
                     continue  # It takes a pass, for which the answers under way wait: one at a time.
-                routed = True
+                guided = True
             room -= 1
             self._waiting.remove((version, answer))
             row = None
@@ -250,16 +251,23 @@ class Worker:
                 self._give_up(rows, error)
 
     def _slot(self, home: Home, answer: Answer) -> int:
-        """Where `answer` is written. Those to one request come one after the other, and go to the same."""
-        if self._to_route(home, answer):
-            question = self._prompts.question(answer.job)
-            found = _with_room(home.batch, partial(home.routed, answer.prompt, question, self._config))
-            self._routed = home, answer.prompt, found
-        return home.slot if home.router is None else self._routed[2]
+        """Where `answer` is written, which is told what it recalls.
 
-    def _to_route(self, home: Home, answer: Answer) -> bool:
-        """Whether it takes a pass to know who answers."""
-        return home.router is not None and (home, answer.prompt) != self._routed[:2]
+        Those to one request come one after the other, and have the same.
+        """
+        if not home.guided:
+            return home.slot
+        if self._to_guide(home, answer):
+            question = self._prompts.question(answer.job)
+            found = _with_room(home.batch, partial(home.guide, answer.prompt, question, self._config, self._tokenizer))
+            self._guided = home, answer.prompt, *found
+        _, _, slot, recalled = self._guided
+        answer.sampler.recall(recalled)
+        return slot
+
+    def _to_guide(self, home: Home, answer: Answer) -> bool:
+        """Whether it takes a pass to know who answers, and what is recalled."""
+        return home.guided and (home, answer.prompt) != self._guided[:2]
 
     @property
     def _busy(self) -> bool:

@@ -137,6 +137,11 @@ class Adapters:
                 f"{name} has several experts, and which of them answers is treering's to say: "
                 "serve it with serve.engine: builtin"
             )
+        if version.recalls:
+            raise _unavailable(
+                f"{name} answers with recall, in which vLLM has no part: serve it with serve.engine: builtin, or make "
+                "a version without recall in protect"
+            )
         made = json.loads((version.folder / CONFIG).read_text(encoding="utf-8"))
         if made.get("use_dora") or made.get("modules_to_save"):
             raise _unavailable(
