@@ -61,8 +61,9 @@ class Config(Section):
     """What learns: lora, adapter (bottlenecks), norm (norms and biases), freeze (a few layers), full, or osf (full, in
     the directions that weights use least)."""
 
-    protect: tuple[str, ...] = ("replay", "distill")
-    """What protects old knowledge; any subset, freely combined."""
+    protect: tuple[str, ...] = ("replay", "distill", "recall")
+    """What protects old knowledge; any subset, freely combined. `recall` is no default where it cannot be: with another
+    `finetuning_type` than `lora`, and with `serve.engine: vllm`."""
 
     lora_rank: int = Field(8, ge=1)
     """Rank of the LoRA matrices."""
@@ -213,6 +214,18 @@ class Config(Section):
     serve: ServeConfig = ServeConfig()
     automate: AutomateConfig = AutomateConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_recall_by_default(cls, values: Any) -> Any:
+        """Leave `recall` out of the default where it cannot be."""
+        if not isinstance(values, Mapping) or "protect" in values:
+            return values
+        serve = values.get("serve")
+        vllm = isinstance(serve, Mapping) and serve.get("engine") == "vllm"
+        if values.get("finetuning_type", "lora") == "lora" and not vllm:
+            return values
+        return {**values, "protect": ("replay", "distill")}
+
     @field_validator("report_to", mode="before")
     @classmethod
     def _known_trackers(cls, value: object) -> object:
@@ -236,7 +249,7 @@ class Config(Section):
     @field_validator("protect", mode="before")
     @classmethod
     def _known_protect(cls, value: object) -> object:
-        return _all_known(value, PROTECT, "[replay, distill], or [] for no protection")
+        return _all_known(value, PROTECT, "[replay, distill, recall], or [] for no protection")
 
     @field_validator("freeze_trainable_layers")
     @classmethod
