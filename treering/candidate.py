@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from treering import early, experts, general
+from treering import early, experts, general, twins
 from treering.batches import Batch, make_batch
 from treering.config import names
 from treering.errors import ConfigError
@@ -100,7 +101,9 @@ class Candidate:
         )
         self.lessons: list[Lesson] = []
         """What is taught; the first has most rows. Known once prepared."""
-        self.vectors, self.classes = torch.empty(0), list[str]()
+        self.vectors, self.classes = torch.empty(0), dict[str, str]()
+        """Of the new rows, for experts: what the base model makes of them, and their classes by id."""
+        self.merged = twins.Merged()
         self.log: list[dict[str, float]] = []
         self._begun: Lesson | None = None
 
@@ -141,10 +144,29 @@ class Candidate:
             lesson.learn(track and partial(_told, track, later))
             self.log += map(later, lesson.log)
         if self.taught:
-            owners = {self.classes[at]: choice.expert for choice in self.taught for at in choice.rows}
+            classes = list(self.classes.values())
+            owners = {classes[at]: choice.expert for choice in self.taught for at in choice.rows}
             weights = {choice.expert: one.weights for choice, one in zip(self.taught, self.lessons, strict=True)}
-            experts.keep(self.model, weights, self.vectors, self.classes, owners)
+            experts.keep(self.model, weights, self.vectors, classes, owners)
         return self.log
+
+    def merge_alike(self) -> None:
+        """Have one expert answer where two are alike, of those taught and their likeliest twins."""
+        if not self.taught:
+            return
+        taught = [choice.expert for choice in self.taught]
+        before = self.parent.experts if self.parent else {}
+        numbers = count()
+
+        def measure(ids: Sequence[str]) -> list[float]:
+            rows = [self.pupil.rows[id] for id in ids]
+            reading = self.readings.of("comparing experts", next(numbers))
+            return losses(self.model, rows, self.config, self.pad_id, self.stop, reading)
+
+        self.merged = twins.merge(self.model, taught, self.classes, self.memory, before, measure)
+        known = experts.of(self.model)
+        assert known is not None
+        experts.put(self.model, known.adapters[self.merged.now(taught)[0]])
 
     def measure(self) -> list[Result]:
         """The candidate's results on every held-out row."""
@@ -204,7 +226,8 @@ class Candidate:
         save_weights(self.model, self.tokenizer, folder, base_name)
         if self.taught:
             write = partial(save_weights, self.model, self.tokenizer, base_name=base_name)
-            experts.save(self.model, folder, [choice.expert for choice in self.taught], self.parent, write)
+            changed = self.merged.now([choice.expert for choice in self.taught])
+            experts.save(self.model, folder, changed, self.parent, write)
         self.memory.save(folder)
         write_results(folder / RESULTS, results)
         write_file(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log).encode())
@@ -223,7 +246,7 @@ class Candidate:
 
     @property
     def main(self) -> Lesson:
-        """The lesson with most rows, whose adapter is the version's own."""
+        """The lesson with most rows, whose adapter, or what it was merged to, is the version's own."""
         return self.lessons[0]
 
     @property
@@ -277,6 +300,9 @@ class Candidate:
                 "value": ", ".join(choice.expert for choice in self.taught),
                 "reason": "; ".join(reasons) if len(reasons) > 1 else self.taught[0].reason,
             }
+        if self.merged.found:
+            gone = [f"{kept} for {expert}" for expert, kept in self.merged.kept.items()]
+            found["alike experts"] = {"value": ", ".join(gone) or "none", "reason": "; ".join(self.merged.found)}
         for task in self.plan.rows:
             few = "short answers, each used at least twice on average"
             reason = few if self.metrics[task] == "exact_match" else "answers are no small label set"
@@ -324,16 +350,16 @@ class Candidate:
         row_ids = self.plan.row_ids
         self.vectors = self._about(row_ids)
         tasks = [task for task, ids in self.plan.rows.items() for _ in ids]
-        self.classes = [
-            experts.class_of(task, self.examples[id].label if self.metrics[task] == "exact_match" else "")
+        self.classes = {
+            id: experts.class_of(task, self.examples[id].label if self.metrics[task] == "exact_match" else "")
             for task, id in zip(tasks, row_ids, strict=True)
-        ]
+        }
         known = experts.of(self.model)
         adapters = known.adapters if known else {}
         self.pupil.model = prepared(self.model, Methods(self.config), self.config, self.parent)
         fresh = experts.weights(self.model)
         found: list[Lesson] = []
-        for choice in experts.split(known, self.vectors, tasks, self.classes):
+        for choice in experts.split(known, self.vectors, tasks, list(self.classes.values())):
             folder = self.staging / choice.expert if found else self.staging
             found.append(
                 Lesson(
