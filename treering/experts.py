@@ -137,13 +137,14 @@ def _judged(
     if not router.expert:
         return new, True, "the first"
     found = f"of {task}, {len(unseen)} of {len(own)} new rows have labels or a task that no expert knows"
-    if len(unseen) < FEW:
-        found += f", too few for an expert of their own ({FEW})"
-    elif 2 * len(unseen) > len(own):
-        novelty = router.novelty(vectors[unseen], [classes[at] for at in unseen])
-        found += f", and {novelty:.0%} of them are told apart from what is known (new from {NOVEL:.0%})"
-        if novelty >= NOVEL:
-            return new, True, found
+    if 2 * len(unseen) > len(own):
+        if len(unseen) >= FEW:
+            novelty = router.novelty(vectors[unseen], [classes[at] for at in unseen])
+            found += f", and {novelty:.0%} of them are told apart from what is known (new from {NOVEL:.0%})"
+            if novelty >= NOVEL:
+                return new, True, found
+        else:
+            found += f", too few for an expert of their own (from {FEW})"
     best, count = _best(router, vectors[own], [classes[at] for at in own])
     return best, False, f"{found}; {count} of {len(own)} are of what it knows, or nearest to it"
 
