@@ -19,7 +19,7 @@ from treering import Workspace, experts, pipeline, registry
 from treering.config import Config
 from treering.data.example import Example, Message
 from treering.errors import ConfigError, UpdateInterruptedError
-from treering.experts import Experts, class_of
+from treering.experts import FEW, Experts, class_of
 from treering.forecast import forecast
 from treering.guides import guides
 from treering.memory import Memory
@@ -240,6 +240,27 @@ def test_new_tasks_that_are_alike_share_an_expert() -> None:
         "e1": (None, 80),
         "e2": (None, 40),
     }
+
+
+def test_a_few_rows_get_no_expert_of_their_own() -> None:
+    both = known(a="e1", b="e2")
+    found = experts.split(both, cluster(40)[: FEW - 1], ["t"] * (FEW - 1), ["c"] * (FEW - 1))
+    assert [(choice.expert, choice.begins) for choice in found] == [("e2", "e2")]
+    assert "of t, 7 of 7 new rows have labels or a task that no expert knows, too few for an expert" in found[0].reason
+    assert given(both, [("t", "c", cluster(40)[:FEW])]) == {"e3": ("e2", FEW)}
+    # But the first of all.
+    assert given(None, [("t", "c", cluster(40)[:2])]) == {"e1": (None, 2)}
+
+
+def test_few_rows_go_with_a_new_task_that_they_are_like() -> None:
+    """Though it comes later by its name."""
+    found = given(known(a="e1", b="e2"), [("a few", "y", cluster(80, 1)[:3]), ("z", "z", cluster(80))])
+    assert found == {"e3": ("e2", 43)}
+
+
+def test_numbers_go_on_after_one_was_merged() -> None:
+    both = known(a="e1", b="e3")
+    assert given(both, [("t", "c", cluster(40))]) == {"e4": ("e3", 40)}
 
 
 def test_only_rows_of_the_expert_are_replayed() -> None:

@@ -100,6 +100,7 @@ def calibrate(ws: Workspace, plan: Plan, config: Config, folder: Path) -> Estima
     saving = max(0.0, learning - starting - sum(stepping) - looked - ended)
     checkpoint = max(map(_size_mb, main.checkpoints.glob("step-*")))
 
+    candidate.merge_alike()
     results, after = _timed(candidate.measure)
     candidate.remember()
     candidate.write(base_name(config), results, log)

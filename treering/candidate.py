@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from treering import early, experts, general, registry
+from treering import early, experts, general, registry, twins
 from treering.batches import Batch, make_batch
 from treering.config import names
 from treering.errors import ConfigError
@@ -106,6 +107,7 @@ class Candidate:
         self.past = recall.of(self.pupil.model)
         """What the model recalls; None: nothing."""
         self.shown = Shown(torch.empty(0), ())
+        self.merged = twins.Merged()
         self.log: list[dict[str, float]] = []
         self._begun: Lesson | None = None
 
@@ -172,6 +174,25 @@ class Candidate:
         self.past.router = before or Router(self.shown.vectors.shape[1])
         self.past.router.learn(self.shown, dict.fromkeys(self.shown.classes, ""))
 
+    def merge_alike(self) -> None:
+        """Have one expert answer where two are alike, of those taught and their likeliest twins."""
+        if not self.taught:
+            return
+        taught = [choice.expert for choice in self.taught]
+        before = self.parent.experts if self.parent else {}
+        numbers = count()
+
+        def measure(ids: Sequence[str]) -> list[float]:
+            rows = [self.pupil.rows[id] for id in ids]
+            reading = self.readings.of("comparing experts", next(numbers))
+            return losses(self.model, rows, self.config, self.pad_id, self.stop, reading)
+
+        classes = dict(zip(self.plan.row_ids, self.shown.classes, strict=True))
+        self.merged = twins.merge(self.model, taught, classes, self.memory, before, measure)
+        known = experts.of(self.model)
+        assert known is not None
+        experts.put(self.model, known.adapters[self.merged.now(taught)[0]])
+
     def measure(self) -> list[Result]:
         """The candidate's results on every held-out row."""
         rows = [(id, task) for task, ids in self.held_out.items() for id in ids]
@@ -230,7 +251,8 @@ class Candidate:
         save_weights(self.model, self.tokenizer, folder, base_name)
         if self.taught:
             write = partial(save_weights, self.model, self.tokenizer, base_name=base_name)
-            experts.save(self.model, folder, [choice.expert for choice in self.taught], self.parent, write)
+            changed = self.merged.now([choice.expert for choice in self.taught])
+            experts.save(self.model, folder, changed, self.parent, write)
         elif self.past is not None and self.past.router is not None:
             self.past.router.save(folder)
         self.memory.save(folder)
@@ -251,7 +273,7 @@ class Candidate:
 
     @property
     def main(self) -> Lesson:
-        """The lesson with most rows, whose adapter is the version's own."""
+        """The lesson with most rows, whose adapter, or what it was merged to, is the version's own."""
         return self.lessons[0]
 
     @property
@@ -311,6 +333,9 @@ class Candidate:
                 "value": ", ".join(choice.expert for choice in self.taught),
                 "reason": "; ".join(reasons) if len(reasons) > 1 else self.taught[0].reason,
             }
+        if self.merged.found:
+            gone = [f"{kept} for {expert}" for expert, kept in self.merged.kept.items()]
+            found["alike experts"] = {"value": ", ".join(gone) or "none", "reason": "; ".join(self.merged.found)}
         for task in self.plan.rows:
             few = "short answers, each used at least twice on average"
             reason = few if self.metrics[task] == "exact_match" else "answers are no small label set"

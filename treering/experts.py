@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
+FEW = 8
+"""New rows of a task below which it gets no expert of its own: they are too few to tell what is unlike, or alike."""
+
 
 @dataclass
 class Experts:
@@ -71,16 +74,22 @@ def class_of(task: str, label: str) -> str:
     return f"{task}\n{label}"
 
 
+def by_age(expert: str) -> tuple[int, str]:
+    """Orders experts by when they were made: `e2` before `e10`."""
+    return len(expert), expert
+
+
 def split(experts: Experts | None, vectors: Tensor, tasks: Sequence[str], classes: Sequence[str]) -> list[Choice]:
     """Which experts learn which of the new rows, the one with most of them first.
 
     Each row has a vector of `[rows, size]`, a task and a class. Those of classes that an expert knows go to it. The
-    others of a task go together: to a new expert, if they are most of the task's rows and prompts of theirs would find
-    it; else to the expert that knows, or is nearest to, most of the task's rows. Tasks are taken by their names, and
-    what one was given is known to those that follow: two that are alike share an expert.
+    others of a task go together: to a new expert, if they are no `FEW`, most of the task's rows, and prompts of theirs
+    would find it; else to the expert that knows, or is nearest to, most of the task's rows. Tasks are taken by their
+    names, small ones last, and what one was given is known to those that follow: two that are alike share an expert.
     """
     before = experts.router if experts is not None else Router(vectors.shape[1])
-    router, count = before, len(experts.adapters) if experts is not None else 0
+    # Not their number: of those that were merged one is no more.
+    router, count = before, max((int(name[1:]) for name in experts.adapters), default=0) if experts is not None else 0
     rows: dict[str, list[int]] = {}
     begins: dict[str, str | None] = {}
     reasons: dict[str, list[str]] = {}
@@ -89,7 +98,8 @@ def split(experts: Experts | None, vectors: Tensor, tasks: Sequence[str], classe
             rows.setdefault(before.expert[name], []).append(at)
     for expert, own in rows.items():
         reasons[expert] = [f"{len(own)} of {len(classes)} new rows are of what it knows"]
-    for task in sorted(set(tasks)):
+    unknown = Counter(task for task, name in zip(tasks, classes, strict=True) if name not in before.expert)
+    for task in sorted(set(tasks), key=lambda task: (unknown[task] < FEW, task)):
         own = [at for at, of_task in enumerate(tasks) if of_task == task]
         unseen = [at for at in own if classes[at] not in before.expert]
         if unseen:
@@ -126,10 +136,13 @@ def _judged(
         return new, True, "the first"
     found = f"of {task}, {len(unseen)} of {len(own)} new rows have labels or a task that no expert knows"
     if 2 * len(unseen) > len(own):
-        novelty = router.novelty(vectors[unseen], [classes[at] for at in unseen])
-        found += f", and {novelty:.0%} of them are told apart from what is known (new from {NOVEL:.0%})"
-        if novelty >= NOVEL:
-            return new, True, found
+        if len(unseen) >= FEW:
+            novelty = router.novelty(vectors[unseen], [classes[at] for at in unseen])
+            found += f", and {novelty:.0%} of them are told apart from what is known (new from {NOVEL:.0%})"
+            if novelty >= NOVEL:
+                return new, True, found
+        else:
+            found += f", too few for an expert of their own (from {FEW})"
     best, count = _best(router, vectors[own], [classes[at] for at in own])
     return best, False, f"{found}; {count} of {len(own)} are of what it knows, or nearest to it"
 
@@ -171,7 +184,7 @@ def keep(
     if experts is None:
         experts = Experts(Router(shown.vectors.shape[1]))
         attach(model, experts)
-    experts.adapters |= dict(sorted(taught.items(), key=lambda item: (len(item[0]), item[0])))
+    experts.adapters |= dict(sorted(taught.items(), key=lambda item: by_age(item[0])))
     experts.router.learn(shown, owners)
     put(model, next(iter(taught.values())))
 

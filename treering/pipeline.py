@@ -83,6 +83,7 @@ def update(
         candidate.choose_rate()
         with trackers.of_update(ws, plan, config) as tracked:
             log = candidate.learn(tracked.log)
+            candidate.merge_alike()
             clear(ws, keep=staging)
             after = candidate.measure()
             tracked.scores(after, len(candidate.taken))
