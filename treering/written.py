@@ -54,10 +54,10 @@ _REMEMBERED = "answering remembered prompts"
 _NOTHING = "nothing was learned before that could be lost"
 
 _LIKE = {
-    "held out": "were like a held-out row",
-    "new": "were like a new row",
-    "remembered": "were like a remembered row",
-    "drawn": "were like one drawn before",
+    "held out": "like a held-out row",
+    "new": "like a new row",
+    "remembered": "like a remembered row",
+    "drawn": "like one drawn before",
 }
 """What is said of turns that are like a text of each kind."""
 
@@ -212,11 +212,11 @@ class Writer:
     def _wrong(self, turn: list[int] | None, said: str, texts: Texts) -> str | None:
         """What is wrong with a drawn turn, as a reason to count."""
         if turn is None:
-            return f"did not end within {LONGEST} tokens"
+            return f"without an end within {LONGEST} tokens"
         if not said:
-            return "were empty"
+            return "empty"
         if any(self._is_mark(id) for id in turn) or "\N{REPLACEMENT CHARACTER}" in said:
-            return "held what is no text"
+            return "with what is no text"
         like = texts.like(said)
         return _LIKE[like] if like is not None else None
 
@@ -230,9 +230,9 @@ class Writer:
         for row in rows:
             sure = -next(measured) >= least if row else False
             if not row:
-                kept.drop("had no answer that ended by itself, or broke a rule of rows")
+                kept.drop("without an answer that ended by itself and broke no rule of rows")
             elif not sure:
-                kept.drop(f"had an answer of a mean log-probability below {least:g}")
+                kept.drop(f"with an answer less sure than {least:g} nats a token")
             found.append(row.answer if row and sure else None)
         return found
 
