@@ -241,6 +241,22 @@ def test_its_own_answers_take_the_place_of_stored_ones(taught: Workspace, tmp_pa
     assert not found.answers and "3 keep the stored one" in found.choices["memory.answers"]["reason"]
 
 
+def test_no_more_turns_are_drawn_than_four_a_row(
+    taught: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def none(_: Any, __: Any, seeds: Sequence[str], *___: Any) -> list[None]:
+        sizes.append(len(seeds))
+        return [None] * len(seeds)
+
+    monkeypatch.setattr(written, "draw", none)
+    monkeypatch.setattr(written, "BLOCK", 7)
+    found = Asked(taught, tmp_path / "one", "memory.generate=9").writer.write()
+    assert sizes == [7, 7, 7, 7, 7, 1] and found.choices["memory.generate"]["value"] == 0
+    assert "of which 36 without an end within 256 tokens" in found.choices["memory.generate"]["reason"]
+
+
 def test_what_begins_anew_has_nothing_to_write(taught: Workspace, tmp_path: Path) -> None:
     for choice, wanted in ((Choice("e2", "e1", "", (0,)), 0), (Choice("e1", "e1", "", (0,)), 5), (None, 5)):
         asked = Asked(taught, tmp_path / "one", "memory.generate=5")

@@ -181,8 +181,9 @@ class Writer:
 
     def _block(self, kept: _Kept, texts: Texts, opening: tuple[list[int], int]) -> None:
         """Draw, sift and answer some turns more."""
-        size = min(BLOCK, self.wanted)
-        number, (beginning, end) = kept.drawn // size, opening
+        whole = min(BLOCK, self.wanted)
+        size = min(whole, TURNS_A_ROW * self.wanted - kept.drawn)
+        number, (beginning, end) = kept.drawn // whole, opening
         seeds = [f"{self.config.seed}:written:{self.lesson.of}:{at}" for at in range(kept.drawn, kept.drawn + size)]
         asked = self.config.memory
 
