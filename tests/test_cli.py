@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import pytest
 import typer
 
 from treering import Workspace, figures, registry
+from treering.automate.children import Answer
+from treering.calibrate import Estimate
 from treering.cli import app, run
 from treering.methods import PROTECT
 from treering.testing import toy_rows
@@ -293,6 +296,15 @@ def test_plan_says_what_update_then_does(cli: Runner, shop: Path, monkeypatch: p
     assert found["estimate"] is None and found["cost"]["steps"] == 2
     assert cli.json("plan", "-w", shop)["estimate"] is None
     assert cli.text("plan", "-w", shop)[0].startswith("nothing new: ")
+
+
+def test_plan_says_at_most_where_the_parent_is_to_write(
+    cli: Runner, shop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    estimate = Estimate(2, 16, 1.0, 3.0, 9.0, None, 5.0, rows_written=7)
+    monkeypatch.setattr("treering.automate.children.run", lambda *_: Answer(asdict(estimate)))
+    out, _ = cli.text("plan", "-w", shop)
+    assert "\n  at most 7 rows that the parent writes\nat most 2 steps, 16 rows with repeats" in out
 
 
 def test_update_promotes_and_finds_nothing_new(cli: Runner, shop: Path) -> None:

@@ -54,6 +54,7 @@ def test_llama_factory() -> None:
         "lora_dropout": 0.05,
         "lora_target": "all",
         "cutoff_len": 1024,
+        "train_on_prompt": True,
         "save_steps": 500,
         "eval_steps": 500,
         "per_device_train_batch_size": 2,

@@ -25,6 +25,7 @@ from treering import Workspace, launch, registry
 from treering.errors import ConfigError, TreeringError, UpdateInterruptedError
 from treering.forecast import forecast
 from treering.handover import Handover
+from treering.model import with_prompts
 from treering.recovery import LossError
 from treering.stop import Stop
 from treering.testing import toy_rows
@@ -205,6 +206,15 @@ def test_an_update_survives_its_death(waiting: Workspace) -> None:
     for name in ("loss", "distill", "lwf"):
         found, wanted = ([entry.get(name, 0.0) for entry in log[:10]] for log in logs)
         assert found == pytest.approx(wanted, rel=1e-3, abs=1e-5) and any(wanted)
+
+
+def test_a_training_as_files_is_the_same(model_folder: Path, tmp_path: Path) -> None:
+    run = Run(model_folder, settings(model_folder))
+    rows = {id: with_prompts(row) if at % 2 else row for at, (id, row) in enumerate(run.rows.items())}
+    given = Handover(run.config, model_folder, None, rows, run.steps, run.pad_id, 1, tmp_path / "checkpoints")
+    given.save(tmp_path)
+    found = Handover.load(tmp_path)
+    assert found == given and any(row.prompts for row in found.rows.values())
 
 
 def test_what_the_processes_raise_is_raised(model_folder: Path, tmp_path: Path) -> None:

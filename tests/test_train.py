@@ -21,7 +21,8 @@ from treering.data.example import Example
 from treering.errors import ConfigError, UpdateInterruptedError
 from treering.memory import Memory, Teacher
 from treering.methods import Methods
-from treering.model import Tokens, encode, encode_prompt, load_tokenizer, logits_at
+from treering.model import Tokens, encode, encode_prompt, load_tokenizer, logits_at, with_prompts
+from treering.passes import losses
 from treering.schedule import passes, plan_steps, rate_schedule
 from treering.stop import stop_on_signals
 from treering.train import teach
@@ -125,6 +126,30 @@ def test_a_greeting_is_read_but_not_learned(model_folder: Path) -> None:
     found = encode(run.tokenizer, greeted)
     assert "welcome" in run.tokenizer.decode(found.ids)
     assert "yes" in (said := run.tokenizer.decode([found.ids[at] for at in found.answers])) and "welcome" not in said
+
+
+def test_prompts_are_learned_besides_where_that_is_asked_for(model_folder: Path) -> None:
+    """Every token but the first counts in the loss; what is scored, and where teachers stand, are the answers still."""
+    run = Run(model_folder, settings(model_folder))
+    plain = list(run.rows.values())[:3]
+    rows = [with_prompts(row) for row in plain]
+    assert [row.answers for row in rows] == [row.answers for row in plain]
+    for row in rows:
+        assert sorted([*row.answers, *row.prompts]) == list(range(1, len(row.ids)))
+    batch = make_batch(rows, run.pad_id)
+    logits = logits_at(run.model, **batch.inputs, at=batch.at)
+    whole = cross_entropy(logits, batch.targets, reduction="sum")
+    alone = [
+        cross_entropy(run.model(torch.tensor([row.ids[:-1]])).logits[0], torch.tensor(row.ids[1:]), reduction="sum")
+        for row in rows
+    ]
+    torch.testing.assert_close(whole, torch.stack(alone).sum(), rtol=1e-5, atol=1e-3)
+    assert batch.of == sum(len(row.ids) - 1 for row in rows)
+    assert losses(run.model, rows, run.config, run.pad_id) == losses(run.model, plain, run.config, run.pad_id)
+    taught = teach(run.model, rows, run.config, top_k=2, pad_id=run.pad_id, quiet=True)
+    teacher = make_batch(rows, run.pad_id, teachers=taught).teacher
+    assert teacher is not None and teacher.of == sum(len(row.answers) for row in rows)
+    assert batch.targets[teacher.at].tolist() == [row.ids[place] for row in rows for place in row.answers]
 
 
 def test_only_answer_tokens_count(model_folder: Path) -> None:

@@ -56,10 +56,11 @@ class Noise:
 class Batch:
     """One forward pass.
 
-    `inputs`: `ids` and `mask`, `[rows, length]`. `at`: `[answer tokens]` flat positions whose logits predict `targets`
-    `[answer tokens]`; `of` is how many the whole optimiser step has, so that a sum over a batch, divided by it, is the
-    batch's part of a mean over the step. `teacher`: what `distill` holds rows to. `parent`: what the
-    version before makes of new rows. `noise`: what is added to the embeddings.
+    `inputs`: `ids` and `mask`, `[rows, length]`. `at`: `[tokens]` flat positions whose logits predict `targets`
+    `[tokens]`, of each row those of its answers and then those of its prompts, where these are trained; `of` is how
+    many the whole optimiser step has, so that a sum over a batch, divided by it, is the batch's part of a mean over the
+    step. `teacher`: what `distill` holds rows to. `parent`: what the version before makes of new rows. `noise`: what is
+    added to the embeddings.
     """
 
     inputs: Inputs
@@ -82,8 +83,9 @@ def make_batch(
     """Collate `rows`, as a step of their own; their last token is only predicted, never read."""
     inputs = pad([row.ids[:-1] for row in rows], pad_id)
     length = inputs["input_ids"].shape[1]
-    at = [n * length + position - 1 for n, row in enumerate(rows) for position in row.answers]
-    targets = [row.ids[position] for row in rows for position in row.answers]
+    learned = [[*row.answers, *row.prompts] for row in rows]
+    at = [n * length + position - 1 for n, places in enumerate(learned) for position in places]
+    targets = [row.ids[position] for row, places in zip(rows, learned, strict=True) for position in places]
     return Batch(
         {"ids": inputs["input_ids"].to(device), "mask": inputs["attention_mask"].to(device)},
         torch.tensor(at).to(device),
@@ -125,7 +127,7 @@ def _taught(rows: Sequence[Tokens], teachers: Mapping[str, Teacher], device: tor
         if teacher is not None and len(teacher.ids) == len(row.answers):
             places += range(start, start + len(row.answers))
             found.append(teacher)
-        start += len(row.answers)
+        start += len(row.answers) + len(row.prompts)
     if not found:
         return None
     ids, logits = stack(found)

@@ -21,6 +21,7 @@ from treering.methods.lwf import TOP_K
 from treering.model import resolve
 from treering.passes import losses
 from treering.schedule import peak_rate
+from treering.written import Writer, Written
 
 if TYPE_CHECKING:
     from treering.config import Config
@@ -43,7 +44,8 @@ class Estimate:
     """What an update will need, under the names that `cost` has in the manifest of what it then took.
 
     `seconds` of training, `total_seconds` from the loading of the model to the verdict, `disk_mb` at its fullest,
-    `peak_gpu_memory_mb` None without a GPU. `steps` and `rows_trained` are exact.
+    `peak_gpu_memory_mb` None without a GPU. `steps` and `rows_trained` are exact, but where nothing is stored and the
+    parent writes no row that can be replayed: `rows_written` are as many as it is to write.
     """
 
     steps: int
@@ -53,6 +55,7 @@ class Estimate:
     peak_memory_mb: float
     peak_gpu_memory_mb: float | None
     disk_mb: float
+    rows_written: int = 0
 
     @property
     def needs(self) -> dict[str, float]:
@@ -76,7 +79,9 @@ def calibrate(ws: Workspace, plan: Plan, config: Config, folder: Path) -> Estima
     asked = len(candidate.unmeasured())
     _, before = _timed(candidate.measure_parent)
 
-    candidate.prepare()
+    writing: list[float] = []  # How much longer than its trial the writing of each lesson takes.
+    candidate.prepare(partial(_stand_in, writing))
+    written = sum(len(lesson.written.rows) for lesson in candidate.lessons)
     planned, main = [(lesson, lesson.steps) for lesson in candidate.lessons], candidate.main
     steps, parents = candidate.steps, _parents_mb(candidate)
     tests, trying = _trying(candidate)
@@ -104,7 +109,17 @@ def calibrate(ws: Workspace, plan: Plan, config: Config, folder: Path) -> Estima
     results, after = _timed(candidate.measure)
     candidate.remember()
     candidate.write(base_name(config), results, log)
-    rest = time.perf_counter() - candidate.started - before - tests * trying - learning - looking - after + starting
+    rest = (
+        time.perf_counter()
+        - candidate.started
+        - before
+        - tests * trying
+        - learning
+        - looking
+        - after
+        + starting
+        + sum(writing)
+    )
     memory, gpu_memory = candidate.peaks
 
     seconds = _all_steps(steps, tried_steps, stepping, tokens)
@@ -121,7 +136,15 @@ def calibrate(ws: Workspace, plan: Plan, config: Config, folder: Path) -> Estima
         peak_memory_mb=memory + parents,
         peak_gpu_memory_mb=gpu_memory,
         disk_mb=fullest,
+        rows_written=written,
     )
+
+
+def _stand_in(writing: list[float], writer: Writer) -> Written:
+    """Rows in place of those that the parent will write, once a few were tried; `writing` gets the seconds to come."""
+    expected, took = _timed(writer.seconds)
+    writing.append(expected - took)
+    return writer.stand_in()
 
 
 def typical_steps(steps: Sequence[Step], tokens: Mapping[str, int]) -> list[Step]:

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -27,7 +28,7 @@ from treering.lesson import Lesson, Pupil, prepared
 from treering.memory import Memory
 from treering.methods import Methods, recall
 from treering.metrics import metric_for
-from treering.model import Tokens, encode, load, load_tokenizer, save_weights, use_bf16
+from treering.model import Tokens, encode, load, load_tokenizer, save_weights, use_bf16, with_prompts
 from treering.passes import losses
 from treering.progress import bar
 from treering.readings import Readings
@@ -36,6 +37,7 @@ from treering.results import Result, read_results, write_results
 from treering.room import peak_gpu_memory_mb, peak_memory_mb
 from treering.router import Router, Shown
 from treering.train import teach
+from treering.written import Writer, Written, digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,14 +125,23 @@ class Candidate:
         done = {result.id for result in self._known()}
         return [(id, task) for task, ids in self.held_out.items() for id in ids if id not in done]
 
-    def prepare(self) -> None:
-        """Decide the lessons, and what is taught at each of their steps; make the model ready for them."""
+    def prepare(self, write: Callable[[Writer], Written] = Writer.write) -> None:
+        """Decide the lessons, and what is taught at each of their steps; make the model ready for them.
+
+        `write` has the parent write what is replayed of its hand.
+        """
         if self.config.adapter_composition == "experts" or "recall" in self.config.protect:
             self.shown = self._shown(self.plan.rows)
         self.lessons = self._by_expert() if self.config.adapter_composition == "experts" else [self._lesson()]
         self.pupil.rows = {id: self._tokens(id) for id in [*self.plan.row_ids, *self.memory.rows]} | self.general
         for lesson in self.lessons:
             self.turn_to(lesson)
+            written = write(
+                Writer(lesson, self.tokenizer, self.examples, [i for ids in self.held_out.values() for i in ids])
+            )
+            self.examples |= written.rows
+            texts = {**written.rows, **written.answers}
+            lesson.take(written, {id: self._encoded(id, row) for id, row in texts.items()})
             lesson.plan(self._about)
 
     def choose_rate(self) -> None:
@@ -343,6 +354,13 @@ class Candidate:
         return found
 
     @property
+    def written(self) -> dict[str, Any] | None:
+        """What was replayed of the parent's hand: how many rows, which (by their hash), and how many answers."""
+        rows = [id for lesson in self.lessons for id in lesson.written.rows]
+        answers = sum(len(lesson.written.answers) for lesson in self.lessons)
+        return {"rows": len(rows), "sha256": digest(rows), "answers": answers} if rows or answers else None
+
+    @property
     def peaks(self) -> tuple[float, float | None]:
         """The most memory that was held, in MB, by all processes together, and GPU memory by the one that had most."""
         own, gpu = peak_memory_mb(), peak_gpu_memory_mb()
@@ -366,7 +384,11 @@ class Candidate:
         return self.pupil.quiet
 
     def _tokens(self, id: str) -> Tokens:
-        return encode(self.tokenizer, self.examples[id])
+        return self._encoded(id, self.examples[id])
+
+    def _encoded(self, id: str, example: Example) -> Tokens:
+        row = replace(encode(self.tokenizer, example), id=id)
+        return with_prompts(row) if self.config.train_on_prompt else row
 
     def _known(self) -> list[Result]:
         """The results that the parent was made with, as far as they can be compared with today's."""
@@ -376,7 +398,8 @@ class Candidate:
 
     def _lesson(self) -> Lesson:
         """All rows for the one model."""
-        return Lesson(self.pupil, self.config, self.plan.row_ids, self.memory, self.staging, self.readings)
+        replayed = self.memory.part(lambda _: True)
+        return Lesson(self.pupil, self.config, self.plan.row_ids, replayed, self.staging, self.readings)
 
     def _by_expert(self) -> list[Lesson]:
         """Each expert the rows that are for it; all begin where the parent's experts are, whatever their order."""

@@ -115,6 +115,10 @@ class Config(Section):
     default_system: str | None = None
     """System turn given to rows that have none; nothing is added by default."""
 
+    train_on_prompt: bool = False
+    """Learn all tokens of a row and not its answers alone, so that the model can write such prompts itself
+    (`memory.generate`). Scores, the range test and what methods hold stay with the answers."""
+
     cutoff_len: int = Field(2048, ge=8)
     """Longest row in tokens; longer ones are quarantined."""
 
@@ -275,11 +279,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         self._distill_fits()
-        if self.memory.mix != "uniform" and "replay" not in self.protect:
-            raise ValueError(
-                f"memory.mix is {self.memory.mix}, but protect does not list replay, and nothing else draws rows: add "
-                "replay, or drop memory.mix"
-            )
+        self._replay_fits()
         if self.finetuning_type != "lora" and self.adapter_composition != "continue":
             raise ValueError(
                 f"adapter_composition is {self.adapter_composition}, but finetuning_type is {self.finetuning_type}, "
@@ -356,6 +356,22 @@ class Config(Section):
                 "set quantization_bit: 4, or drop either"
             )
         return self
+
+    def _replay_fits(self) -> None:
+        """Raise `ValueError` where something is said of replayed rows, and none could be there."""
+        usual = {"mix": ("uniform",), "generate": (0, "0%"), "answers": ("stored",)}
+        for key, without in usual.items():
+            value = getattr(self.memory, key)
+            if value not in without and "replay" not in self.protect:
+                raise ValueError(
+                    f"memory.{key} is {value}, but protect does not list replay, and nothing else draws rows: add "
+                    f"replay, or drop memory.{key}"
+                )
+        if self.memory.answers == "own" and self.memory.size in (0, "0%"):
+            raise ValueError(
+                f"memory.answers is own, but memory.size is {self.memory.size}, and no prompt is remembered: set "
+                "memory.size: auto, or memory.generate for prompts that the parent writes itself"
+            )
 
     def _distill_fits(self) -> None:
         """Raise `ValueError` where there would be no rows, or no teacher for them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -70,12 +71,13 @@ def read(config: Config, root: Path, tokenizer: PreTrainedTokenizerBase, wanted:
 
 
 def _tokens(record: object, tokenizer: PreTrainedTokenizerBase, config: Config) -> Tokens:
-    from treering.model import Tokens, encode
+    from treering.model import Tokens, encode, with_prompts
 
     text = _plain_text(record)
     if text is None:
         row = encode(tokenizer, convert(record, system=config.default_system))
-        return Tokens(f"general:{row.id}", row.ids, row.answers)
+        row = with_prompts(row) if config.train_on_prompt else row
+        return replace(row, id=f"general:{row.id}")
     ids = cast("list[int]", tokenizer(text)["input_ids"])
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return Tokens(f"general:{digest}", ids, list(range(1, len(ids))))
@@ -91,6 +93,5 @@ def _plain_text(record: object) -> str | None:
 
 
 def _cut(row: Tokens, length: int) -> Tokens:
-    from treering.model import Tokens
-
-    return Tokens(row.id, row.ids[:length], [place for place in row.answers if place < length])
+    answers, prompts = ([place for place in places if place < length] for places in (row.answers, row.prompts))
+    return replace(row, ids=row.ids[:length], answers=answers, prompts=prompts)

@@ -18,7 +18,7 @@ import torch
 from treering import early, experts, launch, mix, rates
 from treering.errors import TreeringError
 from treering.handover import Handover
-from treering.memory import Memory, Teacher, some
+from treering.memory import Memory, Remembered, Teacher, some
 from treering.methods import Losses, Methods
 from treering.methods.lwf import TOP_K
 from treering.model import Tokens, load, use_bf16
@@ -29,6 +29,7 @@ from treering.recovery import Recovery
 from treering.registry import Version
 from treering.schedule import passes, peak_rate, plan_steps
 from treering.train import teach, train
+from treering.written import Written
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +67,8 @@ class Pupil:
 class Lesson:
     """The new rows `ids` and the `memory` that is replayed with them. Its methods are the steps, in their order.
 
+    The memory is the lesson's own: what the parent writes is added to it.
+
     `folder` holds what an interrupted lesson needs to go on. With an `expert` its weights begin as `start`, by name,
     and end as `weights`; `begin` may come again until they are learned, where other lessons came between.
     """
@@ -91,6 +94,7 @@ class Lesson:
         self.log: list[dict[str, float]] = []
         self.rate = rates.Choice(peak_rate(config, pupil.model), "not chosen yet")
         self.weights: dict[str, Tensor] = {}
+        self.written = Written()
         self.seconds = self.ending_seconds = 0.0  # Of all training; of what methods do at its end.
         self.trainable_parameters = 0
         """How many numbers this lesson can change."""
@@ -103,6 +107,16 @@ class Lesson:
         self.methods = Methods(self.config)
         self.pupil.model = prepared(self.pupil.model, self.methods, self.config, self.pupil.parent)
         self.trainable_parameters = sum(p.numel() for p in self.pupil.model.parameters() if p.requires_grad)
+
+    def take(self, written: Written, rows: Mapping[str, Tokens]) -> None:
+        """Replay what the parent has written, too, and its answers instead of the stored ones; `rows` are its tokens.
+
+        What was stored of another answer is no teacher of this one.
+        """
+        self.written = written
+        self.pupil.rows |= rows
+        self.memory.rows |= {id: Remembered(id, "", "") for id in written.rows}
+        self.memory.teachers = {id: known for id, known in self.memory.teachers.items() if id not in written.answers}
 
     def plan(self, about: Callable[[Sequence[str]], Tensor]) -> None:
         """Decide what is taught at each step; `about` gives the features of rows by their ids, `[rows, size]`."""
@@ -187,6 +201,11 @@ class Lesson:
         return [id for id in self.ids if id not in aside]
 
     @property
+    def knows(self) -> bool:
+        """Whether the weights it begins with have learned what is its own to keep: not those of a new expert."""
+        return self.pupil.parent is not None and (self.expert is None or self.expert.begins == self.expert.expert)
+
+    @property
     def taken(self) -> list[Step]:
         """The steps that were taken: all, but where training stopped early."""
         return self.steps[: len(self.log)]
@@ -214,6 +233,7 @@ class Lesson:
             found["early_stopping_steps"] = early.choice(
                 self.log, len(self.ids), len(self.aside), len(self.steps), self.config
             )
+        found |= self.written.choices
         found |= self.readings.choices | Readings(self.checkpoints).choices | self.methods.choices
         return found | Recovery(self.checkpoints).choices(self.rate.value)
 

@@ -78,11 +78,13 @@ def of_update(
         "ordered": ordered,
         "memory": candidate.memory.by_task(),
         "general": {"sha256": plan.general, "rows": len(candidate.general)} if plan.general else None,
+        "written": candidate.written,
         "cost": {
             "seconds": candidate.train_seconds,
             "total_seconds": time.perf_counter() - candidate.started,
             "steps": len(candidate.taken),
             "rows_trained": sum(len(ids) for step in candidate.taken for ids in step),
+            "rows_written": sum(len(lesson.written.rows) for lesson in candidate.lessons),
             "trainable_parameters": candidate.trainable_parameters,
             "peak_memory_mb": memory,
             "peak_gpu_memory_mb": gpu_memory,

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
@@ -70,11 +70,15 @@ for library in ("huggingface_hub", "bitsandbytes"):
 
 @dataclass(frozen=True)
 class Tokens:
-    """A row as the model reads it. `answers` are the positions in `ids` of the tokens that are trained or scored."""
+    """A row as the model reads it. `answers` are the positions in `ids` of the tokens that are trained or scored.
+
+    `prompts` are those of tokens that are trained besides, and scored nowhere (`train_on_prompt`).
+    """
 
     id: str
     ids: list[int]
     answers: list[int]
+    prompts: list[int] = field(default_factory=list)
 
 
 def resolve(name: str | None, trust_remote_code: bool = False) -> Path:
@@ -364,6 +368,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, last_only: bool
             ids = [*_render(tokenizer, turns[: position + 1], open_answer=False), cast(int, tokenizer.eos_token_id)]
         answers += range(start, len(ids))
     return Tokens(example.id, ids, answers)
+
+
+def with_prompts(row: Tokens) -> Tokens:
+    """`row`, all of whose tokens are trained; the first is predicted from nothing, so it is not."""
+    answers = set(row.answers)
+    return replace(row, prompts=[place for place in range(1, len(row.ids)) if place not in answers])
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> list[int]:

@@ -47,6 +47,24 @@ class MemoryConfig(Section):
     replay_share: float = Field(0.5, ge=0, lt=1)
     """Share of the rows of an epoch that are replayed from memory."""
 
+    answers: Literal["stored", "own"] = "stored"
+    """Which answers remembered prompts are replayed with: the `stored` ones, or what the parent answers now (`own`),
+    unless that does not end within `eval.max_new_tokens`. Its errors are repeated with it."""
+
+    generate: Annotated[int | str, BeforeValidator(_share_or_count)] = 0
+    """Rows of what it learned earlier that the parent writes itself before an update, to be replayed like remembered
+    ones: a count at most, or a share of the new rows such as `50%`. They are not kept. Wants `train_on_prompt` from the
+    first update on, unless the base model writes such prompts by itself."""
+
+    generate_temperature: float = Field(1.0, ge=0)
+    """With `generate`: temperature at which the user's turns are drawn; the answers are greedy."""
+
+    generate_top_p: float = Field(0.95, gt=0, le=1)
+    """With `generate`: of the likeliest tokens, as many as hold this probability are drawn from."""
+
+    generate_confidence: float = Field(-0.5, le=0)
+    """With `generate`: least mean log-probability of a token of the answer, in nats, for the row to be replayed."""
+
     mix: Literal["uniform", "interference", "similarity"] = "uniform"
     """Which rows are replayed more often: none (`uniform`), those whose loss rises most in a short training on new rows
     (`interference`), or those nearest to new rows (`similarity`). Every row comes now and then."""
@@ -58,6 +76,13 @@ class MemoryConfig(Section):
     general_share: float = Field(0.1, gt=0, lt=1)
     """With `general`: its share of the rows of an epoch. Of text all tokens are learned, so it weighs more than short
     answers do."""
+
+    @field_validator("generate")
+    @classmethod
+    def _known_count(cls, value: int | str) -> int | str:
+        if isinstance(value, str) and not value.endswith("%"):
+            raise ValueError("write a number of rows or a share of the new ones such as 50%")
+        return value
 
     @field_validator("size")
     @classmethod

@@ -73,7 +73,7 @@ def train(
     """Train the weights that require gradients, in place, over `steps`; returns one log entry a step.
 
     Each is given to `track` when it is finished; those of steps that an earlier run did are not.
-    Loss: cross entropy averaged over the answer tokens of the optimiser step, plus what the methods add.
+    Loss: cross entropy averaged over the tokens of the optimiser step that are learned, plus what the methods add.
     With `checkpoints` (a folder) the state is kept there now and then, and an earlier run is resumed to the same bits.
     Where memory runs out, the step is taken again in smaller pieces (which `recovery` remembers, else the checkpoints'
     folder), from the last checkpoint on if weights may have changed; where its loss is no good (`check_loss`), training

@@ -91,15 +91,16 @@ class Tree:
         at = {token: place for place, token in enumerate(found)}
         return logits if asked == found else logits[[at[token] for token in asked]]
 
-    def go_on(self, asked: Iterable[tuple[Path, Sequence[Sequence[int]]]]) -> None:
+    def go_on(self, asked: Iterable[tuple[Path, Sequence[Sequence[int]]]]) -> dict[int, Tensor]:
         """Read, in one pass, token ids that may come after paths, several ways each.
 
-        What is likeliest after each of them is known then.
+        What is likeliest after each of them is known then. Returns float32 logits `[vocabulary]` after those that were
+        new, by their numbers.
         """
         start = len(self._tokens)
         made = self._grow(asked)
-        if len(self._tokens) > start:
-            self._read(made, 0, range(start, len(self._tokens)))
+        new = range(start, len(self._tokens))
+        return dict(zip(new, self._read(made, 0, new), strict=True)) if new else {}
 
     def path(self, row: Sequence[int]) -> Path:
         """The way of token ids that were read."""

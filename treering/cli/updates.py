@@ -128,7 +128,8 @@ def plan(
     lines += (
         [f"  {found.ingested.quarantined} rows of the inbox would be refused"] if found.ingested.quarantined else []
     )
-    most = "at most " if shown["config"]["early_stopping_steps"] else ""
+    lines += [f"  at most {estimate.rows_written} rows that the parent writes"] if estimate.rows_written else []
+    most = "at most " if shown["config"]["early_stopping_steps"] or estimate.rows_written else ""
     lines += [f"{most}{estimate.steps} steps, {estimate.rows_trained} rows with repeats and replayed ones"]
     lines += [f"needs: {needs(result['estimate'])}, {estimate.disk_mb:,.0f} MB of disk"]
     lines += ["free: " + ", ".join(f"{value:,.0f} MB of {_ROOM[name]}" for name, value in found.room.items())]

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from treering.methods.recall import Recalled
+from treering.sampled import COLDEST, probabilities
 from treering.serve.engine import EngineError, Job, Token
 from treering.serve.grammars import refused
 from treering.serve.tokens import name_of
 
 MOST_BIASES = 300
 """As OpenAI has it."""
-
-COLDEST = 1e-5
-"""Below this temperature the likeliest token has all the probability that numbers can tell."""
 
 
 class Sampler:
@@ -85,7 +83,8 @@ class Sampler:
         if self._temperature < COLDEST:
             chosen = int(scores.argmax())
         else:
-            chosen = int(torch.multinomial(self._probabilities(scores - best), 1, generator=self._random))
+            found = probabilities(scores, self._temperature, job.top_p)
+            chosen = int(torch.multinomial(found, 1, generator=self._random))
         self._note(chosen)
         if job.logprobs is None:
             return chosen, None
@@ -131,16 +130,6 @@ class Sampler:
         """Raise `EngineError` where the grammar has failed: limits of its own are met only as it goes on."""
         if self._matcher is not None and self._matcher.is_error():
             raise refused(self._matcher.get_error())
-
-    def _probabilities(self, scores: Tensor) -> Tensor:
-        """Softmax at the temperature, cut to the smallest set of tokens that holds `top_p` of it."""
-        probabilities = (scores / self._temperature).softmax(-1)
-        if self._job.top_p >= 1:
-            return probabilities
-        ordered, ids = probabilities.sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= self._job.top_p
-        beyond[0] = False  # Whatever `top_p` is, the likeliest stays.
-        return probabilities.index_fill(0, ids[beyond], 0.0)
 
     def _text(self, id: int) -> str:
         return name_of(self._tokenizer, id)
