@@ -97,6 +97,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     folder = tmp_path_factory.mktemp("served")
     ws = Workspace.create(
         folder / "ws",
+        protect=["replay", "distill"],  # Plain adapters, which any server can load.
         model_name_or_path=str(tiny_model(folder / "model")),
         bf16=False,
         learning_rate=0.01,

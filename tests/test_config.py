@@ -71,7 +71,7 @@ def test_all_mistakes_are_told_at_once_with_near_names() -> None:
         ({"num_train_epochs": float("nan")}, "num_train_epochs: .*finite.*got nan"),
         ({"bf16": "maybe"}, "bf16: .*auto.*got 'maybe'"),
         ({"val_size": 1}, "val_size: .*1.*got 1"),
-        ({"protect": None}, r"protect: .*\[replay, distill\].*got None"),
+        ({"protect": None}, r"protect: .*\[replay, distill, recall\].*got None"),
         ({"protect": "replya"}, "protect: unknown name, did you mean 'replay'.*got 'replya'"),
         ({"freeze_trainable_layers": 0}, "freeze_trainable_layers: 0 layers would train nothing"),
         ({"finetuning_type": "full", "use_dora": True}, "use_dora is True, but finetuning_type is full.*drop either"),
@@ -126,6 +126,12 @@ def test_distillation_needs_replay() -> None:
         [line] = errors(values)
         assert line == "protect: distill works on replayed rows; add replay or drop distill"
     assert Config(protect=()).protect == ()
+    assert Config().protect == ("replay", "distill", "recall")
+    for override in ("finetuning_type=freeze", "serve.engine=vllm"):
+        assert Config.build({"serve": {"vllm_url": "http://127.0.0.1:1"}}, [override]).protect == ("replay", "distill")
+    both = {"finetuning_type": "full", "protect": ["recall"]}
+    with pytest.raises(ConfigError, match="protect: recall needs the base model"):
+        Config.build(both, [], source="x")
     assert Config.build({}, ["protect=replay"]).protect == ("replay",)
     assert Config.build({}, ["protect=[]"]).protect == ()
 

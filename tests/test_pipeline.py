@@ -340,7 +340,7 @@ def test_nothing_new(copied: Workspace) -> None:
 
 
 def test_the_same_update_is_not_run_twice(workspace: MakeWorkspace) -> None:
-    ws = workspace(**ONE_STEP)
+    ws = workspace(**ONE_STEP, protect=[])
     first = learned(ws, "pens", "gate.min_gain=1")
     assert not first.promote
     again = pipeline.update(ws, ["gate.min_gain=1"], quiet=True)
@@ -353,7 +353,7 @@ def test_the_same_update_is_not_run_twice(workspace: MakeWorkspace) -> None:
 
 
 def test_a_held_candidate_is_kept_and_its_rows_stay_new(copied: Workspace) -> None:
-    outcome = learned(copied, "mugs", "gate.min_gain=1", "max_steps=1")
+    outcome = learned(copied, "mugs", "gate.min_gain=1", "max_steps=1", "protect=[]")
     assert (outcome.name, outcome.promote) == ("v4", False)
     assert outcome.summary.startswith("held: ")
     assert "new data" in outcome.summary
@@ -659,8 +659,8 @@ def test_what_was_measured_is_what_serves(workspace: MakeWorkspace, model_folder
 
 
 def test_a_task_that_was_not_learned_better_than_by_chance_is_held(workspace: MakeWorkspace) -> None:
-    """One step teaches none of three labels; the loss on them falls all the same."""
-    ws = workspace(max_steps=1, val_size=0.2)
+    """One step teaches none of three labels, and nothing is recalled; the loss on them falls all the same."""
+    ws = workspace(max_steps=1, val_size=0.2, protect=[])
     ws.ingest(toy_rows("pens", 120, labels=3), task="pens")
     version = ws.update()
     assert version is not None and not version.promote

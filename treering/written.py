@@ -21,7 +21,8 @@ from treering.data.dedup import Texts
 from treering.data.example import Example, Message
 from treering.errors import ModelError
 from treering.files import write_json
-from treering.greedy import Answer, Known, text, write
+from treering.greedy import Answer, Known, text, watched, write
+from treering.guides import guides
 from treering.model import encode, encode_prompt, token_counter
 from treering.passes import in_parts, losses
 from treering.progress import bar, silent
@@ -257,12 +258,16 @@ class Writer:
         """Greedy answers; None: it did not end within `eval.max_new_tokens`, or says nothing."""
         end, pad_id, limit = cast(int, self.tokenizer.eos_token_id), self.pupil.pad_id, self.config.eval.max_new_tokens
         rows = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        model, reading = self.pupil.model, self.lesson.readings.of(f"{what}: prompts", number)
+        recalled = [
+            guide.recalled for guide in guides(model, self.tokenizer, prompts, self.config, self.pupil.stop, reading)
+        ]
 
         def one(part: Sequence[int]) -> list[str | None]:
-            tree = Tree(self.pupil.model, self.config, pad_id)
+            tree = Tree(model, self.config, pad_id, watched=watched(recalled[at] for at in part))
             tree.begin([rows[at] for at in part], [[len(rows[at]) - 1] for at in part])
-            answers = [Answer(rows[at], tree.path(rows[at]), limit) for at in part]
-            write(tree, self.pupil.model, answers, Known(()), self.config, end, pad_id, self.pupil.stop)
+            answers = [Answer(rows[at], tree.path(rows[at]), limit, recalled[at]) for at in part]
+            write(tree, model, answers, Known(()), self.config, end, pad_id, self.pupil.stop)
             return [text(self.tokenizer, answer) or None if len(answer.written) < limit else None for answer in answers]
 
         return self._in_parts(rows, one, what, number)
