@@ -16,19 +16,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from treering import early, experts, general, registry, twins
+from treering import early, experts, general, inherited, twins
 from treering.batches import Batch, make_batch
-from treering.config import names
-from treering.errors import ConfigError
 from treering.evaluate import conditions, evaluate
 from treering.features import features
 from treering.files import fsync_tree, write_file
 from treering.keep import FROM_FEATURES, FROM_LOSSES, ORDERED
 from treering.lesson import Lesson, Pupil, prepared
-from treering.memory import Memory
 from treering.methods import Methods, recall
 from treering.metrics import metric_for
-from treering.model import Tokens, encode, load, load_tokenizer, save_weights, use_bf16, with_prompts
+from treering.model import Tokens, encode, load, load_tokenizer, save_weights, with_prompts
 from treering.passes import losses
 from treering.progress import bar
 from treering.readings import Readings
@@ -37,7 +34,7 @@ from treering.results import Result, read_results, write_results
 from treering.room import peak_gpu_memory_mb, peak_memory_mb
 from treering.router import Router, Shown
 from treering.train import teach
-from treering.written import Writer, Written, digest
+from treering.written import Writer, Written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,14 +74,14 @@ class Candidate:
         torch.set_num_threads(plan.machine["threads"])
         self.readings = Readings(staging)
         self.tokenizer = load_tokenizer(base, config.trust_remote_code)
-        _check_kind(parent, config)
-        self.memory = _memory(parent, config)
+        inherited.check(parent, config)
+        self.memory = inherited.memory(parent, config)
         measured: dict[str, list[str]] = parent.manifest["held_out"] if parent else {}
         self.held_out = {
             task: [*measured.get(task, ()), *plan.fresh.get(task, ())] for task in {**measured, **plan.fresh}
         }
         held_out_ids = [id for ids in self.held_out.values() for id in ids]
-        self.earlier = _earlier(ws, parent) if "recall" in config.protect else {}
+        self.earlier = inherited.earlier(ws, parent) if "recall" in config.protect else {}
         earlier_ids = [id for ids in self.earlier.values() for id in ids]
         wanted = list(dict.fromkeys([*plan.row_ids, *self.memory.rows, *held_out_ids, *earlier_ids]))
         self.examples: dict[str, Example] = ws.catalog.examples(wanted)
@@ -323,44 +320,6 @@ class Candidate:
         return self.staging / "version"
 
     @property
-    def choices(self) -> dict[str, dict[str, Any]]:
-        """What was chosen automatically, and why; of lessons but the main one under the name of their expert."""
-        found = self.main.choices
-        for lesson in self.lessons[1:]:
-            found |= {f"{name}{lesson.of}": choice for name, choice in lesson.choices.items()}
-        found |= {
-            "bf16": dict(zip(("value", "reason"), use_bf16(self.config), strict=True)),
-            "memory": {"value": len(self.memory), "reason": f"size {self.memory.size}, {self.memory.policy}"},
-        }
-        if self.past is not None and self.past.router is not None:
-            known = self.past.router.known
-            found["recall"] = {
-                "value": len(self.past.router.answers),
-                "reason": f"labels; sharpness {known.sharpness:.2g} was best for rows not yet learned",
-            }
-        if self.taught:
-            reasons = [f"{choice.expert}: {choice.reason}" for choice in self.taught]
-            found["expert"] = {
-                "value": ", ".join(choice.expert for choice in self.taught),
-                "reason": "; ".join(reasons) if len(reasons) > 1 else self.taught[0].reason,
-            }
-        if self.merged.found:
-            gone = [f"{kept} for {expert}" for expert, kept in self.merged.kept.items()]
-            found["alike experts"] = {"value": ", ".join(gone) or "none", "reason": "; ".join(self.merged.found)}
-        for task in self.plan.rows:
-            few = "short answers, each used at least twice on average"
-            reason = few if self.metrics[task] == "exact_match" else "answers are no small label set"
-            found[f"metric of {task}"] = {"value": self.metrics[task], "reason": reason}
-        return found
-
-    @property
-    def written(self) -> dict[str, Any] | None:
-        """What was replayed of the parent's hand: how many rows, which (by their hash), and how many answers."""
-        rows = [id for lesson in self.lessons for id in lesson.written.rows]
-        answers = sum(len(lesson.written.answers) for lesson in self.lessons)
-        return {"rows": len(rows), "sha256": digest(rows), "answers": answers} if rows or answers else None
-
-    @property
     def peaks(self) -> tuple[float, float | None]:
         """The most memory that was held, in MB, by all processes together, and GPU memory by the one that had most."""
         own, gpu = peak_memory_mb(), peak_gpu_memory_mb()
@@ -481,50 +440,3 @@ def _told(
     entry: Mapping[str, float],
 ) -> None:
     track(later(entry))
-
-
-def _check_kind(parent: Version | None, config: Config) -> None:
-    """Raise `ConfigError` where an adapter would have to grow on a whole model or on other layers, or the reverse."""
-    if parent is None:
-        return
-    adapter = parent.kind == "lora"
-    if parent.kind != (config.finetuning_type if config.finetuning_type in ("lora", "adapter") else "full"):
-        kind = parent.manifest["config"]["finetuning_type"] if parent.kind == "full" else parent.kind
-        what = {"lora": "an adapter", "adapter": "a bottleneck adapter", "full": "a whole model"}[parent.kind]
-        raise ConfigError(
-            f"finetuning_type is {config.finetuning_type}, but {parent.name} is {what}: "
-            f"set finetuning_type: {kind}, or start a new workspace"
-        )
-    if bool(parent.experts) != (config.adapter_composition == "experts"):
-        has, way_out = ("experts", "experts") if parent.experts else ("one adapter", "continue")
-        raise ConfigError(
-            f"adapter_composition is {config.adapter_composition}, but {parent.name} has {has}: "
-            f"set adapter_composition: {way_out}, or start a new workspace"
-        )
-    for key in ("lora_target", "additional_target") if adapter else ():
-        wanted, found = getattr(config, key), parent.manifest["config"].get(key)
-        if set(names(wanted or "")) != set(names(found or "")):
-            way_out = f"set {key}: {found}" if found else "leave it out"
-            raise ConfigError(
-                f"{key} is {wanted}, but {parent.name} was made with {found}: {way_out}, or start a new workspace"
-            )
-
-
-def _earlier(ws: Workspace, parent: Version | None) -> dict[str, list[str]]:
-    """The rows by task that `parent` and its ancestors learned, where `parent` has no router that knows them."""
-    if parent is None or parent.has_router:
-        return {}
-    found: dict[str, list[str]] = {}
-    for ancestor in reversed(list(registry.lineage(ws, parent))):
-        for task, ids in ancestor.manifest["rows"].items():
-            found.setdefault(task, []).extend(ids)
-    return found
-
-
-def _memory(parent: Version | None, config: Config) -> Memory:
-    """The parent's memory under today's settings, or an empty one."""
-    memory = Memory(config.memory.size, config.memory.policy, config.seed)
-    if parent is not None and (parent.folder / "memory.json").exists():
-        memory = Memory.load(parent.folder)
-        memory.size, memory.policy = config.memory.size, config.memory.policy
-    return memory

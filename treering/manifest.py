@@ -60,7 +60,7 @@ def of_update(
         "base": {"name": base_name(candidate.config), "sha256": plan.base},
         "plan": plan.digest,
         "config": plan.config,
-        "choices": candidate.choices,
+        "choices": _choices(candidate),
         "range_test": asdict(candidate.main.rate) if candidate.main.rate.before else None,
         "machine": {**plan.machine, "platform": platform.platform()},
         "libraries": {name: library_version(name) for name in libraries(candidate.config)},
@@ -78,7 +78,7 @@ def of_update(
         "ordered": ordered,
         "memory": candidate.memory.by_task(),
         "general": {"sha256": plan.general, "rows": len(candidate.general)} if plan.general else None,
-        "written": candidate.written,
+        "written": _written(candidate),
         "cost": {
             "seconds": candidate.train_seconds,
             "total_seconds": time.perf_counter() - candidate.started,
@@ -112,6 +112,51 @@ def of_adoption(adapter: Path, config: Config, base: str) -> dict[str, Any]:
         "verdict": Verdict(True, f"adopted from {adapter}", ()).as_dict(),
         "promote_wanted": True,
     }
+
+
+def _choices(candidate: Candidate) -> dict[str, dict[str, Any]]:
+    """What was chosen automatically, and why; of lessons but the main one under the name of their expert."""
+    from treering.model import use_bf16
+
+    found, memory = candidate.main.choices, candidate.memory
+    for lesson in candidate.lessons[1:]:
+        found |= {f"{name}{lesson.of}": choice for name, choice in lesson.choices.items()}
+    found |= {
+        "bf16": dict(zip(("value", "reason"), use_bf16(candidate.config), strict=True)),
+        "memory": {
+            "value": len(candidate.memory),
+            "reason": f"size {candidate.memory.size}, {candidate.memory.policy}",
+        },
+    }
+    if candidate.past is not None and candidate.past.router is not None:
+        known = candidate.past.router.known
+        found["recall"] = {
+            "value": len(candidate.past.router.answers),
+            "reason": f"labels; sharpness {known.sharpness:.2g} was best for rows not yet learned",
+        }
+    if candidate.taught:
+        reasons = [f"{choice.expert}: {choice.reason}" for choice in candidate.taught]
+        found["expert"] = {
+            "value": ", ".join(choice.expert for choice in candidate.taught),
+            "reason": "; ".join(reasons) if len(reasons) > 1 else candidate.taught[0].reason,
+        }
+    if candidate.merged.found:
+        gone = [f"{kept} for {expert}" for expert, kept in candidate.merged.kept.items()]
+        found["alike experts"] = {"value": ", ".join(gone) or "none", "reason": "; ".join(candidate.merged.found)}
+    for task in candidate.plan.rows:
+        few = "short answers, each used at least twice on average"
+        reason = few if candidate.metrics[task] == "exact_match" else "answers are no small label set"
+        found[f"metric of {task}"] = {"value": candidate.metrics[task], "reason": reason}
+    return found
+
+
+def _written(candidate: Candidate) -> dict[str, Any] | None:
+    """What was replayed of the parent's hand: how many rows, which (by their hash), and how many answers."""
+    from treering.written import digest
+
+    rows = [id for lesson in candidate.lessons for id in lesson.written.rows]
+    answers = sum(len(lesson.written.answers) for lesson in candidate.lessons)
+    return {"rows": len(rows), "sha256": digest(rows), "answers": answers} if rows or answers else None
 
 
 def libraries(config: Config) -> list[str]:
