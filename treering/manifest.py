@@ -124,8 +124,8 @@ def _choices(candidate: Candidate) -> dict[str, dict[str, Any]]:
     found |= {
         "bf16": dict(zip(("value", "reason"), use_bf16(candidate.config), strict=True)),
         "memory": {
-            "value": len(candidate.memory),
-            "reason": f"size {candidate.memory.size}, {candidate.memory.policy}",
+            "value": len(memory),
+            "reason": f"size {memory.size}, {memory.policy}",
         },
     }
     if candidate.past is not None and candidate.past.router is not None:
