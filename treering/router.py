@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -131,15 +132,9 @@ class Router:
 
     def distances(self, features: Tensor) -> Tensor:
         """The squared distances of each of `features` `[n, size]` to all classes, `[n, classes]`, in their order."""
-        means = self.sums / self.counts[:, None]
-        # Sums of outer products less those of the means: the covariance within classes, whatever came when.
-        within = (self.products - self.sums.T @ means) / self.counts.sum()
-        even = within.trace() / self.size
-        shrunk = (1 - SHRINKAGE) * within
-        shrunk.diagonal().add_(SHRINKAGE * even.clamp_min(1e-12))
-        factor = torch.linalg.cholesky(shrunk)
-        white = torch.linalg.solve_triangular(factor, torch.cat([means, features.double()]).T, upper=False).T
-        return torch.cdist(white[len(means) :], white[: len(means)]).square().clamp_min(1e-12)
+        factor, means = self._fitted
+        white = torch.linalg.solve_triangular(factor, features.double().T, upper=False).T
+        return torch.cdist(white, means).square().clamp_min(1e-12)
 
     def nearest(self, features: Tensor) -> tuple[list[str], Tensor]:
         """The expert of the class nearest to each of `features` `[n, size]`, and the log of its squared distance."""
@@ -201,6 +196,18 @@ class Router:
         answers = about.get("answers", {})  # Versions made before there was recall have none.
         return cls(about["size"], about["expert"], **sums, known=Known(**about["known"]), answers=answers)
 
+    @cached_property
+    def _fitted(self) -> tuple[Tensor, Tensor]:
+        """The Cholesky factor of the covariance within classes, and the means in whose space it is the identity."""
+        means = self.sums / self.counts[:, None]
+        # Sums of outer products less those of the means: the covariance within classes, whatever came when.
+        within = (self.products - self.sums.T @ means) / self.counts.sum()
+        even = within.trace() / self.size
+        shrunk = (1 - SHRINKAGE) * within
+        shrunk.diagonal().add_(SHRINKAGE * even.clamp_min(1e-12))
+        factor = torch.linalg.cholesky(shrunk)
+        return factor, torch.linalg.solve_triangular(factor, means.T, upper=False).T
+
     def _add(self, rows: Tensor, classes: Sequence[str], owners: Mapping[str, str]) -> None:
         self.expert |= {name: owners[name] for name in classes}
         names = {name: at for at, name in enumerate(self.expert)}
@@ -211,6 +218,7 @@ class Router:
         self.counts = self.counts.index_add(0, places, torch.ones(len(rows), dtype=torch.float64))
         self.sums = self.sums.index_add(0, places, rows)
         self.products = self.products + rows.T @ rows
+        self.__dict__.pop("_fitted", None)
 
     def _told(self, rows: Tensor, classes: Sequence[str], part: range) -> tuple[Router, Tensor]:
         """One that knows all others of `rows` too, as those of `_OTHERS`, and the `distances` of those in `part`."""
