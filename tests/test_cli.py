@@ -22,6 +22,7 @@ from treering.automate.children import Answer
 from treering.calibrate import Estimate
 from treering.cli import app, run
 from treering.methods import PROTECT
+from treering.sections import MemoryConfig
 from treering.testing import toy_rows
 
 ROOT = Path(__file__).parents[1]
@@ -423,8 +424,7 @@ def test_config_errors_come_all_at_once_with_near_names(cli: Runner, made: Path)
         "  'plain' is not key=value",
         f"  protect: unknown name, did you mean 'replay'?; known: {', '.join(PROTECT)} (got 'replya')",
         "  learning_rate: must be a valid number or 'auto' (got 'fast')",
-        "  memory: is a group; set one of memory.size, memory.policy, memory.replay_share, memory.mix, memory.general, "
-        "memory.general_share (got 3)",
+        f"  memory: is a group; set one of {', '.join(f'memory.{key}' for key in MemoryConfig.model_fields)} (got 3)",
         "  gate.floor: must be a valid number (got 'high')",
         "  gate.margn: unknown setting, did you mean 'margin'?",
         "  lora_rnk: unknown setting, did you mean 'lora_rank'?",

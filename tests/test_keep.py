@@ -233,7 +233,7 @@ def test_an_update_keeps_by_policy(workspace: MakeWorkspace, policy: str, monkey
             return read(*given, **more)
 
         monkeypatch.setattr(f"treering.candidate.{name}", counted)
-    settings = {**UPDATES, "memory": {"policy": policy, "size": 12}}
+    settings = {**UPDATES, "protect": ["replay", "distill"], "memory": {"policy": policy, "size": 12}}
     ws = workspace("one", **settings)
     memory = taught(ws, "pens", "cups")
     wanted = {"hard": {"losses": 2}, "forgotten": {"losses": 2}, "diverse": {"features": 2}, "ageing": {}}[policy]

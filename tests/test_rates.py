@@ -286,7 +286,7 @@ def test_a_killed_update_chooses_no_other(workspace: Callable[..., Workspace], m
 
 
 def test_a_careful_second_try_has_half_the_rate_that_was_held(workspace: Callable[..., Workspace]) -> None:
-    ws = workspace(learning_rate=0.5, max_steps=2, gate={"min_gain": 1.0})
+    ws = workspace(learning_rate=0.5, max_steps=2, gate={"min_gain": 1.0}, protect=["replay"])
     ws.ingest(toy_rows("pens", 20), task="pens")
     held = ws.update()
     assert held is not None and not held.promote

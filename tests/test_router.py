@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from treering.router import SHRINKAGE, Known, Router, Shown
+from treering.router import REMEMBERED, SHRINKAGE, Known, Router, Shown
 
 SIZE = 6
 
@@ -81,13 +81,16 @@ def test_distances_are_those_of_rows_that_were_not_learned() -> None:
     assert abs(router.known.mean - unseen.mean()) < abs(float(router.nearest(few)[1].mean()) - unseen.mean())
 
 
-def test_new_distances_count_as_much_as_all_before() -> None:
-    old, new = torch.full((100,), 4.0), torch.tensor([1.0, 3.0])
-    known = Known().with_new(old, 0.25).with_new(new, 0.0625)
-    same = torch.cat([torch.full((2,), 4.0), new])
-    assert known.mean == pytest.approx(float(same.mean()))
-    assert known.variance == pytest.approx(float(same.var(correction=0)))
-    assert Known().with_new(torch.empty(0), 1.0) == Known()
+def test_many_new_distances_count_as_much_as_all_before_and_few_less() -> None:
+    for count, weight in ((1000, 400), (2, REMEMBERED)):
+        old, new = torch.full((1000,), 4.0), torch.linspace(1.0, 3.0, count)
+        new = new[:400] if count == 1000 else new
+        known = Known().with_new(old).with_new(new)
+        same = torch.cat([torch.full((weight,), 4.0), new])
+        assert known.mean == pytest.approx(float(same.mean()))
+        assert known.variance == pytest.approx(float(same.var(correction=0)))
+        assert known.rows == 1000 + len(new)
+    assert Known().with_new(torch.empty(0)) == Known()
 
 
 def test_one_row_is_a_beginning() -> None:
@@ -103,3 +106,35 @@ def test_it_comes_back_as_it_was_kept(taught: Router, tmp_path: Path) -> None:
     assert found.nearest(asked)[0] == taught.nearest(asked)[0]
     assert torch.equal(found.nearest(asked)[1], taught.nearest(asked)[1])
     assert found.known == taught.known
+
+
+def test_few_new_rows_do_not_change_what_is_far(taught: Router) -> None:
+    far = rows(50, 60, 14)
+    taught.learn(Shown(rows(300, 0, 51), ["a"] * 300), {"a": "e1"})
+    before = taught.known
+    for seed in range(5):
+        taught.learn(Shown(rows(2, 0, 60 + seed), ["a"] * 2), {"a": "e1"})
+    assert taught.known.rows == before.rows + 10
+    assert taught.known.mean == pytest.approx(before.mean, abs=0.2)
+    assert set(taught.route(far)) == {None}
+
+
+def test_only_rows_of_known_labels_say_how_sharp_chances_are() -> None:
+    router = Router(SIZE)
+    names = ["a", "b"] * 30
+    router.learn(Shown(rows(60, 0, 71), names, {"a": "A", "b": "B"}), dict.fromkeys("ab", ""))
+    before = router.known
+    assert before.labelled == 60 and before.sharpness < 0.5  # They cannot be told apart.
+    single = [f"n{at}" for at in range(12)]
+    router.learn(Shown(rows(12, 30, 72), single, {name: name for name in single}), dict.fromkeys(single, ""))
+    router.learn(Shown(rows(100, -50, 73), ["open"] * 100), {"open": ""})
+    assert (router.known.labelled, router.known.sharpness) == (60, before.sharpness)
+    assert router.known.rows == 172
+
+
+def test_what_was_fitted_follows_what_is_learned(taught: Router) -> None:
+    asked = rows(5, 30, 81)
+    before = taught.distances(asked)
+    taught.learn(Shown(rows(40, 30, 82), ["d"] * 40), {"d": "e3"})
+    assert taught.distances(asked).shape == (5, 4) and set(taught.route(asked)) == {"e3"}
+    assert not torch.equal(before, taught.distances(asked)[:, :3])

@@ -101,7 +101,7 @@ def test_versions_mixed_in_a_batch_write_what_each_writes_alone(inside: Inside, 
     ids=lambda values: min(values),
 )
 def test_every_kind_of_adapter_is_served(workspace: Callable[..., Workspace], values: dict[str, Any]) -> None:
-    ws = workspace(learning_rate=0.01, max_steps=3, **values)
+    ws = workspace(learning_rate=0.01, max_steps=3, protect=[], **values)
     ws.ingest(toy_rows("a"), task="a")
     assert ws.update() is not None
     inside = Inside(ws)

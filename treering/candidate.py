@@ -105,7 +105,8 @@ class Candidate:
         """What is taught; the first has most rows. Known once prepared."""
         self.past = recall.of(self.pupil.model)
         """What the model recalls; None: nothing."""
-        self.shown = Shown(torch.empty(0), ())
+        self.shown, self.classes = Shown(torch.empty(0), ()), dict[str, str]()
+        """What a router is to know of the new rows, and the class of each by its id."""
         self.merged = twins.Merged()
         self.log: list[dict[str, float]] = []
         self._begun: Lesson | None = None
@@ -129,6 +130,7 @@ class Candidate:
         """
         if self.config.adapter_composition == "experts" or "recall" in self.config.protect:
             self.shown = self._shown(self.plan.rows)
+            self.classes = dict(zip(self.plan.row_ids, self.shown.classes, strict=True))
         self.lessons = self._by_expert() if self.config.adapter_composition == "experts" else [self._lesson()]
         self.pupil.rows = {id: self._tokens(id) for id in [*self.plan.row_ids, *self.memory.rows]} | self.general
         for lesson in self.lessons:
@@ -171,16 +173,16 @@ class Candidate:
     def _recall(self) -> None:
         """Have recall know the new rows too; where the parent had none, all that its lineage learned."""
         known, before = experts.of(self.model), self.past and self.past.router
-        self.past = recall.Recall(self.config)
-        if known is not None:
-            self.past.router = known.router  # It knows them already.
-            return
-        if before is None and self.earlier:
+        if known is not None:  # Their router knows the rows already, but may lack the texts of earlier labels.
+            known.router.answers = {**self._named(self.earlier)[1], **known.router.answers}
+        elif before is None and self.earlier:
             earlier = self._shown(self.earlier)
             before = Router(earlier.vectors.shape[1])
             before.learn(earlier, dict.fromkeys(earlier.classes, ""))
-        self.past.router = before or Router(self.shown.vectors.shape[1])
-        self.past.router.learn(self.shown, dict.fromkeys(self.shown.classes, ""))
+        router = known.router if known else before or Router(self.shown.vectors.shape[1])
+        if known is None:
+            router.learn(self.shown, dict.fromkeys(self.shown.classes, ""))
+        self.past = recall.Recall(self.config, router)
 
     def merge_alike(self) -> None:
         """Have one expert answer where two are alike, of those taught and their likeliest twins."""
@@ -195,8 +197,7 @@ class Candidate:
             reading = self.readings.of("comparing experts", next(numbers))
             return losses(self.model, rows, self.config, self.pad_id, self.stop, reading)
 
-        classes = dict(zip(self.plan.row_ids, self.shown.classes, strict=True))
-        self.merged = twins.merge(self.model, taught, classes, self.memory, before, measure)
+        self.merged = twins.merge(self.model, taught, self.classes, self.memory, before, measure)
         known = experts.of(self.model)
         assert known is not None
         experts.put(self.model, known.adapters[self.merged.now(taught)[0]])
@@ -394,14 +395,18 @@ class Candidate:
 
     def _shown(self, rows: Mapping[str, Sequence[str]]) -> Shown:
         """What a router is to know of these rows, ids by task."""
+        return Shown(self._about([id for ids in rows.values() for id in ids]), *self._named(rows))
+
+    def _named(self, rows: Mapping[str, Sequence[str]]) -> tuple[list[str], dict[str, str]]:
+        """The classes of these rows, and the texts of those classes that are labels."""
         classes, answers = list[str](), dict[str, str]()
         for task, ids in rows.items():
             for example in map(self.examples.__getitem__, ids):
                 label = example.label if self.metrics[task] == "exact_match" else ""
                 classes.append(experts.class_of(task, label))
                 if label:
-                    answers.setdefault(classes[-1], example.answer)
-        return Shown(self._about([id for ids in rows.values() for id in ids]), classes, answers)
+                    answers[classes[-1]] = example.answer
+        return classes, answers
 
     def _about(self, ids: Sequence[str]) -> torch.Tensor:
         """The features of these rows' prompts, `[rows, size]`."""

@@ -299,6 +299,13 @@ class Config(Section):
                 f"protect: recall needs the base model beside what is learned, but finetuning_type is "
                 f"{self.finetuning_type}, and only what lora adds can be left out of a pass: drop either"
             )
+        if self.serve.engine == "vllm":
+            for key, value in (("protect", "recall"), ("adapter_composition", "experts")):
+                if value in getattr(self, key):
+                    raise ValueError(
+                        f"serve.engine is vllm, but {key} has {value}, in which vLLM has no part: set serve.engine: "
+                        f"builtin, or drop {value}"
+                    )
         if self.adapter_composition == "experts":
             for key, needed in _OF_EXPERTS.items():
                 if (value := getattr(self, key)) != needed:

@@ -43,8 +43,8 @@ def check(parent: Version | None, config: Config) -> None:
 
 
 def earlier(ws: Workspace, parent: Version | None) -> dict[str, list[str]]:
-    """The rows by task that `parent` and its ancestors learned, where `parent` has no router that knows them."""
-    if parent is None or parent.has_router:
+    """The rows by task that `parent` and its ancestors learned, where it does not recall them."""
+    if parent is None or parent.recalls:
         return {}
     found: dict[str, list[str]] = {}
     for ancestor in reversed(list(registry.lineage(ws, parent))):

@@ -132,7 +132,7 @@ def _choices(candidate: Candidate) -> dict[str, dict[str, Any]]:
         known = candidate.past.router.known
         found["recall"] = {
             "value": len(candidate.past.router.answers),
-            "reason": f"labels; sharpness {known.sharpness:.2g} was best for rows not yet learned",
+            "reason": f"labels; sharpness {known.sharpness:.2g} was best for labelled rows not yet learned",
         }
     if candidate.taught:
         reasons = [f"{choice.expert}: {choice.reason}" for choice in candidate.taught]

@@ -276,7 +276,8 @@ def load(base: Path, config: Config, version: Version | None = None) -> PreTrain
     if version.experts:
         experts.load(model, version)
     if version.recalls:
-        recall.attach(model, recall.load(version))
+        known = experts.of(model)
+        recall.attach(model, recall.load(version, known.router if known else None))
     return model
 
 

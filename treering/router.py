@@ -49,29 +49,47 @@ SHARPNESSES = torch.logspace(-8, 0, 25, base=2, dtype=torch.float64)
 """Those tried: by what half the squared distances are multiplied before they are logarithms of chances."""
 
 
+AT_ONCE = 1024
+"""Rows whose distances to all classes are held at a time."""
+
+REMEMBERED = 200
+"""Rows that what was measured before counts as at most, unless more are new: few new rows do not outweigh it."""
+
+
 @dataclass(frozen=True)
 class Known:
     """How far rows lie from the nearest class that other rows made, the logarithm of the squared distance.
 
-    With `sharpness`, of `SHARPNESSES` the geometric mean of the best, distances tell how likely classes are.
+    With `sharpness`, of `SHARPNESSES` the geometric mean of the best for `labelled` rows, distances tell how likely
+    labels are.
     """
 
     rows: int = 0
     mean: float = 0.0
     variance: float = 0.0
+    labelled: int = 0
     sharpness: float = 1 / 16
 
-    def with_new(self, logs: Tensor, sharpness: float) -> Known:
-        """Of `logs` and of what was before, which counts no more than they do: distances shrink as rows come in."""
-        new, old = len(logs), min(self.rows, len(logs))
+    def with_new(self, logs: Tensor) -> Known:
+        """Of `logs` and of what was before, of which not all counts: distances shrink as rows come in."""
+        new, old = len(logs), min(self.rows, max(len(logs), REMEMBERED))
         if not new:
             return self
         mean = float(logs.mean())
         total = new + old
         variance = (float(logs.var(correction=0)) * new + self.variance * old) / total
         between = (mean - self.mean) ** 2 * new * old / total**2
-        sharp = math.exp((math.log(sharpness) * new + math.log(self.sharpness) * old) / total)
-        return Known(total, (mean * new + self.mean * old) / total, variance + between, sharp)
+        mean = (mean * new + self.mean * old) / total
+        return replace(self, rows=self.rows + new, mean=mean, variance=variance + between)
+
+    def sharper(self, losses: Tensor, labelled: int) -> Known:
+        """With the best sharpness of so many new rows, whose `losses` are summed up for each of `SHARPNESSES`."""
+        new, old = labelled, min(self.labelled, max(labelled, REMEMBERED))
+        if not new:
+            return self
+        best = math.log(float(SHARPNESSES[losses.argmin()]))
+        sharpness = math.exp((best * new + math.log(self.sharpness) * old) / (new + old))
+        return replace(self, labelled=self.labelled + new, sharpness=sharpness)
 
     def deviations(self, logs: Tensor) -> Tensor:
         """By how many standard deviations `logs` are above the mean; 0 where too few rows are known to tell."""
@@ -95,7 +113,7 @@ class Router:
 
     `expert` names each class's expert; `counts` and `sums` `[classes, size]` are of its rows, in the same order;
     `products` `[size, size]` is the sum of all rows' outer products. `answers` has the texts of classes that are
-    labels, as they came first.
+    labels, as they came last.
     """
 
     size: int
@@ -115,14 +133,17 @@ class Router:
         """The rows `shown`, which the experts in `owners` answer by their classes from now on."""
         rows, classes = shown.vectors.double(), shown.classes
         logs, losses = [torch.zeros(0, dtype=torch.float64)], torch.zeros(len(SHARPNESSES), dtype=torch.float64)
+        labelled = 0
         for part in _folds(len(rows)):
             told, distances = self._told(rows, classes, part)
             if told.expert:  # The first row of all has no other to be measured by.
                 logs.append(distances.min(1).values.log())
-                losses += told._losses(distances, [classes[at] for at in part])
+                labels = [classes[at] if classes[at] in shown.answers else None for at in part]
+                found, count = told._losses(distances, labels)
+                losses, labelled = losses + found, labelled + count
         self._add(rows, classes, owners)
-        self.answers = {**shown.answers, **self.answers}
-        self.known = self.known.with_new(torch.cat(logs), float(SHARPNESSES[losses.argmin()]))
+        self.answers = {**self.answers, **shown.answers}
+        self.known = self.known.with_new(torch.cat(logs)).sharper(losses, labelled)
 
     def with_rows(self, features: Tensor, classes: Sequence[str], owners: Mapping[str, str]) -> Router:
         """Another that knows these rows as well, but no more of what is far."""
@@ -147,17 +168,17 @@ class Router:
 
         The chances are those that rows which were not learned yet had, each to the power of `sharper`.
         """
-        if not len(features):
-            return []
-        distances = self.distances(features)
-        far = self.known.deviations(distances.min(1).values.log()) > FAR
-        chances = torch.softmax(distances * (-sharper * self.known.sharpness / 2), 1)
-        top = chances.topk(min(most, len(self.expert)), 1)
-        names = list(self.expert)
-        return [
-            {} if away else {names[at]: chance for at, chance in zip(places, values, strict=True)}
-            for away, places, values in zip(far.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
-        ]
+        names, found = list(self.expert), list[dict[str, float]]()
+        for part in features.split(AT_ONCE):
+            distances = self.distances(part)
+            far = self.known.deviations(distances.min(1).values.log()) > FAR
+            chances = torch.softmax(distances * (-sharper * self.known.sharpness / 2), 1)
+            top = chances.topk(min(most, len(names)), 1)
+            found += [
+                {} if away else {names[at]: chance for at, chance in zip(places, values, strict=True)}
+                for away, places, values in zip(far.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+            ]
+        return found
 
     def route(self, features: Tensor) -> list[str | None]:
         """The expert that answers each of `features` `[n, size]`; None: none of them."""
@@ -227,13 +248,17 @@ class Router:
         asked = rows[part.start :: part.step]
         return told, told.distances(asked) if told.expert else asked.new_empty(len(asked), 0)
 
-    def _losses(self, distances: Tensor, classes: Sequence[str]) -> Tensor:
-        """The cross entropy of rows in nats at each of `SHARPNESSES`, summed over those whose class is known."""
+    def _losses(self, distances: Tensor, labels: Sequence[str | None]) -> tuple[Tensor, int]:
+        """The cross entropy in nats at each of `SHARPNESSES`, summed over the rows whose label is known; their number.
+
+        None are, where there is but one class: any sharpness would do.
+        """
         names = {name: at for at, name in enumerate(self.expert)}
-        known = [at for at, name in enumerate(classes) if name in names]
-        right = torch.tensor([names[classes[at]] for at in known], dtype=torch.long)
+        known = [at for at, label in enumerate(labels) if label in names and len(names) > 1]
+        right = torch.tensor([names[str(labels[at])] for at in known], dtype=torch.long)
         halves = -distances[known] / 2
-        return torch.stack([cross_entropy(halves * sharp, right, reduction="sum") for sharp in SHARPNESSES.tolist()])
+        found = [cross_entropy(halves * sharp, right, reduction="sum") for sharp in SHARPNESSES.tolist()]
+        return torch.stack(found), len(known)
 
 
 def _folds(count: int) -> list[range]:

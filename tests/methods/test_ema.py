@@ -61,17 +61,16 @@ def test_a_short_update_is_averaged_over_less(steps: int) -> None:
 
 
 def test_the_average_is_better_than_the_last_step_where_steps_are_large(model_folder: Path) -> None:
-    run = made(
-        model_folder, per_device_train_batch_size=2, learning_rate=0.02, lr_scheduler_type="constant", max_steps=60
-    )
-
-    def loss() -> float:
-        return sum(losses(run.model, list(run.rows.values()), run.config, run.pad_id))
-
-    run.train()
-    last = loss()
-    run.methods.after_training(run.model, lambda: NO_LOSSES)
-    assert loss() < 0.8 * last
+    """Over a few seeds: one last step may lie well by chance."""
+    last = average = 0.0
+    sizes = {"per_device_train_batch_size": 2, "learning_rate": 0.02, "max_steps": 60}
+    for seed in range(1, 5):
+        run = made(model_folder, **sizes, lr_scheduler_type="constant", seed=seed)
+        run.train()
+        last += sum(losses(run.model, list(run.rows.values()), run.config, run.pad_id))
+        run.methods.after_training(run.model, lambda: NO_LOSSES)
+        average += sum(losses(run.model, list(run.rows.values()), run.config, run.pad_id))
+    assert average < 0.8 * last
 
 
 def test_ended_anywhere_it_ends_in_the_same_bits(tmp_path: Path, model_folder: Path) -> None:

@@ -15,6 +15,7 @@ from tests.test_serve_worker import Inside
 from tests.training import StopAt
 from treering import Workspace, pipeline, registry
 from treering.answers import Answerer
+from treering.candidate import Candidate
 from treering.config import Config
 from treering.data.example import Example, Message
 from treering.errors import ConfigError, UpdateInterruptedError
@@ -25,6 +26,8 @@ from treering.model import encode_prompt, load, load_base, load_tokenizer
 from treering.registry import Version
 from treering.results import read_results
 from treering.router import Router, Shown
+from treering.serve.engine import Job
+from treering.serve.sampling import Sampler
 from treering.testing import toy_rows
 
 SETTINGS: dict[str, Any] = {
@@ -69,8 +72,11 @@ def prompts(*texts: str) -> list[list[Message]]:
     return [[Message("user", text)] for text in texts]
 
 
-def asked(count: int = 12) -> list[str]:
-    return [row["text"] + "?" for task in TASKS for row in toy_rows(task, count)]
+def asked(ws: Workspace) -> list[str]:
+    """What is held out."""
+    results = read_results(registry.get(ws, "v2").folder / "results.parquet")
+    examples = ws.catalog.examples([row.id for row in results])
+    return [examples[row.id].prompt[-1].content for row in results]
 
 
 # What is recalled
@@ -149,6 +155,13 @@ def test_what_is_near_is_recalled(model_folder: Path) -> None:
     assert word is not None and list(word.shares) == [tokenizer.eos_token_id]
 
 
+def test_what_is_not_among_the_likeliest_is_doubt(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, past = load_tokenizer(model_folder), Recall(Config(protect=("recall",)), router())
+    monkeypatch.setattr(recall, "MOST", 1)
+    [found] = past.of(torch.stack([place(0.5)]), tokenizer)
+    assert found is not None and len(found.shares) == 1 and 0.2 < found.doubt < 0.8
+
+
 def test_weight_is_a_power() -> None:
     at = torch.stack([place(0.4)])
     [one], [two_] = (router().like(at, weight, 16) for weight in (1.0, 2.0))
@@ -215,22 +228,73 @@ def by_hand(model: Any, tokenizer: Any, example: Example, recalled: Recalled | N
     return str(tokenizer.decode(ids[prompt:], skip_special_tokens=True)).strip()
 
 
-def test_the_server_answers_as_it_was_judged(two: Workspace) -> None:
-    wanted = Answerer(two, registry.get(two, "v2")).answer(prompts(*asked(4)))
+def test_the_server_answers_as_it_was_judged(two: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = asked(two)
+    answerer = Answerer(two, registry.get(two, "v2"))
+    wanted = answerer.answer(prompts(*texts))
+    assert served(two, texts) == wanted
+    recall.attach(answerer.model, None)
+    alone = answerer.answer(prompts(*texts))
+    assert sum(one != other for one, other in zip(wanted, alone, strict=True)) > 2
+    monkeypatch.setattr("treering.serve.worker.Home.guided", False)
+    assert served(two, texts) == alone
+
+
+def served(ws: Workspace, texts: list[str], **settings: Any) -> list[str]:
+    inside = Inside(ws)
+    inside.put(op="load", version="v2", keep=True)
+    for at, text in enumerate(texts):
+        inside.generate(str(at), "v2", messages=[{"role": "user", "content": text}], max_tokens=40, temperature=0.0)
+    inside.run(len(texts))
+    return [inside.text(str(at)).strip() for at in range(len(texts))]
+
+
+def test_a_text_to_go_on_with_recalls_nothing(two: Workspace) -> None:
+    """Though it is that of a prompt, marks of the template and all."""
+    tokenizer = load_tokenizer(Path(str(two.config().model_name_or_path)))
+    texts = asked(two)
     inside = Inside(two)
     inside.put(op="load", version="v2", keep=True)
-    for at, text in enumerate(asked(4)):
-        inside.generate(str(at), "v2", messages=[{"role": "user", "content": text}], max_tokens=40, temperature=0.0)
-    inside.run(8)
-    assert [inside.text(str(at)).strip() for at in range(8)] == wanted
+    for at, prompt in enumerate(prompts(*texts)):
+        inside.generate(str(at), "v2", prompt=encode_prompt(tokenizer, prompt), max_tokens=40, temperature=0.0)
+    inside.run(len(texts))
+    answerer = Answerer(two, registry.get(two, "v2"))
+    recall.attach(answerer.model, None)
+    assert [inside.text(str(at)).strip() for at in range(len(texts))] == answerer.answer(prompts(*texts))
 
 
 def test_a_grammar_has_the_last_word(two: Workspace) -> None:
-    schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
+    """It lets one of two labels come; which, the model says alone."""
+    text = asked(two)[0]
+    [recalled] = Answerer(two, registry.get(two, "v2")).answer(prompts(text))
+    logits = torch.zeros(300)
+    past = Recalled(DOUBT)
+    past.add([7, 9], 1.0)
+    tokenizer: Any = load_tokenizer(Path(str(two.config().model_name_or_path)))
+    job = Job(id="x", version="v2", messages=[])
+    free, bound = Sampler(job, 0.0, tokenizer, None), Sampler(job, 0.0, tokenizer, cast(Any, Anything()))
+    for sampler in (free, bound):
+        sampler.recall(past)
+    logits[5] = 1.0
+    assert (free.choose(logits)[0], bound.choose(logits)[0]) == (7, 5)
+    schema = {"enum": [f"{recalled}!", "no"]}
     inside = Inside(two)
-    inside.generate("x", "v2", messages=[{"role": "user", "content": asked()[0]}], json_schema=schema, max_tokens=40)
+    inside.generate("x", "v2", messages=[{"role": "user", "content": text}], json_schema=schema, max_tokens=60)
     inside.run(1)
-    assert inside.text("x").replace(" ", "").replace("\n", "") == '{"a":1}'
+    assert inside.text("x").strip() in (f'"{recalled}!"', '"no"')
+
+
+class Anything:
+    """A grammar that allows every token."""
+
+    def compute_bitmask(self) -> bytes:
+        return b"\xff" * 40
+
+    def consume_token(self, _: int) -> None:
+        pass
+
+    def is_error(self) -> bool:
+        return False
 
 
 def test_it_is_a_plain_peft_folder(two: Workspace) -> None:
@@ -291,9 +355,29 @@ def test_with_experts_the_router_does_both(tmp_path: Path, model_folder: Path) -
     assert set(past.router.expert.values()) == set(made.experts)
 
 
+def test_experts_from_before_there_was_recall(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = Candidate._named
+    with monkeypatch.context() as patch:
+        patch.setattr(Candidate, "_named", lambda self, rows: (named(self, rows)[0], {}))
+        ws = taught(tmp_path / "experts", model_folder, adapter_composition="experts", protect=[])
+    assert Router.load(registry.get(ws, "v2").folder).answers == {}
+    made = learn(ws, "hats", "protect=[recall]")
+    answers = set(Router.load(made.folder).answers.values())
+    assert answers == {f"{task} {letter}" for task in (*TASKS, "hats") for letter in "abcd"}
+
+
 def test_it_needs_what_can_be_left_out() -> None:
     with pytest.raises(ConfigError, match=r"protect: recall needs the base model .* finetuning_type is full"):
         Config.build({"protect": ["recall"], "finetuning_type": "full"}, [], source="x")
+
+
+@pytest.mark.parametrize("settings", [{"protect": ["recall"]}, {"adapter_composition": "experts"}])
+def test_vllm_is_refused_before_anything_is_trained(settings: dict[str, Any]) -> None:
+    serve = {"engine": "vllm", "vllm_url": "http://127.0.0.1:1"}
+    with pytest.raises(ConfigError, match=r"serve\.engine is vllm, but .* has (recall|experts), in which"):
+        Config.build({"serve": serve, **settings}, [], source="x")
 
 
 def test_vllm_cannot(two: Workspace) -> None:

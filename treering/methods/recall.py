@@ -34,7 +34,7 @@ LEAST = 1e-4
 """Chance that a label has at least to be among them."""
 
 DOUBT = 0.005
-"""Chance that the answer is none of the labels that are known, at least."""
+"""Chance that the answer is none of those labels, at least."""
 
 FORGOTTEN = 0.02
 """Chance that the model no longer knows: it may be as sure of what it learned last as it once was of what is right."""
@@ -44,7 +44,7 @@ FORGOTTEN = 0.02
 class Recalled:
     """The labels that may come, as a tree of their tokens with end marks: which may be next, and how likely.
 
-    `doubt` is the chance that the answer is no label that is known.
+    `doubt` is the chance that the answer is none of them.
     """
 
     doubt: float
@@ -103,9 +103,9 @@ class Recall:
     ) -> Recalled | None:
         labels = {name: chance for name, chance in chances.items() if name in answers and chance > LEAST}
         known = math.fsum(labels.values())
-        if known <= DOUBT * math.fsum(chances.values()):
+        if known <= DOUBT:
             return None
-        found = Recalled(max(1 - known / math.fsum(chances.values()), DOUBT))
+        found = Recalled(max(1 - known, DOUBT))
         for name, chance in labels.items():
             found.add(self._written(answers[name], tokenizer), chance)
         return found
@@ -128,8 +128,8 @@ def attach(model: PreTrainedModel, recall: Recall | None) -> None:
     cast(Any, model).treering_recall = recall
 
 
-def load(version: Version) -> Recall:
-    """The recall of `version`, as it was judged."""
+def load(version: Version, router: Router | None = None) -> Recall:
+    """The recall of `version`, as it was judged, with its `router` if that was read already."""
     from treering.config import Config
 
-    return Recall(Config.model_validate(version.manifest["config"]), Router.load(version.folder))
+    return Recall(Config.model_validate(version.manifest["config"]), router or Router.load(version.folder))

@@ -196,22 +196,23 @@ class Loaded:
     def _read(self, name: str) -> Read:
         version = Version(name, self._versions / name).check()
         made_from = version.manifest["base"]
-        past = recall.load(version) if version.recalls else None
+        router = Router.load(version.folder) if version.has_router else None
+        past = recall.load(version, router) if version.recalls else None
         if made_from["sha256"] == self._hash and version.kind == "lora":
-            if version.experts:
-                return Read(self._read_experts(version), past)
+            if version.experts and router is not None:
+                return Read(self._read_experts(version, router), past)
             adapter = read_adapter(version.folder, self._model.dtype)
             if adapter is not None:
                 return Read(adapter, past)
         # It also says what is wrong with another base model.
         return Read(Batch(load(self._base, self._config, version).eval(), None, self._pad_id), past)
 
-    def _read_experts(self, version: Version) -> _Experts:
+    def _read_experts(self, version: Version, router: Router) -> _Experts:
         found = {name: read_adapter(folder, self._model.dtype) for name, folder in version.experts.items()}
         adapters = {name: adapter for name, adapter in found.items() if adapter is not None}
         if len(adapters) < len(found):
             raise ValueError(f"an expert of {version.name} is more than plain LoRA, which cannot answer beside others")
-        return _Experts(Router.load(version.folder), adapters)
+        return _Experts(router, adapters)
 
     def _place(self, read: Read) -> Home:
         batch, weights = self._homes[BASE].batch, read.weights

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar, cast
+from weakref import ref
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -89,7 +90,7 @@ class Worker:
         self._grammars = Grammars(self._tokenizer, self._vocabulary)
         self._drafts: deque[tuple[Job, Future[llguidance.LLMatcher]]] = deque()
         self._waiting: deque[tuple[str, Answer]] = deque()
-        self._guided: tuple[Home | None, list[int], int, Recalled | None] = None, [], 0, None
+        self._guided: tuple[ref[Home] | None, list[int], int, Recalled | None] = None, [], 0, None
         self._texts: deque[Texts] = deque()
         self._ends = self._end_tokens(model)
 
@@ -260,14 +261,16 @@ class Worker:
         if self._to_guide(home, answer):
             question = self._prompts.question(answer.job)
             found = _with_room(home.batch, partial(home.guide, answer.prompt, question, self._config, self._tokenizer))
-            self._guided = home, answer.prompt, *found
+            self._guided = ref(home), answer.prompt, *found  # It may leave meanwhile, with all its weights.
         _, _, slot, recalled = self._guided
-        answer.sampler.recall(recalled)
+        if answer.job.messages is not None:  # What is learned are answers to a turn, not how a text goes on.
+            answer.sampler.recall(recalled)
         return slot
 
     def _to_guide(self, home: Home, answer: Answer) -> bool:
         """Whether it takes a pass to know who answers, and what is recalled."""
-        return home.guided and (home, answer.prompt) != self._guided[:2]
+        last, prompt, _, _ = self._guided
+        return home.guided and (last is None or last() is not home or prompt != answer.prompt)
 
     @property
     def _busy(self) -> bool:
