@@ -91,11 +91,11 @@ class Known:
         sharpness = math.exp((best * new + math.log(self.sharpness) * old) / (new + old))
         return replace(self, labelled=self.labelled + new, sharpness=sharpness)
 
-    def deviations(self, logs: Tensor) -> Tensor:
-        """By how many standard deviations `logs` are above the mean; 0 where too few rows are known to tell."""
+    def far(self, logs: Tensor) -> Tensor:
+        """Which of `logs` lie too far above the mean; none where too few rows are known to tell."""
         if self.rows < ENOUGH:
-            return torch.zeros_like(logs)
-        return (logs - self.mean) / math.sqrt(max(self.variance, 1e-12))
+            return torch.zeros_like(logs, dtype=torch.bool)
+        return (logs - self.mean) / math.sqrt(max(self.variance, 1e-12)) > FAR
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Router:
         names, found = list(self.expert), list[dict[str, float]]()
         for part in features.split(AT_ONCE):
             distances = self.distances(part)
-            far = self.known.deviations(distances.min(1).values.log()) > FAR
+            far = self.known.far(distances.min(1).values.log())
             chances = torch.softmax(distances * (-sharper * self.known.sharpness / 2), 1)
             top = chances.topk(min(most, len(names)), 1)
             found += [
@@ -185,7 +185,7 @@ class Router:
         if not len(features):
             return []
         experts, logs = self.nearest(features)
-        far = self.known.deviations(logs) > FAR
+        far = self.known.far(logs)
         return [None if away else expert for expert, away in zip(experts, far.tolist(), strict=True)]
 
     def novelty(self, features: Tensor, classes: Sequence[str]) -> float:

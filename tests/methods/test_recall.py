@@ -236,7 +236,7 @@ def test_the_server_answers_as_it_was_judged(two: Workspace, monkeypatch: pytest
     recall.attach(answerer.model, None)
     alone = answerer.answer(prompts(*texts))
     assert sum(one != other for one, other in zip(wanted, alone, strict=True)) > 2
-    monkeypatch.setattr("treering.serve.worker.Home.guided", False)
+    monkeypatch.setattr("treering.serve.worker.Worker._guides", lambda *_: False)
     assert served(two, texts) == alone
 
 

@@ -38,11 +38,6 @@ class Home:
     router: Router | None = None
     recall: Recall | None = None
 
-    @property
-    def guided(self) -> bool:
-        """Whether it takes a pass to know who answers a prompt, or what it recalls."""
-        return self.router is not None or self.recall is not None
-
     def guide(
         self, prompt: Sequence[int], question: int, config: Config, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[int, Recalled | None]:

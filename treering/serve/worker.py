@@ -256,7 +256,7 @@ class Worker:
 
         Those to one request come one after the other, and have the same.
         """
-        if not home.guided:
+        if not self._guides(home, answer):
             return home.slot
         if self._to_guide(home, answer):
             question = self._prompts.question(answer.job)
@@ -270,7 +270,11 @@ class Worker:
     def _to_guide(self, home: Home, answer: Answer) -> bool:
         """Whether it takes a pass to know who answers, and what is recalled."""
         last, prompt, _, _ = self._guided
-        return home.guided and (last is None or last() is not home or prompt != answer.prompt)
+        return self._guides(home, answer) and (last is None or last() is not home or prompt != answer.prompt)
+
+    def _guides(self, home: Home, answer: Answer) -> bool:
+        """Whether `home` has anything to say of it: a text to go on with recalls nothing, but finds its expert."""
+        return home.router is not None or (home.recall is not None and answer.job.messages is not None)
 
     @property
     def _busy(self) -> bool:
