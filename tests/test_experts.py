@@ -150,7 +150,8 @@ def test_an_interrupted_update_ends_in_the_same_bytes(copied: Workspace, tmp_pat
         assert (made.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
 
 
-def test_prompts_find_their_experts_and_answers_their_order(two: Workspace) -> None:
+def test_prompts_find_their_experts_and_answers_their_order(two: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("treering.router.FAR", 4.0)
     config, base = two.config(), Path(str(two.config().model_name_or_path))
     model, tokenizer = load(base, config, version(two, "v2")), load_tokenizer(base)
     found = experts.of(model)
@@ -296,7 +297,8 @@ def test_the_composition_stays(copied: Workspace) -> None:
         ws.update("adapter_composition=continue")
 
 
-def test_they_answer_side_by_side_in_the_server(two: Workspace) -> None:
+def test_they_answer_side_by_side_in_the_server(two: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("treering.router.FAR", 2.5)
     asked: dict[str, list[dict[str, Any]]] = {
         "pens": [{"role": "user", "content": toy_rows("pens", 1)[0]["text"]}],
         "cups": [{"role": "user", "content": unlike(toy_rows("cups", 1))[0]["text"]}],

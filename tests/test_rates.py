@@ -87,7 +87,7 @@ def test_wide_models_begin_lower() -> None:
     from transformers import LlamaConfig
 
     found = [default_rate("lora", LlamaConfig(hidden_size=width)) for width in (64, 576, 1152, 4096)]
-    assert found == pytest.approx([3e-3, 3e-3, 1.5e-3, 4.21875e-4])
+    assert found == pytest.approx([1.5e-3, 1.5e-3, 7.5e-4, 2.109375e-4])
     assert default_rate("full", LlamaConfig(hidden_size=4096)) == LEARNING_RATES["full"]
 
 
@@ -221,7 +221,7 @@ def test_a_version_says_which_rate_and_why(workspace: Callable[..., Workspace]) 
     for version in (first, second):
         said, test = version.manifest["choices"]["learning_rate"], version.manifest["range_test"]
         assert said == {"value": test["value"], "reason": test["reason"]}
-        assert said["reason"].startswith("range test of 0.003, 0.006") and ("remembered" in said["reason"]) is (
+        assert said["reason"].startswith("range test of 0.0015, 0.003") and ("remembered" in said["reason"]) is (
             version is second
         )
         log = (version.folder / "log.jsonl").read_text()

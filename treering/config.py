@@ -131,7 +131,7 @@ class Config(Section):
 
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak rate; `auto`: what a range test on the update's own rows and its memory finds best, or the default of the
-    `finetuning_type` (lora 3e-3, or 1.728 over the hidden size where that is more than 576; adapter 1e-3, norm 5e-3,
+    `finetuning_type` (lora 1.5e-3, or 0.864 over the hidden size where that is more than 576; adapter 1e-3, norm 5e-3,
     freeze 2e-4, full and osf 5e-5) where the update is too short to repay one."""
 
     num_train_epochs: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
@@ -140,7 +140,7 @@ class Config(Section):
     max_steps: int = Field(-1, ge=-1)
     """Optimiser steps; overrides `num_train_epochs` when positive."""
 
-    per_device_train_batch_size: int = Field(16, ge=1)
+    per_device_train_batch_size: int = Field(8, ge=1)
     """Rows in one forward pass, in each of the `processes`."""
 
     gradient_accumulation_steps: int = Field(1, ge=1)

@@ -12,11 +12,15 @@ import math
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from treering.files import write_file
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -38,13 +42,19 @@ MOST_POINTS = 2000
 
 def write(folder: Path, name: str, manifest: Mapping[str, Any], log: Sequence[Mapping[str, float]]) -> Path:
     """Write `report.html` for the version `name` into `folder`."""
+    path = folder / "report.html"
+    write_file(path, template("report.html.j2").render(_content(name, manifest, log)).encode())
+    return path
+
+
+@cache
+def template(name: str) -> Template:
+    """The page `name` of `templates/`; compiling it takes longer than many an update's arithmetic."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     env = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     env.filters |= {"points": _points, "duration": _duration, "text": _text, "csp": csp_hash}
-    path = folder / "report.html"
-    write_file(path, env.get_template("report.html.j2").render(_content(name, manifest, log)).encode())
-    return path
+    return env.get_template(name)
 
 
 def _content(name: str, manifest: Mapping[str, Any], log: Sequence[Mapping[str, float]]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ FOLDS = 5
 _OTHERS = ""
 """Whose classes those others are meanwhile."""
 
-FAR = 2.5
+FAR = 2.0
 """Standard deviations above the mean distance of known rows from which on a prompt gets no expert."""
 
 NOVEL = 0.8

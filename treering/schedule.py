@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from treering.config import Config
 
-LEARNING_RATES = {"lora": 3e-3, "freeze": 2e-4, "full": 5e-5, "osf": 5e-5, "adapter": 1e-3, "norm": 5e-3}
+LEARNING_RATES = {"lora": 1.5e-3, "freeze": 2e-4, "full": 5e-5, "osf": 5e-5, "adapter": 1e-3, "norm": 5e-3}
 """Peak rates that `learning_rate: auto` begins from; that of LoRA is for models up to `WIDTH` wide."""
 
 WIDTH = 576

@@ -24,7 +24,7 @@ def test_the_published_table_has_what_it_must_have() -> None:
     assert kinds["replay"]["memory"] == {"size": 7, "policy": "reservoir"} and kinds["treering"]["memory"]["size"] == 7
     assert [name for name in METHODS if named(name).tuned] == ["naive-tuned", "full-tuned"]
     assert kinds["full"]["finetuning_type"] == "full" and kinds["full"]["protect"] == []
-    assert (kinds["naive"]["learning_rate"], kinds["full"]["learning_rate"]) == (3e-3, 5e-5)
+    assert (kinds["naive"]["learning_rate"], kinds["full"]["learning_rate"]) == (1.5e-3, 5e-5)
 
 
 def test_settings_of_all_methods_leave_each_what_it_is() -> None:
@@ -33,7 +33,7 @@ def test_settings_of_all_methods_leave_each_what_it_is() -> None:
     assert ours["distill"] == naive["distill"] == {"weight": 1.0}
     assert (ours["protect"], naive["protect"], replay["protect"]) == (["replay", "lwf"], [], ["replay"])
     assert ours["learning_rate"] == naive["learning_rate"] == 0.01
-    assert named("naive-tuned").settings(COMMON, given)["learning_rate"] == 3e-3
+    assert named("naive-tuned").settings(COMMON, given)["learning_rate"] == 1.5e-3
     assert named("naive-tuned").at(5e-05).settings(COMMON, given)["learning_rate"] == 5e-05
     with pytest.raises(ConfigError, match=r"method naive: .*\n.*distill\.weigth"):
         named("naive").settings(COMMON, ("distill.weigth=1",))

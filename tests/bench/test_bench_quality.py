@@ -217,7 +217,7 @@ def test_after_a_kill_it_goes_on(bench: Callable[..., Bench], tmp_path: Path, up
 def test_a_tuned_baseline_takes_the_better_rate_and_sees_no_test_row(
     bench: Callable[..., Bench], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "FACTORS", (0.01, 4.0))  # Of 3e-3: one that learns nothing, one that learns.
+    monkeypatch.setattr(tuning, "FACTORS", (0.02, 8.0))  # Of 1.5e-3: one that learns nothing, one that learns.
     one = bench(epochs=4, rows=None)
     found = run_quality(one, parse("naive-tuned,naive:learning_rate=1e-5"), tmp_path / "work")
     tuned, slow = found["methods"].values()
@@ -244,7 +244,7 @@ def test_a_rate_that_fails_is_out(bench: Callable[..., Bench], tmp_path: Path, m
         return real(jobs, work)
 
     monkeypatch.setattr(tuning, "run_all", fails)
-    monkeypatch.setattr(tuning, "FACTORS", (1.0, 4.0))
+    monkeypatch.setattr(tuning, "FACTORS", (2.0, 8.0))
     bad, draw = 4e-3, bench().stream.draw(42)
     (entry,) = parse("naive-tuned")
     assert tuning.tune(entry, draw, lambda one: bench().settings(one, 42), tmp_path)["rate"] == 3e-3

@@ -135,7 +135,8 @@ def place(at: float) -> Tensor:
     return torch.tensor([10.0 * at, 0.0, 0.0])
 
 
-def test_what_is_near_is_recalled(model_folder: Path) -> None:
+def test_what_is_near_is_recalled(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("treering.router.FAR", 3.0)  # What is between two of three is far from either.
     tokenizer = load_tokenizer(model_folder)
     past = Recall(Config(protect=("recall",)), router())
     red, blue, between, unlabelled, far = past.of(
@@ -158,6 +159,7 @@ def test_what_is_near_is_recalled(model_folder: Path) -> None:
 def test_what_is_not_among_the_likeliest_is_doubt(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, past = load_tokenizer(model_folder), Recall(Config(protect=("recall",)), router())
     monkeypatch.setattr(recall, "MOST", 1)
+    monkeypatch.setattr("treering.router.FAR", 3.0)
     [found] = past.of(torch.stack([place(0.5)]), tokenizer)
     assert found is not None and len(found.shares) == 1 and 0.2 < found.doubt < 0.8
 

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,22 +96,30 @@ def measure(
 
 
 def perplexity(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], config: Config
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], config: Config
 ) -> float | None:
-    """`exp` of the mean cross entropy over all tokens of all texts but the first of each, in plain text."""
+    """`exp` of the mean cross entropy over all tokens of all texts but the first of each, in plain text.
+
+    Where `model` has experts, each text is read by the one that would answer it.
+    """
     import torch
 
+    from treering import experts
+    from treering.guides import guides
     from treering.model import compute, use_bf16
 
+    rows = [tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :LONGEST] for text in texts]
+    known = experts.of(model)
+    asked = guides(model, tokenizer, [[Message("user", text)] for text in texts], config) if known else []
     total, count = 0.0, 0
     model.eval()
     with torch.inference_mode(), compute(use_bf16(config)[0], model.device):
-        for text in texts:
-            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :LONGEST]
-            ids = ids.to(model.device)
-            if ids.shape[1] < 2:
+        for at, row in enumerate(rows):
+            if row.shape[1] < 2:
                 continue
-            logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0].float()
+            ids = row.to(model.device)
+            with experts.using(model, known, asked[at].expert) if known else nullcontext():
+                logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0].float()
             total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
             count += ids.shape[1] - 1
     return math.exp(min(total / count, 700.0)) if count else None  # A ruined model's would be no number.

@@ -11,7 +11,7 @@ from typing import Any
 
 from treering.bench.tuning import words
 from treering.files import write_file, write_json
-from treering.report import TEMPLATES, csp_hash
+from treering.report import template
 
 MEASURES = {
     "average_accuracy": "average",
@@ -122,16 +122,13 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
 
 def pareto(found: Mapping[str, Any]) -> str:
     """A page with no network: old-task accuracy against new-task accuracy, the size of a point its rows trained."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
 
     points = [_point(name, method) for name, method in found["methods"].items()]
     points = [point for point in points if point["x"] is not None and point["y"] is not None]
     for point in points:
         point["front"] = not any(_beats(other, point) for other in points)
-    env = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    env.filters |= {"csp": csp_hash}
-    return env.get_template("pareto.html.j2").render(
+    return template("pareto.html.j2").render(
         points=points, header=header(found), lines=cells(found), notes=notes(found), plotly=get_plotlyjs()
     )
 
