@@ -148,7 +148,7 @@ print([entry["loss"] for entry in run.train(checkpoints=checkpoints)])
 def long_rows(folder: Path, rows: int = 16) -> Run:
     """Three steps of 16 rows, which take 300 MB; one of 4 takes 100 MB."""
     texts = [chat(("user", chr(97 + n) + "x" * 500), ("assistant", str(n))) for n in range(rows)]
-    return Run(folder, settings(folder, max_steps=3), texts)
+    return Run(folder, settings(folder, max_steps=3, per_device_train_batch_size=16), texts)
 
 
 def test_a_process_with_a_limit_of_its_own(tmp_path: Path, model_folder: Path) -> None:
@@ -553,8 +553,23 @@ def test_what_is_a_spike(loss: float, first: float, bad: bool) -> None:
 def test_a_loss_that_runs_away_at_once(first: float, loss: float, bad: bool) -> None:
     """Above twice the first and blind guessing, 5.545 here; the first step has nothing to be compared with."""
     with pytest.raises(LossError, match="above twice that of the first step") if bad else nullcontext():
-        check_loss({"loss": loss}, [{"loss": first}, {"loss": 3.0}], 256)
-    check_loss({"loss": 99.0}, [], 256)
+        check_loss({"loss": loss, "grad_norm": 1.0}, [{"loss": first}, {"loss": 3.0}], 256)
+    check_loss({"loss": 99.0, "grad_norm": 1.0}, [], 256)
+
+
+def test_weights_that_have_stopped_learning() -> None:
+    """A rate far too high ends where all logits are the same: ln 256 for every token, and no way from there."""
+    log = [{"loss": 6.0, "grad_norm": 5.0}]
+    with pytest.raises(LossError, match=r"grad_norm is 0 though loss is 5\.545: the weights have stopped learning"):
+        check_loss({"loss": math.log(256), "grad_norm": 0.0}, log, 256)
+    check_loss({"loss": math.log(256), "grad_norm": 1e-9}, log, 256)
+    check_loss({"loss": 0.0, "grad_norm": 0.0}, log, 256)  # Learned by heart.
+
+
+def test_a_model_that_a_rate_has_killed_is_no_version(model_folder: Path, tmp_path: Path) -> None:
+    run = Run(model_folder, settings(model_folder, learning_rate=1e5, max_steps=40, save_steps=5))
+    with pytest.raises(LossError, match="stopped learning"):
+        run.train(checkpoints=tmp_path)
 
 
 def test_a_rate_that_is_far_too_high_is_told_early(

@@ -45,3 +45,32 @@ def test_the_peak_is_this_processs_own() -> None:
     peak, held = map(float, done.stdout.split())
     assert held < 200 < peak < 400 < room.peak_memory_mb()
     del mine
+
+
+LIMITED = """
+import resource, sys
+import torch
+from treering.room import _number, keep_to_limit
+from pathlib import Path
+
+resource.setrlimit(resource.RLIMIT_AS, (64 * 2**30 if sys.argv[1] == "limited" else resource.RLIM_INFINITY,) * 2)
+torch.set_num_threads(1)
+keep_to_limit()
+for _ in range(3):  # After a large block was freed once, the allocator keeps those of its size for itself.
+    torch.empty(7 * 2**20)
+before = _number(Path("/proc/self/status"), "VmSize")
+blocks, pins = [], []
+for _ in range(32):
+    blocks.append(torch.empty(2**20))
+    pins.append(torch.empty(2**14))
+del blocks
+print((_number(Path("/proc/self/status"), "VmSize") - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize(("limit", "least", "most"), [("limited", 0, 40), ("none", 100, 400)])
+def test_under_a_limit_what_is_freed_leaves_the_address_space(limit: str, least: int, most: int) -> None:
+    """Blocks of 4 MB, with small ones between that stay."""
+    done = subprocess.run([sys.executable, "-c", LIMITED, limit], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert least <= int(done.stdout) <= most

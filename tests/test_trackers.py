@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -117,6 +118,18 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_begins(workspac
     ws = workspace(report_to=["wandb"], **SETTINGS)
     ws.ingest(toy_rows("pens", 20), task="pens")
     with pytest.raises(ConfigError, match="report_to is wandb, but the package wandb cannot be imported"):
+        ws.update()
+    assert list(ws.versions.iterdir()) == []
+
+
+def test_mlflow_with_nowhere_to_write_is_told_before_anything_begins(
+    workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert importlib.util.find_spec("alembic") is None  # The extra has mlflow-skinny.
+    ws = workspace(report_to=["mlflow"], **SETTINGS)
+    ws.ingest(toy_rows("pens", 20), task="pens")
+    with pytest.raises(ConfigError, match=r"nowhere to write to: .* Set MLFLOW_TRACKING_URI"):
         ws.update()
     assert list(ws.versions.iterdir()) == []
 

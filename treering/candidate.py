@@ -31,7 +31,7 @@ from treering.progress import bar
 from treering.readings import Readings
 from treering.registry import Version
 from treering.results import Result, read_results, write_results
-from treering.room import peak_gpu_memory_mb, peak_memory_mb
+from treering.room import keep_to_limit, peak_gpu_memory_mb, peak_memory_mb
 from treering.router import Router, Shown
 from treering.train import teach
 from treering.written import Writer, Written
@@ -72,6 +72,7 @@ class Candidate:
         self.plan, self.parent, self.config, self.staging = plan, parent, config, staging
         self.base, self.root = base, ws.root
         torch.set_num_threads(plan.machine["threads"])
+        keep_to_limit()
         self.readings = Readings(staging)
         self.tokenizer = load_tokenizer(base, config.trust_remote_code)
         inherited.check(parent, config)

@@ -110,6 +110,7 @@ class Checkpoints:
         """
         if self._folder is None:
             return []
+        self._ranks.wait()  # All have read what they wanted of those that go.
         if self._ranks.first:
             for partial in self._folder.glob(".step-*"):
                 shutil.rmtree(partial)

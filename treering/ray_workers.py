@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from treering.handover import Handover
+from treering.progress import say
 from treering.worker import wanted, work
 
 TRIES = 3
@@ -35,6 +36,7 @@ def run(folder: Path) -> None:
     else:
         cores = max(config.processes, os.cpu_count() or 1)  # Fewer cores than workers are shared, not waited for.
         ray.init(address="local", num_cpus=cores, include_dashboard=False, log_to_driver=False)
+    say(f"waiting for {config.processes} workers of Ray, which may take a minute or two")
     TorchTrainer(
         _work,
         train_loop_config={"folder": str(folder)},

@@ -11,6 +11,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+LARGE = 1 << 20
+"""Bytes of a block from which on `keep_to_limit` has it mapped by itself; smaller ones would be mapped too often."""
+
+_MMAP_THRESHOLD = -3
+"""What glibc's `malloc.h` calls M_MMAP_THRESHOLD."""
+
 _CGROUPS = (
     # Version 2, then 1: where the groups are, the limit, what is used, and the part of it that can be taken back.
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
@@ -52,6 +58,17 @@ def give_back(error: BaseException) -> None:
     gc.collect()
     with suppress(AttributeError, OSError):  # glibc alone has it.
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_to_limit() -> None:
+    """Where this process has a limit of its own (`ulimit -v`), large blocks leave its address space once they are free.
+
+    The limit counts what is mapped, used or not. The allocator would keep freed blocks in its heap, and what is mapped
+    by others, such as the code that oneDNN makes for each shape, would find no room beside them.
+    """
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        with suppress(AttributeError, OSError):
+            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, LARGE)
 
 
 def _held_mb() -> float:

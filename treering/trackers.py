@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -85,7 +86,7 @@ def of_update(ws: Workspace, plan: Plan, config: Config) -> Iterator[Trackers]:
 
 
 def check(names: Sequence[str]) -> None:
-    """Raise `ConfigError` if a tracker's package is not installed."""
+    """Raise `ConfigError` if a tracker's package is not installed, or has nowhere to write to."""
     for name in names:
         try:
             importlib.import_module(name)
@@ -94,6 +95,11 @@ def check(names: Sequence[str]) -> None:
                 f"report_to is {name}, but the package {name} cannot be imported ({error}): "
                 f"install it (`pip install 'treering[trackers]'` has tensorboard and mlflow), or take it out"
             ) from None
+    if "mlflow" in names and not os.environ.get("MLFLOW_TRACKING_URI") and importlib.util.find_spec("alembic") is None:
+        raise ConfigError(
+            "report_to is mlflow, but there is nowhere to write to: mlflow-skinny cannot write to a database itself. "
+            "Set MLFLOW_TRACKING_URI to a server's address, or pip install mlflow to write to logs/mlflow.db"
+        )
 
 
 def _begin(name: str, run: Run, step: int) -> Any:

@@ -64,12 +64,13 @@ def _train(folder: Path, stop: Stop) -> Trained:
     from accelerate import PartialState
 
     from treering.lesson import begun
-    from treering.room import peak_gpu_memory_mb, peak_memory_mb
+    from treering.room import keep_to_limit, peak_gpu_memory_mb, peak_memory_mb
     from treering.train import train
 
     PartialState(cpu=not torch.cuda.is_available())  # Finds the others, and the device that is this process's own.
     given = Handover.load(folder)
     torch.set_num_threads(given.threads)
+    keep_to_limit()
     model, methods = begun(given.base, given.config, given.parent)
     started = time.perf_counter()
 

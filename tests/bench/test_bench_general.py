@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 
+from treering import experts
 from treering.bench import general
 from treering.config import Config
 from treering.data.example import normalise
 from treering.errors import UsageError
+from treering.experts import Experts
+from treering.guides import Guide
+from treering.methods import Methods
 from treering.model import load_base, load_tokenizer
+from treering.router import Router
 
 
 def test_perplexity_is_that_of_all_tokens_together(model_folder: Path) -> None:
@@ -28,6 +34,25 @@ def test_perplexity_is_that_of_all_tokens_together(model_folder: Path) -> None:
     expected = math.exp(sum(losses) / len(losses))
     assert general.perplexity(model, tokenizer, texts, config) == pytest.approx(expected, rel=1e-4)
     assert general.perplexity(model, tokenizer, ["x"], config) is None
+
+
+def test_a_text_is_read_by_who_would_answer_it(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, texts = Config(bf16=False), ["a text of one kind", "and of another"]
+    tokenizer = load_tokenizer(model_folder)
+    bare = [general.perplexity(load_base(model_folder, config), tokenizer, [text], config) for text in texts]
+    model = Methods(config).prepare(load_base(model_folder, config), {})
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.1)
+    taught = [general.perplexity(model, tokenizer, [text], config) for text in texts]
+    experts.attach(model, Experts(Router(4), {"e1": experts.weights(model)}))
+    monkeypatch.setattr("treering.guides.guides", lambda *_: [Guide(None), Guide("e1")])
+    both = general.perplexity(model, tokenizer, texts, config)
+    assert None not in (*bare, *taught, both)
+    counts = [len(tokenizer(text)["input_ids"]) - 1 for text in texts]
+    logs = [math.log(cast(float, value)) * count for value, count in zip((bare[0], taught[1]), counts, strict=True)]
+    assert both == pytest.approx(math.exp(sum(logs) / sum(counts)), rel=1e-4) and bare[0] != taught[0]
 
 
 def test_answers_are_whole_words() -> None:
