@@ -69,7 +69,8 @@ def test_rows_that_new_ones_break_are_drawn_more(model_folder: Path) -> None:
     apart = [chat(("user", "?" * (20 + n)), ("assistant", "zz")) for n in range(6)]
     new = [chat(("user", f"pens {n}"), ("assistant", "red")) for n in range(10, 34)]
     config = settings(model_folder, protect=["replay"], learning_rate=1e-2)
-    taught = Run(model_folder, settings(model_folder, learning_rate=1e-2, num_train_epochs=15.0), [*same, *apart])
+    whole = settings(model_folder, learning_rate=1e-2, num_train_epochs=15.0, per_device_train_batch_size=16)
+    taught = Run(model_folder, whole, [*same, *apart])
     taught.train()
     run = Run(model_folder, config, [*same, *apart, *new])
     run.model = taught.model

@@ -337,7 +337,7 @@ def test_epochs_and_steps(model_folder: Path, values: dict[str, Any], steps: int
     assert all(len(step) <= config.gradient_accumulation_steps for step in made)
 
 
-@pytest.mark.parametrize(("rows", "count"), [(1, 20), (8, 20), (12, 17), (24, 9), (64, 4), (68, 3), (1000, 3)])
+@pytest.mark.parametrize(("rows", "count"), [(1, 20), (20, 20), (24, 17), (64, 7), (132, 4), (136, 3), (1000, 3)])
 def test_few_rows_get_more_passes(model_folder: Path, rows: int, count: int) -> None:
     config = settings(model_folder, per_device_train_batch_size=4, num_train_epochs="auto")
     assert passes(config, rows) == count

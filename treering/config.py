@@ -135,7 +135,7 @@ class Config(Section):
     freeze 2e-4, full and osf 5e-5) where the update is too short to repay one."""
 
     num_train_epochs: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Passes over the new rows; `auto`: 3, and with few rows as many as make 50 optimiser steps of them, 20 at most."""
+    """Passes over the new rows; `auto`: 3, and with few rows as many as make 100 optimiser steps, 20 at most."""
 
     max_steps: int = Field(-1, ge=-1)
     """Optimiser steps; overrides `num_train_epochs` when positive."""

@@ -24,7 +24,7 @@ LEARNING_RATES = {"lora": 1.5e-3, "freeze": 2e-4, "full": 5e-5, "osf": 5e-5, "ad
 WIDTH = 576
 """Hidden size above which LoRA's rate falls as one over it, as with muP (Yang et al. 2022, arXiv:2203.03466)."""
 
-PASSES, MOST_PASSES, ENOUGH_STEPS = 3, 20, 50
+PASSES, MOST_PASSES, ENOUGH_STEPS = 3, 20, 100
 """What `num_train_epochs: auto` takes: that many passes, or more until the new rows alone make enough steps."""
 
 BATCHES_SORTED_TOGETHER = 8
