@@ -482,6 +482,7 @@ def test_the_program(shop: Path, tmp_path: Path, arguments: str, code: int) -> N
 # Benchmark
 
 
+@pytest.mark.soak
 def test_bench_speed(cli: Runner, tmp_path: Path, model_folder: Path) -> None:
     """A real race on a tiny model: turns, losses and memory of both are told, and the losses agree."""
     rows = [{"text": row["text"], "label": row["label"]} for row in toy_rows("pens", 48)]

@@ -166,6 +166,7 @@ def waiting(workspace: Callable[..., Workspace]) -> Workspace:
     return ws
 
 
+@pytest.mark.soak
 def test_an_update_survives_its_death(waiting: Workspace) -> None:
     """Killed while its processes train, it leaves none of them; the next one resumes, with all that methods add."""
     settings = ["max_steps=60", "save_steps=5"]

@@ -137,11 +137,11 @@ class Recovery:
 def check_loss(entry: Mapping[str, float], log: Sequence[Mapping[str, float]], vocabulary: int) -> None:
     """Raise `LossError` if the step `entry` is no good, after the steps in `log`.
 
-    Nothing may be infinite or NaN, and no gradient may be gone altogether while the loss is above half that of blind
-    guessing, ln(`vocabulary`): weights so far off learn nothing any more. In the first `FIRST_STEPS` steps the loss has
-    run away if it is above twice both the very first and blind guessing; after them, if it is above both twice the
-    highest of theirs and half of blind guessing. A false alarm would cost a good update: rows that are merely hard stay
-    below the one or the other.
+    Nothing may be infinite or NaN. Where the gradient is gone and the loss is that of blind guessing, ln(`vocabulary`),
+    weights are so far off that all tokens are as likely, and nothing is learned any more. In the first `FIRST_STEPS`
+    steps the loss has run away if it is above twice both the very first and blind guessing; after them, if it is above
+    both twice the highest of theirs and half of blind guessing. A false alarm would cost a good update: rows that are
+    merely hard stay below the one or the other.
     """
     endless = [f"{name} is {value}" for name, value in entry.items() if not math.isfinite(value)]
     if endless:
@@ -149,8 +149,10 @@ def check_loss(entry: Mapping[str, float], log: Sequence[Mapping[str, float]], v
     if not log:
         return
     blind = math.log(vocabulary)
-    if entry["grad_norm"] == 0 and entry["loss"] > blind / 2:
-        raise LossError(f"grad_norm is 0 though loss is {entry['loss']:.4g}: the weights have stopped learning")
+    if entry["grad_norm"] == 0 and math.isclose(entry["loss"], blind, rel_tol=0.01):
+        raise LossError(
+            f"grad_norm is 0 and loss {entry['loss']:.4g}, that of blind guessing: nothing is learned any more"
+        )
     if len(log) < FIRST_STEPS:
         first = log[0]["loss"]
         if entry["loss"] > 2 * max(first, blind):
