@@ -10,13 +10,13 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treering.data.example import Message, normalise
 from treering.errors import TreeringError, UsageError
+from treering.progress import silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,7 +96,7 @@ def measure(
 
 
 def perplexity(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], config: Config
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], config: Config
 ) -> float | None:
     """`exp` of the mean cross entropy over all tokens of all texts but the first of each, in plain text.
 
@@ -104,24 +104,28 @@ def perplexity(
     """
     import torch
 
-    from treering import experts
+    from treering.experts import routed
     from treering.guides import guides
     from treering.model import compute, use_bf16
 
-    rows = [tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :LONGEST] for text in texts]
-    known = experts.of(model)
-    asked = guides(model, tokenizer, [[Message("user", text)] for text in texts], config) if known else []
-    total, count = 0.0, 0
-    model.eval()
-    with torch.inference_mode(), compute(use_bf16(config)[0], model.device):
-        for at, row in enumerate(rows):
-            if row.shape[1] < 2:
-                continue
-            ids = row.to(model.device)
-            with experts.using(model, known, asked[at].expert) if known else nullcontext():
+    read = [(text, tokenizer(text, add_special_tokens=False)["input_ids"][:LONGEST]) for text in texts]
+    read = [(text, ids) for text, ids in read if len(ids) > 1]
+    asked = guides(model, tokenizer, [[Message("user", text)] for text, _ in read], config)
+
+    def losses(part: Sequence[int]) -> list[float]:
+        with torch.inference_mode(), compute(use_bf16(config)[0], model.device):
+            found = []
+            for at in part:
+                ids = torch.tensor([read[at][1]], device=model.device)
                 logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0].float()
-            total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
-            count += ids.shape[1] - 1
+                found.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item())
+            return found
+
+    model.eval()
+    total = math.fsum(
+        routed(model, [guide.expert for guide in asked], [ids for _, ids in read], losses, config, silent)
+    )
+    count = sum(len(ids) - 1 for _, ids in read)
     return math.exp(min(total / count, 700.0)) if count else None  # A ruined model's would be no number.
 
 
