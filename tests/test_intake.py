@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from treering import Workspace, overview, registry
-from treering.data.catalog import Writer, choose_held_out
+from treering.data.writer import Writer, choose_held_out
 from treering.data.intake import Ingested, ingest
 from treering.errors import ConfigError, LockError, TreeringError, UsageError
 from treering.testing import toy_rows
@@ -106,7 +106,7 @@ def test_again_adds_nothing(workspace: MakeWorkspace) -> None:
     first = ws.ingest()
     before = stored(ws)
     assert (first.accepted, first.quarantined) == (10, 1)
-    assert ws.ingest() == Ingested(0, 0, 0, 0, 0, {}, {}, [])  # The inbox's files are known.
+    assert ws.ingest() == Ingested()  # The inbox's files are known.
     again = ws.ingest(path, task="a")  # A file that is named is read.
     assert (again.rows, again.accepted, again.duplicates, again.quarantined) == (11, 0, 10, 1)
     assert balanced(again)
@@ -190,7 +190,7 @@ def test_users_own_held_out_rows_turn_the_split_off(workspace: MakeWorkspace) ->
     assert ws.ingest([row(n) for n in range(20, 30)], task="b").held_out == 5
 
 
-@pytest.mark.parametrize("failing", ["splits", "add", "quarantine", "remember_file"])
+@pytest.mark.parametrize("failing", ["known", "add", "refuse", "remember_file"])
 def test_a_failure_leaves_nothing(workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     ws = workspace()
     write(ws.inbox / "a" / "rows.jsonl", [*(row(n) for n in range(6)), {"text": ""}])

@@ -78,8 +78,11 @@ class Candidate:
         inherited.check(parent, config)
         self.memory = inherited.memory(parent, config)
         measured: dict[str, list[str]] = parent.manifest["held_out"] if parent else {}
+        untrue = ws.catalog.superseded([*self.memory.rows, *(id for ids in measured.values() for id in ids)])
+        self.memory.drop(untrue)
         self.held_out = {
-            task: [*measured.get(task, ()), *plan.fresh.get(task, ())] for task in {**measured, **plan.fresh}
+            task: [id for id in [*measured.get(task, ()), *plan.fresh.get(task, ())] if id not in untrue]
+            for task in {**measured, **plan.fresh}
         }
         held_out_ids = [id for ids in self.held_out.values() for id in ids]
         self.earlier = inherited.earlier(ws, parent) if "recall" in config.protect else {}

@@ -13,11 +13,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from treering.data.rules import LEVELS, RULES, is_custom
 from treering.errors import ConfigError
 from treering.methods import FINETUNING_TYPES, PROTECT
 from treering.optimizers import OPTIMIZERS
 from treering.sections import (
     AutomateConfig,
+    DedupConfig,
     DistillConfig,
     EmaConfig,
     EvalConfig,
@@ -200,6 +202,18 @@ class Config(Section):
     """With `launcher: accelerate`: the file that `accelerate config` wrote, seen from the workspace; its
     `num_processes` counts for nothing."""
 
+    checks: dict[str, str] = Field(default_factory=dict)
+    """Levels of rules that rows are checked by, where they are not the usual ones: `reject` (into quarantine), `repair`
+    (where a rule can), `warn`, `off`; `docs/data.md` has all rules. One of your own is named by its file, which lies in
+    the workspace, and its function: `rules.py:no_prices: reject`."""
+
+    languages: tuple[str, ...] = ()
+    """Languages that rows may be in, as ISO 639-1 codes (`[en, zh]`), for the rule `language`."""
+
+    labels: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """The labels that a task may have, by task, for the rule `unknown-label`; a task that is not named may have any."""
+
+    dedup: DedupConfig = DedupConfig()
     memory: MemoryConfig = MemoryConfig()
     distill: DistillConfig = DistillConfig()
     recall: RecallConfig = RecallConfig()
@@ -229,6 +243,15 @@ class Config(Section):
         if values.get("finetuning_type", "lora") == "lora" and not vllm:
             return values
         return {**values, "protect": ("replay", "distill")}
+
+    @field_validator("checks")
+    @classmethod
+    def _known_checks(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, level in value.items():
+            levels = LEVELS if is_custom(name) else RULES[_known(name, RULES)].levels
+            if level not in levels:
+                raise ValueError(f"{name} is {level}; it may be {', '.join(levels)}")
+        return value
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -455,10 +478,11 @@ class Config(Section):
         """The settings that versions depend on: not when updates run, who is told of them, how versions serve.
 
         Nor those that say how an update gets to its end, not to which: changed, they let it be resumed. Nor what starts
-        processes; on that the bits depend as on the machine (`Plan.machine`).
+        processes; on that the bits depend as on the machine (`Plan.machine`). Nor those that say which rows are taken
+        in: plans name the rows.
         """
         apart = {"automate", "report_to", "serve", "save_minutes", "max_loss_retries", "launcher", "accelerate_config"}
-        return self.model_dump(mode="json", exclude=apart)
+        return self.model_dump(mode="json", exclude=apart | {"checks", "languages", "labels", "dedup"})
 
     @classmethod
     def load(cls, path: Path, overrides: Iterable[str] = ()) -> Config:

@@ -146,6 +146,17 @@ class Memory:
             counts[row.label] = counts.get(row.label, 0) + 1
             self.rows[row.id] = row
 
+    def drop(self, ids: Iterable[str]) -> None:
+        """Let go of those rows that are no longer true, as if they had never been seen."""
+        for id in self.rows.keys() & set(ids):
+            row = self.rows.pop(id)
+            labels = self.seen[row.task]
+            labels[row.label] -= 1
+            if not labels[row.label]:
+                del labels[row.label]
+        self.teachers = {id: teacher for id, teacher in self.teachers.items() if id in self.rows}
+        self.known = {id: known for id, known in self.known.items() if id in self.rows}
+
     def order(self, losses: Mapping[str, float] | None = None, features: Mapping[str, Tensor] | None = None) -> None:
         """Put the rows of each cell in the order in which they are to stay, and keep what fits.
 

@@ -388,9 +388,9 @@ def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], open_a
     return cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[Example], int]:
-    """Counts the tokens of a conversation as training sees it. Raises what the chat template does."""
-    return lambda example: len(_render(tokenizer, example.messages, open_answer=False))
+def token_count(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message]) -> int:
+    """The tokens of a conversation as training sees it. Raises what the chat template does."""
+    return len(_render(tokenizer, turns, open_answer=False))
 
 
 _PLACES: ContextVar[Tensor | None] = ContextVar("_PLACES", default=None)

@@ -31,6 +31,32 @@ def _share_or_count(value: object) -> object:
     return value
 
 
+Contradictions = Literal["auto", "supersede", "keep-both", "quarantine"]
+
+
+class DedupConfig(Section):
+    """What becomes of rows that say what others say."""
+
+    near: Literal["drop", "keep"] = "drop"
+    """Training rows that say nearly the same as a stored one, with the same answer: left out (`drop`) or learned too
+    (`keep`). Rows with different numbers are never near. What is near a held-out row is never learned."""
+
+    threshold: float = Field(0.8, ge=0.5, le=1)
+    """How much of the words of either of two questions (or long answers) must be in both: the Jaccard index."""
+
+    contradictions: Contradictions | dict[str, Contradictions] = "auto"
+    """Rows that answer the same question with something else: the newest wins (`supersede`: the older one leaves
+    training, memory and held-out side), all are learned (`keep-both`), or none that comes (`quarantine`). `auto` is
+    `quarantine` within one ingest and `supersede` across them. A policy a task may be given, `*` for all others:
+    `{prices: supersede, "*": auto}`."""
+
+    def policy(self, task: str) -> Contradictions:
+        """What to do in `task`."""
+        if isinstance(self.contradictions, str):
+            return self.contradictions
+        return self.contradictions.get(task, self.contradictions.get("*", "auto"))
+
+
 class MemoryConfig(Section):
     """The bounded set of old rows that updates replay."""
 

@@ -16,14 +16,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from treering.data.check import check
-from treering.data.dedup import Texts
+from treering.data.check import Checks
 from treering.data.example import Example, Message
+from treering.data.texts import Texts
 from treering.errors import ModelError
 from treering.files import write_json
 from treering.greedy import Answer, Known, text, watched, write
 from treering.guides import guides
-from treering.model import encode, encode_prompt, token_counter
+from treering.model import encode, encode_prompt
 from treering.passes import in_parts, losses
 from treering.progress import bar, silent
 from treering.sampled import draw
@@ -116,6 +116,7 @@ class Writer:
         self._examples, self._held_out = examples, held_out
         self._path = lesson.folder / FILE
         self._system = self.config.default_system
+        self._checks = Checks(self.config, tokenizer, self.pupil.root)
 
     @property
     def wanted(self) -> int:
@@ -240,7 +241,7 @@ class Writer:
 
     def _fit(self, row: Example) -> Example | None:
         """`row`, if it would be taken from a file."""
-        return None if check(row, token_counter(self.tokenizer), self.config.cutoff_len) else row
+        return None if self._checks(row).refused else row
 
     def _answer(self, kept: _Kept) -> None:
         left = [id for id in self.asked if id not in kept.own]

@@ -1,55 +1,224 @@
-"""Which texts are alike; what an incoming row is to stored ones is tested where rows come in (`test_intake.py`)."""
+"""What rows are to those already stored: duplicates, leakage, contradictions, over ingests and in one."""
 
 from __future__ import annotations
 
 import random
-from itertools import pairwise
+import shutil
+import sqlite3
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
-from hypothesis import given
-from hypothesis import strategies as st
+import pytest
 
-from treering.data import dedup
-from treering.data.dedup import Texts
+from treering import Workspace, registry
+from treering.data import catalog, index
+from treering.data.intake import Ingested
+from treering.testing import toy_rows
 
-BALANCE = "what is the balance of my savings account"
+MakeWorkspace = Callable[..., Workspace]
 
-
-def test_texts_are_alike_by_what_they_say() -> None:
-    texts = Texts([(BALANCE, "held out"), ("play some jazz in the kitchen", "new")])
-    for same in (BALANCE, "  What is the BALANCE of my savings account?", "what is the balance of my savings accounts"):
-        assert texts.like(same) == "held out"
-    for other in ("what is the limit of my credit card", "play some rock in the attic", "", "?"):
-        assert texts.like(other) is None
-    texts.add("what is the limit of my credit card", "drawn")
-    assert texts.like("what is the limit of my credit card!") == "drawn"
+LONG = "please tell me how I can send the lamp back that I bought from you"
+NEAR = LONG.replace("please ", "")
 
 
-def test_the_first_of_those_that_are_alike_says_which_kind() -> None:
-    assert Texts([(BALANCE, "held out"), (BALANCE, "new")]).like(BALANCE) == "held out"
+def row(question: str, answer: str = "yes") -> Mapping[str, object]:
+    return {"question": question, "answer": answer}
 
 
-def test_an_instruction_that_all_begin_with_tells_nothing() -> None:
-    head = "Sort the message of the customer into one of the labels that you were given, and answer with the label: "
-    messages = ["where is my parcel", "the lamp is broken", "cancel the order", "how long is the warranty"]
-    texts = Texts([(head + message, "new") for message in messages])
-    assert texts.like(f"{head}which colours are there") is None
-    assert texts.like(f"{head}where is my parcel?") == "new"
+def balanced(found: Ingested) -> Ingested:
+    assert found.rows == found.accepted + found.duplicates + found.quarantined
+    assert found.accepted == sum(found.tasks.values()) and found.quarantined == sum(found.reasons.values())
+    return found
 
 
-@given(st.lists(st.text("ab c", max_size=12), max_size=12), st.text("ab c", max_size=12))
-def test_no_text_that_is_alike_is_passed_over(given_texts: list[str], asked: str) -> None:
-    """The heaviest sequences alone are looked up; comparing with every text finds the same."""
-    texts = Texts((text, str(at)) for at, text in enumerate(given_texts))
-    threes = dedup._threes(asked)
-    plain = [at for at, text in enumerate(given_texts) if texts._alike(threes, dedup._threes(text))]
-    assert texts.like(asked) == (str(plain[0]) if plain else None)
+def sides(ws: Workspace) -> dict[str, dict[str, str]]:
+    """The answers by question, of each side."""
+    found = {"train": ws.catalog.waiting(()), "held_out": ws.catalog.held_out()}
+    texts = {side: ws.catalog.examples([i for ids in tasks.values() for i in ids]) for side, tasks in found.items()}
+    return {
+        side: {example.prompt[-1].content: example.answer for example in examples.values()}
+        for side, examples in texts.items()
+    }
 
 
-def test_small_changes_of_long_texts_are_alike_and_large_ones_are_not() -> None:
+@pytest.fixture
+def ws(workspace: MakeWorkspace) -> Workspace:
+    return workspace(val_size=0.0)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_says_nearly_the_same_is_left_out(ws: Workspace, together: bool) -> None:
+    rows = [row(LONG), row("something else"), row(NEAR), row(LONG.upper())]
+    found = [ws.ingest(part, task="a") for part in ([rows] if together else [rows[:2], rows[2:]])]
+    assert sum(balanced(one).accepted for one in found) == 2
+    assert (found[-1].duplicates, found[-1].near) == (2, 2)
+    assert sides(ws)["train"] == {LONG: "yes", "something else": "yes"}
+    again = balanced(ws.ingest(rows[::-1], task="a"))
+    assert (again.accepted, again.duplicates, again.near) == (0, 4, 0)
+
+
+def test_numbers_and_answers_tell_rows_apart(ws: Workspace) -> None:
+    rows = [row(f"{LONG}, order {number}") for number in range(5)] + [row(NEAR, "no")]
+    assert balanced(ws.ingest(rows, task="a")).accepted == 6
+
+
+def test_near_rows_may_be_kept_and_stay_on_one_side(workspace: MakeWorkspace) -> None:
+    ws = workspace(val_size=0.9, dedup={"near": "keep"})
+    rows = [row(LONG), row(NEAR), *(row(f"question {number}") for number in range(8))]
+    found = balanced(ws.ingest(rows, task="a"))
+    assert (found.accepted, found.near, found.held_out) == (10, 0, 8)
+    assert sides(ws)["train"].keys() == {LONG, NEAR}
+
+
+def test_leakage_is_refused(ws: Workspace) -> None:
+    ws.ingest([], task="a", held_out=[row(LONG)])
+    found = balanced(ws.ingest([row(NEAR), row("something else")], task="b"))
+    assert found.reasons == {"leakage": 1}
+    assert "is held out and says nearly the same" in found.refused[0]["reason"]
+    assert sides(ws) == {"train": {"something else": "yes"}, "held_out": {LONG: "yes"}}
+
+
+def test_a_held_out_row_takes_its_likes_out_of_training(ws: Workspace) -> None:
+    ws.ingest([row(NEAR), row("something else")], task="a")
+    found = balanced(ws.ingest([], task="a", held_out=[row(LONG)]))
+    assert (found.accepted, found.quarantined) == (1, 0)  # What is moved came with another ingest.
+    assert sides(ws) == {"train": {"something else": "yes"}, "held_out": {LONG: "yes"}}
+    assert [bad["rule"] for bad in ws.catalog.quarantined()] == ["leakage"]
+
+
+def test_a_held_out_row_whose_like_was_learned_is_refused(ws: Workspace) -> None:
+    ws.ingest([row(NEAR), *(row(f"question {number}") for number in range(4))], task="a")
+    ws.update(max_steps=1, gate={"floor": 1.0, "margin": 1.0})
+    found = balanced(ws.ingest([], task="a", held_out=[row(LONG), row("another")]))
+    assert (found.accepted, found.reasons) == (1, {"held-out-was-trained": 1})
+    assert NEAR in sides(ws)["train"]
+
+
+def test_contradictions_of_one_ingest_all_go_to_quarantine(ws: Workspace) -> None:
+    rows = [row("How much?", "one"), row("else"), row("how much", "two"), row("how much?", "three")]
+    found = balanced(ws.ingest(rows, task="a"))
+    assert (found.accepted, found.reasons) == (1, {"contradiction": 3})
+    assert sides(ws)["train"] == {"else": "yes"}
+    refused = {bad["line"]: bad["reason"] for bad in ws.catalog.quarantined()}
+    assert refused.keys() == {1, 3, 4}
+    assert "<python>, line 3, answers the same with 'two'" in refused[1]
+    assert balanced(ws.ingest([row("how much", "four")], task="a")).accepted == 1  # Nothing stored speaks against it.
+
+
+def test_contradictions_over_batches_of_one_ingest(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("treering.data.intake.BATCH", 2)
+    rows = [row("How much?", "one"), row("else"), row("how much", "two"), row(LONG), row("how much?", "3"), row(NEAR)]
+    found = balanced(ws.ingest(rows, task="a"))
+    assert (found.accepted, found.duplicates, found.reasons) == (2, 1, {"contradiction": 3})
+    assert sides(ws)["train"] == {"else": "yes", LONG: "yes"}
+
+
+def test_a_newer_answer_supersedes_an_older_one(ws: Workspace) -> None:
+    old, new = row("How much is the lamp?", "one"), row("how much is the lamp", "two")
+    ws.ingest([old, row("else")], task="a")
+    found = balanced(ws.ingest([new], task="a"))
+    assert (found.accepted, found.superseded) == (1, 1)
+    assert sides(ws)["train"] == {"else": "yes", "how much is the lamp": "two"}
+    again = balanced(ws.ingest([old, new], task="a"))  # The old file read once more changes nothing.
+    assert (again.accepted, again.duplicates) == (0, 2)
+    assert sides(ws)["train"]["how much is the lamp"] == "two"
+
+
+@pytest.mark.parametrize(
+    ("policy", "together", "kept", "quarantined"),
+    [
+        ("keep-both", False, {"one", "two"}, 0),
+        ("keep-both", True, {"one", "two"}, 0),
+        ("quarantine", False, {"one"}, 1),
+        ("supersede", False, {"two"}, 0),
+        ("supersede", True, {"two"}, 1),
+        ({"a": "keep-both", "*": "quarantine"}, False, {"one", "two"}, 0),
+        ({"b": "keep-both", "*": "quarantine"}, False, {"one"}, 1),
+        ({"b": "keep-both"}, False, {"two"}, 0),
+    ],
+)
+def test_a_task_has_a_policy(
+    workspace: MakeWorkspace, policy: Any, together: bool, kept: set[str], quarantined: int
+) -> None:
+    ws = workspace(val_size=0.0, dedup={"contradictions": policy})
+    rows = [row("How much?", "one"), row("How much?", "two")]
+    for part in [rows] if together else [rows[:1], rows[1:]]:
+        balanced(ws.ingest(part, task="a"))
+    ids = [id for ids in ws.catalog.waiting(()).values() for id in ids]
+    assert {example.answer for example in ws.catalog.examples(ids).values()} == kept
+    assert ws.catalog.counts()["quarantined"] == quarantined
+
+
+def test_what_is_superseded_leaves_memory_and_scores(workspace: MakeWorkspace) -> None:
+    ws = workspace(val_size=0.0, memory={"size": 100})
+    ws.ingest(toy_rows("a", 12), task="a", held_out=[row(f"a held question {n}", "a b") for n in range(4)])
+    first = ws.update(max_steps=1, gate={"floor": 1.0, "margin": 1.0})
+    assert first is not None and first.promote
+    learned, judged = first.rows[0], first.manifest["held_out"]["a"][0]
+    texts = ws.catalog.examples([learned, judged])
+    ws.ingest([row(texts[learned].prompt[-1].content, "a z"), row(texts[judged].prompt[-1].content, "a z")], task="a")
+    second = ws.update(max_steps=1, gate={"floor": 1.0, "margin": 1.0})
+    assert second is not None
+    memory = (second.folder / "memory.json").read_text()
+    assert learned in (first.folder / "memory.json").read_text() and learned not in memory
+    assert judged not in second.manifest["held_out"]["a"] and len(second.manifest["held_out"]["a"]) == 3
+    assert all(line in memory for line in second.rows)
+
+
+@pytest.mark.parametrize("lost", ["index", "run", "file"])
+def test_a_lost_index_is_made_again(ws: Workspace, lost: str) -> None:
+    ws.ingest([row(LONG), row("something else")], task="a")
+    ws.ingest([row("one more")], task="a")
+    folder = ws.root / catalog.INDEX
+    run = next(folder.iterdir())
+    if lost == "file":
+        (run / "keys.npy").write_bytes(b"")
+    else:
+        shutil.rmtree(folder if lost == "index" else run)
+    found = balanced(ws.ingest([row(NEAR)], task="a"))
+    assert (found.accepted, found.near) == (0, 1)
+
+
+def test_a_failed_ingest_leaves_no_run(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    ws.ingest([row(LONG)], task="a")
+    before = sorted(path.name for path in (ws.root / catalog.INDEX).iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr("treering.data.writer.Writer.keep_runs", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ws.ingest([row("something else entirely")], task="a")
+    assert balanced(ws.ingest([row(NEAR)], task="a")).near == 1
+    with ws.catalog.writing() as writer:
+        names, upto = writer.runs()
+    index.clear(ws.root / catalog.INDEX, names)
+    assert (sorted(path.name for path in (ws.root / catalog.INDEX).iterdir()), upto) == (before, 2)
+
+
+def test_a_catalog_of_before_is_brought_up_to_date(ws: Workspace, workspace: MakeWorkspace) -> None:
+    ws.ingest([row(LONG), row("How much?", "one"), row("x", "x")], task="a")
+    del ws.catalog
+    with sqlite3.connect(ws.root / "treering.db") as db:
+        db.execute("DROP INDEX ix_rows_asked")
+        db.execute("ALTER TABLE rows DROP COLUMN asked")
+        db.execute("ALTER TABLE quarantine DROP COLUMN messages")
+        for table in ("duplicates", "runs", "words"):
+            db.execute(f"DROP TABLE {table}")
+        db.execute("UPDATE meta SET schema = 1")
+    db.close()
+    shutil.rmtree(ws.root / catalog.INDEX)
+    found = balanced(Workspace(ws.root).ingest([row(NEAR), row("how much?", "two")], task="a"))
+    assert (found.accepted, found.near, found.superseded) == (1, 1, 1)
+    assert Workspace(ws.root).catalog.counts() == {"train": 2, "held_out": 0, "quarantined": 1}
+
+
+def test_many_rows_and_their_likes(ws: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("treering.data.intake.BATCH", 100)
     draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(40)]
-    versions = [[*words[:count], *(word[::-1] for word in words[count:])] for count in (40, 38, 20)]
-    texts = Texts([(" ".join(words), "held out")])
-    found = [texts.like(" ".join(version)) for version in versions]
-    assert found == ["held out", "held out", None]
-    assert all(len(one) == len(other) for one, other in pairwise(versions))
+    words = ["".join(draw.choices("abcdefghij", k=6)) for _ in range(500)]
+    texts = [" ".join(draw.sample(words, 15)) for _ in range(400)]
+    near = [" ".join([*text.split()[1:], "please"]) for text in texts[:100]]
+    rows = [row(text) for text in [*texts, *near]]
+    draw.shuffle(rows)
+    found = [balanced(ws.ingest(rows[start : start + 250], task="a")) for start in (0, 250)]
+    assert sum(one.near for one in found) >= 97
+    assert sum(one.accepted for one in found) == 500 - sum(one.near for one in found)

@@ -21,7 +21,7 @@ from tests.soak.language import Row, Task, pretrained_model
 from tests.soak.post import DAMAGES, FORMATS, MANNERS, SETTLE, damaged, encoded, put
 from treering import Workspace, overview, registry
 from treering.automate.state import State
-from treering.data.catalog import HELD
+from treering.data.writer import HELD
 from treering.data.shapes import convert
 
 DAYS = 30

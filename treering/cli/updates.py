@@ -92,6 +92,14 @@ def _taken(done: Ingested) -> list[str]:
         f"{done.duplicates} duplicates, {done.quarantined} quarantined"
     ]
     lines += [f"  {task}: {count}" for task, count in done.tasks.items()]
+    lines += [f"  {done.near} of the duplicates say nearly the same as another row"] if done.near else []
+    lines += (
+        [f"  {done.superseded} older rows answered the same with something else; they no longer count"]
+        if done.superseded
+        else []
+    )
+    lines += [f"  mended by {rule}: {count}" for rule, count in done.mended.items()]
+    lines += [f"  warned of by {rule}: {count}" for rule, count in done.warned.items()]
     lines += [f"  quarantined by {rule}: {count}" for rule, count in done.reasons.items()]
     lines += [f"  {row['file']}, line {row['line']}: {row['reason']}" for row in done.refused[:ROWS_TOLD]]
     more = done.quarantined - ROWS_TOLD

@@ -2,79 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import os
+import shutil
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import sqlalchemy as sa
 
-from treering.data.dedup import Split
+from treering.data import schema
 from treering.data.example import Example
-from treering.data.read import Bad
+from treering.data.schema import files as _files
+from treering.data.schema import quarantine as _quarantine
+from treering.data.schema import rows as _rows
+from treering.data.writer import CHUNK, SUPERSEDED, Writer
 from treering.errors import LockError, TreeringError, full_disk_is_clear
-from treering.files import printable, sha256, timestamp
+from treering.files import printable, sha256
 
-SCHEMA = 1
 DAMAGED = "put a backup of it back; the versions do not need it to answer"
-HELD = "held-by-gate"
-"""The rule under which rows of a held update are in quarantine."""
 
-_ASIDE = "aside:"
-"""Before the split of rows in quarantine that were accepted once: versions that learned them still find their text."""
-
-_CHUNK = 500  # SQLite takes a limited number of bound values.
-_RAW_LENGTH = 2000
-
-_tables = sa.MetaData()
-_meta = sa.Table("meta", _tables, sa.Column("schema", sa.Integer, nullable=False))
-_rows = sa.Table(
-    "rows",
-    _tables,
-    sa.Column("seq", sa.Integer, primary_key=True),
-    sa.Column("id", sa.Text, nullable=False, unique=True),
-    sa.Column("task", sa.Text, nullable=False, index=True),
-    sa.Column("split", sa.Text, nullable=False),
-    sa.Column("given", sa.Boolean, nullable=False),
-    sa.Column("messages", sa.Text, nullable=False),
-    sa.Column("file", sa.Text, nullable=False),
-    sa.Column("line", sa.Integer, nullable=False),
-    sa.Column("added", sa.Text, nullable=False),
-)
-_quarantine = sa.Table(
-    "quarantine",
-    _tables,
-    sa.Column("seq", sa.Integer, primary_key=True),
-    sa.Column("task", sa.Text, nullable=False),
-    sa.Column("file", sa.Text, nullable=False, index=True),
-    sa.Column("line", sa.Integer, nullable=False),
-    sa.Column("rule", sa.Text, nullable=False),
-    sa.Column("reason", sa.Text, nullable=False),
-    sa.Column("raw", sa.Text, nullable=False),
-    sa.Column("added", sa.Text, nullable=False),
-)
-_files = sa.Table(
-    "files",
-    _tables,
-    sa.Column("path", sa.Text, primary_key=True),
-    sa.Column("sha256", sa.Text, nullable=False),
-)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A row of the catalog. `given`: its split was set by the user's own held-out file, not by hash."""
-
-    example: Example
-    task: str
-    split: Split
-    given: bool
-    file: str
-    line: int
+INDEX = "near"
+"""The folder of the index of near duplicates, beside the catalog; it can be made again from the rows."""
 
 
 @dataclass(frozen=True)
@@ -94,18 +46,18 @@ class Catalog:
         sa.event.listen(self.engine, "handle_error", _damage_is_clear)
         try:
             with full_disk_is_clear(path.parent), self.engine.connect() as db:
-                if not sa.inspect(db).has_table(_meta.name):
-                    _create(db)
-                schema = db.execute(sa.select(_meta.c.schema)).scalar_one()
+                schema.prepare(db, path)
         except sa.exc.DatabaseError as error:
             raise TreeringError(f"{path} is no usable catalog: {error.orig}") from None
-        if schema > SCHEMA:
-            raise TreeringError(f"{path} has catalog format {schema}, newer than {SCHEMA}: update treering")
+        self.index = path.parent / INDEX
 
     def copy(self, path: Path) -> Catalog:
         """The same rows in a catalog of their own at `path`, to try things on."""
         with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as db:
             db.execute(sa.text("VACUUM INTO :path"), {"path": str(path)})
+        if self.index.is_dir():  # Where a run has just been replaced the copy makes its index anew.
+            with suppress(OSError):
+                shutil.copytree(self.index, path.parent / INDEX, copy_function=_linked)
         return Catalog(path)
 
     def check(self) -> None:
@@ -129,7 +81,7 @@ class Catalog:
                 if "locked" not in str(error.orig):
                     raise
                 raise LockError("another process is ingesting into this workspace; try again when it is done") from None
-            yield Writer(db)
+            yield Writer(db, self.index)
 
     def waiting(self, consumed: Collection[str], file: str | None = None) -> dict[str, list[str]]:
         """Ids of the training rows (of `file`) not in `consumed`, by task, tasks and rows in the order they came."""
@@ -160,13 +112,22 @@ class Catalog:
                 found.setdefault(task, []).append(id)
         return found
 
+    def superseded(self, ids: Sequence[str]) -> set[str]:
+        """Those of the ids whose rows are no longer true."""
+        found: set[str] = set()
+        with self.engine.connect() as db:
+            for start in range(0, len(ids), CHUNK):
+                here = sa.and_(_rows.c.id.in_(ids[start : start + CHUNK]), _rows.c.split.startswith(SUPERSEDED))
+                found.update(db.execute(sa.select(_rows.c.id).where(here)).scalars())
+        return found
+
     def origins(self, ids: Sequence[str]) -> dict[str, Origin]:
         """File and time of arrival of these rows, in the order they came."""
         found: list[tuple[int, str, Origin]] = []
         with self.engine.connect() as db:
-            for start in range(0, len(ids), _CHUNK):
+            for start in range(0, len(ids), CHUNK):
                 query = sa.select(_rows.c.seq, _rows.c.id, _rows.c.file, _rows.c.added)
-                for seq, id, file, added in db.execute(query.where(_rows.c.id.in_(ids[start : start + _CHUNK]))):
+                for seq, id, file, added in db.execute(query.where(_rows.c.id.in_(ids[start : start + CHUNK]))):
                     found.append((seq, id, Origin(file, datetime.fromisoformat(added))))
         return {id: origin for _, id, origin in sorted(found, key=lambda entry: entry[0])}
 
@@ -174,8 +135,8 @@ class Catalog:
         """The examples with these ids. Raises `TreeringError` if one is not stored."""
         found: dict[str, Example] = {}
         with self.engine.connect() as db:
-            for start in range(0, len(ids), _CHUNK):
-                query = sa.select(_rows.c.id, _rows.c.messages).where(_rows.c.id.in_(ids[start : start + _CHUNK]))
+            for start in range(0, len(ids), CHUNK):
+                query = sa.select(_rows.c.id, _rows.c.messages).where(_rows.c.id.in_(ids[start : start + CHUNK]))
                 found |= {id: Example.of(json.loads(messages)) for id, messages in db.execute(query)}
         missing = [id for id in ids if id not in found]
         if missing:
@@ -211,128 +172,11 @@ class Catalog:
         return False
 
 
-class Writer:
-    """What can be done inside one transaction of the catalog."""
-
-    def __init__(self, db: sa.Connection) -> None:
-        self.db = db
-        self.added = timestamp()
-
-    def splits(self, ids: Sequence[str]) -> dict[str, Split | Literal["aside"]]:
-        """Which of these ids are stored, and on which side; `aside`: in quarantine since a version was held."""
-        found: dict[str, Any] = {}
-        for start in range(0, len(ids), _CHUNK):
-            query = sa.select(_rows.c.id, _rows.c.split).where(_rows.c.id.in_(ids[start : start + _CHUNK]))
-            found |= dict(self.db.execute(query).all())
-        return {id: "aside" if split.startswith(_ASIDE) else split for id, split in found.items()}
-
-    def sizes(self, task: str) -> tuple[int, int]:
-        """How many rows the task has, and how many of them are held out."""
-        query = sa.select(_rows.c.split, sa.func.count()).where(_rows.c.task == task).group_by(_rows.c.split)
-        counts: dict[str, int] = dict(self.db.execute(query).all())
-        return counts.get("train", 0) + counts.get("held_out", 0), counts.get("held_out", 0)
-
-    def has_given_held_out(self, task: str) -> bool:
-        """Whether the user gave this task held-out rows of its own."""
-        query = sa.select(_rows.c.id).where(_rows.c.task == task, _rows.c.split == "held_out", _rows.c.given).limit(1)
-        return self.db.execute(query).first() is not None
-
-    def add(self, rows: Iterable[Stored]) -> None:
-        """Store rows whose ids are not stored yet."""
-        values = [
-            {
-                "id": row.example.id,
-                "task": row.task,
-                "split": row.split,
-                "given": row.given,
-                "messages": json.dumps(row.example.as_dicts(), ensure_ascii=False),
-                "file": row.file,
-                "line": row.line,
-                "added": self.added,
-            }
-            for row in rows
-        ]
-        if values:
-            self.db.execute(_rows.insert(), values)
-
-    def hold_out(self, id: str, task: str) -> None:
-        """Move a stored training row to the held-out side of `task`."""
-        self.take_back(id)
-        self.db.execute(_rows.update().where(_rows.c.id == id).values(split="held_out", given=True, task=task))
-
-    def set_aside(self, ids: Sequence[str], reason: str) -> int:
-        """Move stored rows to quarantine, all but those the user gave to judge by; returns how many."""
-        moved = 0
-        for start in range(0, len(ids), _CHUNK):
-            here = sa.and_(_rows.c.id.in_(ids[start : start + _CHUNK]), sa.not_(_rows.c.given))
-            here = sa.and_(here, _rows.c.split.in_(("train", "held_out")))
-            query = sa.select(_rows.c.task, _rows.c.file, _rows.c.line, _rows.c.messages).where(here)
-            for row in self.db.execute(query.order_by(_rows.c.seq)).all():
-                self._refuse(row.task, [Bad(row.file, row.line, HELD, reason, row.messages[:_RAW_LENGTH])])
-                moved += 1
-            self.db.execute(_rows.update().where(here).values(split=_ASIDE + _rows.c.split))
-        return moved
-
-    def take_back(self, id: str) -> str | None:
-        """Undo `set_aside` for a row; returns the side it is on again, None if it was not set aside."""
-        row = self.db.execute(sa.select(_rows).where(_rows.c.id == id, _rows.c.split.startswith(_ASIDE))).first()
-        if row is None:
-            return None
-        split: str = row.split.removeprefix(_ASIDE)
-        self.db.execute(_rows.update().where(_rows.c.id == id).values(split=split))
-        same = (_quarantine.c.file == row.file, _quarantine.c.line == row.line)
-        raw = _quarantine.c.raw == row.messages[:_RAW_LENGTH]
-        self.db.execute(_quarantine.delete().where(_quarantine.c.rule == HELD, *same, raw))
-        return split
-
-    def quarantine(self, task: str, file: str | None, bad: Sequence[Bad]) -> None:
-        """Replace the rows of `file` that could not be accepted by `bad`; None: add them."""
-        self.db.execute(_quarantine.delete().where(_quarantine.c.file == file, _quarantine.c.rule != HELD))
-        self._refuse(task, bad)
-
-    def _refuse(self, task: str, bad: Sequence[Bad]) -> None:
-        values = [
-            {
-                "task": task,
-                "file": b.file,
-                "line": b.line,
-                "rule": b.rule,
-                "reason": b.reason,
-                "raw": b.raw,
-                "added": self.added,
-            }
-            for b in bad
-        ]
-        if values:
-            self.db.execute(_quarantine.insert(), values)
-
-    def remember_file(self, path: str, sha256: str) -> None:
-        """Note the content with which a file was ingested."""
-        self.db.execute(_files.delete().where(_files.c.path == path))
-        self.db.execute(_files.insert().values(path=path, sha256=sha256))
-
-
-def _create(db: sa.Connection) -> None:
-    """Make the tables, all or none; whoever waited for another process that made them finds them made."""
-    db.execute(sa.text("BEGIN IMMEDIATE"))
-    _tables.create_all(db)
-    if db.execute(sa.select(_meta.c.schema)).first() is None:
-        db.execute(_meta.insert().values(schema=SCHEMA))
-    db.commit()
-
-
-def choose_held_out(ids: Sequence[str], share: float, stored: int = 0, held_out: int = 0) -> set[str]:
-    """Which of the new `ids` of a task to hold out: those with the lowest hashes, random but always the same.
-
-    As many as bring the task to `share`, with the `stored` rows it has already, `held_out` of them on that side; at
-    least one once it has five rows.
-    """
-    rows = stored + len(ids)
-    wanted = round(share * rows)
-    if share > 0 and rows >= 5:
-        wanted = max(1, wanted)
-    count = max(0, wanted - held_out)
-    return set(sorted(ids, key=lambda id: hashlib.blake2b(f"held-out:{id}".encode(), digest_size=8).digest())[:count])
+def _linked(source: str, target: str) -> None:
+    try:
+        os.link(source, target)  # Runs never change.
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _damage_is_clear(context: Any) -> None:
@@ -347,4 +191,5 @@ def _durable(connection: Any, _: Any) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute("PRAGMA cache_size=-65536")  # KiB: the index of ids is met in random order.
     cursor.close()

@@ -1,65 +1,95 @@
-"""Accept an example, or say by which rule and why it goes to quarantine."""
+"""Rows past the rules: taken as they are, mended, or refused by the first rule that says so."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from treering.data.example import Example, normalise
+from treering.data.example import Example
+from treering.data.lengths import Lengths
+from treering.data.rules import RULES, Around, Finding, Rule, is_custom
+from treering.errors import ConfigError
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-Rule = Callable[[Example], str | None]
+    from treering.config import Config
 
 
-def check(example: Example, count_tokens: Callable[[Example], int], cutoff_len: int) -> tuple[str, str] | None:
-    """The first rule that the example breaks and the reason in words, or None where it breaks none."""
-    rules: dict[str, Rule] = {
-        "empty-question": empty_question,
-        "answer-equals-question": answer_equals_question,
-        "control-characters": control_characters,
-    }
-    for name, rule in rules.items():
-        reason = rule(example)
-        if reason:
-            return name, reason
+@dataclass(frozen=True)
+class Checked:
+    """A row as it is to be taken; `refused`: the rule that refuses it, and why.
+
+    `mended` and `warned` name the rules that changed it, and those that only warn.
+    """
+
+    row: Example
+    refused: tuple[str, str] | None = None
+    mended: tuple[str, ...] = ()
+    warned: tuple[str, ...] = ()
+
+
+class Checks:
+    """The rules at their levels in `config`; those of the user's own lie in the workspace `root`.
+
+    Raises `ConfigError` for a rule of the user's own that is not there.
+    """
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, root: Path | None = None) -> None:
+        lengths = Lengths(tokenizer, config.cutoff_len)
+        self.around = Around(tokenizer, lengths, config.languages, config.labels)
+        levels = {name: known.level for name, known in RULES.items()} | config.checks
+        rules: dict[str, Rule] = {name: known.check for name, known in RULES.items()}
+        for name in filter(is_custom, config.checks):
+            rules[name] = _custom(name, root or Path.cwd())
+        self.rules = {name: (rules[name], level) for name, level in levels.items() if level != "off"}
+
+    def __call__(self, row: Example, task: str = "") -> Checked:
+        """What becomes of `row`."""
+        around = self.around if task == self.around.task else self._of(task)
+        mended, warned = list[str](), list[str]()
+        for name, (rule, level) in self.rules.items():
+            found = rule(row, around)
+            if found is None:
+                continue
+            if level == "warn":
+                warned.append(name)
+            elif level == "repair" and found.mended is not None and found.mended.messages[-1].content:
+                row = found.mended
+                mended.append(name)
+            else:
+                return Checked(row, (name, found.reason))
+        return Checked(row, None, tuple(mended), tuple(warned))
+
+    def _of(self, task: str) -> Around:
+        self.around = replace(self.around, task=task)
+        return self.around
+
+
+def _custom(name: str, root: Path) -> Rule:
+    """The user's rule `FILE.py:FUNCTION`: it gets the messages as dictionaries, and returns a reason or None."""
+    file, _, function = name.partition(":")
+    path = root / file
+    if not path.is_file():
+        raise ConfigError(f"checks names {name}, but {path} is no file: put it there, or drop the rule")
+    spec = importlib.util.spec_from_file_location(f"treering_rules_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
     try:
-        tokens = count_tokens(example)
-    except Exception as error:  # Templates raise whatever they like; some want turns to alternate, or no system.
-        return "template-refuses", f"the model's chat template refuses it ({error}); change the turns, or the model"
-    reason = too_long(tokens, cutoff_len)
-    return ("too-long", reason) if reason else None
+        spec.loader.exec_module(module)
+        rule: Callable[[Sequence[Mapping[str, str]]], str | None] = getattr(module, function)
+    except Exception as error:
+        raise ConfigError(f"checks names {name}, but it cannot be loaded ({error!r}): correct {path}") from error
+    return partial(_asked, name, rule)
 
 
-def empty_question(example: Example) -> str | None:
-    """Nothing is asked in the last user turn."""
-    return None if _question(example) else "the last user turn is empty; write the question or delete the row"
-
-
-def answer_equals_question(example: Example) -> str | None:
-    """The answer only repeats the question, which a shifted or copied column does."""
-    if example.messages[-1].role != "assistant":
-        return None
-    # What is nothing but punctuation normalises to nothing, so "?" and "!" would count as equal.
-    repeats = example.label and example.label == normalise(_question(example))
-    return f"the answer {example.answer[:80]!r} repeats the question; write the real answer" if repeats else None
-
-
-def control_characters(example: Example) -> str | None:
-    """A C0 control character, which text never needs apart from tab and line ends."""
-    for number, message in enumerate(example.messages, 1):
-        found = _CONTROL.search(message.content)
-        if found:
-            return f"turn {number} holds U+{ord(found[0]):04X} at character {found.start() + 1}; delete it"
-    return None
-
-
-def too_long(tokens: int, cutoff_len: int) -> str | None:
-    """More tokens than one training row may have; cutting would teach an answer without its end."""
-    if tokens <= cutoff_len:
-        return None
-    return f"{tokens} tokens are more than cutoff_len={cutoff_len}; shorten the row or raise cutoff_len"
-
-
-def _question(example: Example) -> str:
-    return next((turn.content.strip() for turn in reversed(example.messages) if turn.role == "user"), "")
+def _asked(name: str, rule: Callable[[Any], str | None], row: Example, _: Around) -> Finding | None:
+    try:
+        reason = rule(row.as_dicts())
+    except Exception as error:
+        return Finding(f"the rule failed on it ({error!r}); correct {name}")
+    return Finding(str(reason)) if reason else None

@@ -1,86 +1,242 @@
-"""Duplicates and held-out leakage: what an incoming row is to the rows already stored, and which texts are alike."""
+"""Duplicates, leakage and contradictions: what incoming rows are to the rows already stored, and to each other."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
-from treering.data.example import normalise
+from treering.data import index
+from treering.data.alike import Common, Said
+from treering.data.index import Index, within
+from treering.data.read import Row
+from treering.data.writer import Known, Split, Stored, Writer
 
-Split = Literal["train", "held_out"]
+if TYPE_CHECKING:
+    from treering.config import Config
+
 Fate = Literal["new", "duplicate", "aside", "to_held_out", "already_trained"]
 
+LEAKAGE, CONTRADICTION, TRAINED = "leakage", "contradiction", "held-out-was-trained"
+"""Rules of quarantine."""
 
-def fate(id: str, split: Split, stored: Mapping[str, Split | Literal["aside"]], trained: set[str]) -> Fate:
-    """What to do with an incoming row.
 
-    `stored` maps the ids already in the catalog to their split; `trained` holds the ids that a version has learned.
+def fate(id: str, split: Split, known: Mapping[str, Known], trained: Set[str]) -> Fate:
+    """What to do with an incoming row, by its id alone.
+
+    `known` maps the ids already met to where they are; `trained` holds the ids that a version has learned.
     A held-out row is held out everywhere: it is never stored for training, and a stored training row moves to the
     held-out side when a user's file names it, unless some version has already learned it. A row that was set aside
-    (`aside`) after a hold stays so until the user names its file.
+    (`aside`) after a hold stays so until the user names its file; one that is superseded, or left out because another
+    says the same, stays so when its file is read again.
     """
-    if id not in stored:
+    where = known.get(id)
+    if where is None or (where == "like" and split == "held_out"):
         return "already_trained" if split == "held_out" and id in trained else "new"
-    if split == "train" and stored[id] == "aside":
+    if where == "aside" and split == "train":
         return "aside"
-    if split == "train" or stored[id] == "held_out":
+    if split == "train" or where in ("held_out", "superseded"):
         return "duplicate"
     return "already_trained" if id in trained else "to_held_out"
 
 
-ALIKE = 0.8
-"""Texts are alike when so much of what either has is in both."""
+@dataclass
+class Judged:
+    """An incoming row and what becomes of it; a new one is stored as `stored`.
 
-
-class Texts:
-    """Texts, each of a kind, and which of them another text is like.
-
-    Two are alike when they have the same normal form, or when the weighted Jaccard index of their sequences of three
-    characters is `ALIKE` or more. A sequence weighs the less, the more of the texts have it: an instruction that all
-    begin with tells nothing. `texts` (with their kinds) are there from the start and fix the weights.
+    `refused` is why it goes to quarantine instead, a rule and a reason; `like` the id of a row that says the same, for
+    which it is left out. `replaces` are stored rows that it makes untrue, `removes` those that go to quarantine for it,
+    each with a rule and a reason.
     """
 
-    def __init__(self, texts: Iterable[tuple[str, str]] = ()) -> None:
-        self._having: Counter[str] = Counter()
-        self._count = 0
-        self._kept: list[tuple[str, str]] = []
-        self._places: dict[str, list[int]] = {}
-        for text, kind in texts:
-            self.add(text, kind)
-        self._having.update({three: len(places) for three, places in self._places.items()})
-        self._count = len(self._kept)
+    row: Row
+    fate: Fate
+    stored: Stored | None = None
+    refused: tuple[str, str] | None = None
+    like: str | None = None
+    replaces: list[str] = field(default_factory=list)
+    removes: list[tuple[Stored, str, str]] = field(default_factory=list)
 
-    def add(self, text: str, kind: str) -> None:
-        """One more."""
-        for three in _threes(text):
-            self._places.setdefault(three, []).append(len(self._kept))
-        self._kept.append((text, kind))
-
-    def like(self, text: str) -> str | None:
-        """The kind of the text that came first of those that `text` is like; None: it is like none."""
-        threes = _threes(text)
-        ordered = sorted(threes, key=lambda three: (-self._weight(three), three))
-        left = math.fsum(map(self._weight, ordered))
-        least = ALIKE * left
-        near: set[int] = set()
-        for three in ordered:  # One that is like it has one of the heaviest: without them, too little is left to share.
-            if left < least * (1 - 1e-9):
-                break
-            near.update(self._places.get(three, ()))
-            left -= self._weight(three)
-        return next((self._kept[at][1] for at in sorted(near) if self._alike(threes, _threes(self._kept[at][0]))), None)
-
-    def _alike(self, one: set[str], other: set[str]) -> bool:
-        shared, either = (math.fsum(map(self._weight, threes)) for threes in (one & other, one | other))
-        return shared >= ALIKE * either
-
-    def _weight(self, three: str) -> float:
-        return math.log((self._count + 2) / (self._having[three] + 1))
+    @property
+    def is_kept(self) -> bool:
+        """Whether it is to be stored."""
+        return self.fate == "new" and self.refused is None and self.like is None
 
 
-def _threes(text: str) -> set[str]:
-    """Its normal form's sequences of three characters, with a blank before and behind; of none the two blanks."""
-    plain = f" {normalise(text)} "
-    return {plain[at : at + 3] for at in range(max(1, len(plain) - 2))}
+class Judge:
+    """Judges the rows of one ingest, batch by batch; `trained` are the ids that a version has learned.
+
+    What is kept has to be stored before the next batch comes.
+    """
+
+    def __init__(self, writer: Writer, config: Config, trained: Set[str]) -> None:
+        self.writer, self.config, self.trained = writer, config, trained
+        self.threshold = config.dedup.threshold
+        self.first = self.last = max(writer.last(), writer.runs()[1])  # No number comes again: the index may know it.
+        """The highest numbers of rows that were there before, and that were given until now."""
+        self.tied: set[str] = set()
+        """Rows of which one that says the same is kept: as a pair they stay on the training side."""
+        self._disputed: set[int] = set()
+        """What rows of this ingest answered differently, where all of them went to quarantine."""
+        self._common: dict[str, Common] = {}
+        self._batch: dict[int, Judged] = {}
+        """The rows that are being judged by their numbers."""
+        self._gone: set[int] = set()
+        """The numbers of those that went to quarantine meanwhile."""
+        self._index = self._opened()
+
+    def judge(self, rows: Sequence[Row], task: str, split: Split, given: bool) -> list[Judged]:
+        """What becomes of these rows of one task, in their order."""
+        known: dict[str, Known] = self.writer.known([row.example.id for row in rows])
+        found, new = list[Judged](), list[Judged]()
+        for row in rows:
+            id = row.example.id
+            one = Judged(row, fate(id, split, known, self.trained))
+            found.append(one)
+            if one.fate == "new":
+                known[id] = split
+                self.last += 1
+                said = Said.of(row.example)
+                one.stored = Stored(self.last, row.example, said, task, split, given, row.file, row.line)
+                new.append(one)
+            elif one.fate == "already_trained":
+                why = "it is to be held out, but a version has already learned it; leave it out of the held-out file"
+                one.refused = (TRAINED, why)
+        self._compare(new, task)
+        return found
+
+    def close(self) -> None:
+        """Keep what was learned of the rows for the next ingest, in the same transaction."""
+        for task, common in self._common.items():
+            self.writer.keep_common(task, common)
+        self.writer.keep_runs(self._index.save(f"run-{self.last}"), self.last)
+
+    # How rows compare
+
+    def _compare(self, new: Sequence[Judged], task: str) -> None:
+        """Settle what those of a batch that nobody has met yet are to stored rows and to each other."""
+        rows = [one.stored for one in new if one.stored]
+        self._batch = {row.seq: one for row, one in zip(rows, new, strict=True)}
+        self._gone = set()
+        common = self._common_of(task)
+        common.learn(row.said.words for row in rows)
+        signed = index.signatures([common.without(row.said.words) for row in rows])
+        asking, near = _by_question(self.writer.asking(row.said.asked for row in rows)), self._near(signed)
+        earlier = [set[int]() for _ in rows]
+        for place, other in within(signed, self.threshold):
+            earlier[place].add(other)
+        asked: dict[int, list[int]] = {}
+        for place, (one, row) in enumerate(zip(new, rows, strict=True)):
+            same = asked.setdefault(row.said.asked, [])
+            stored = {other.seq: other for other in [*asking.get(row.said.asked, ()), *near[place]]}
+            fresh = {rows[at].seq: rows[at] for at in {*same, *earlier[place]} if new[at].is_kept}
+            others = [other for seq, other in sorted((stored | fresh).items()) if seq not in self._gone]
+            self._settle(one, row, others, common)
+            same.append(place)
+        kept = [place for place, one in enumerate(new) if one.is_kept]
+        self._index.add(signed[kept], [rows[place].seq for place in kept])
+
+    def _settle(self, one: Judged, row: Stored, others: Sequence[Stored], common: Common) -> None:
+        """What `row` is to others that came before it."""
+        alike = [other for other in others if row.said.like(other.said, common, self.threshold)]
+        if row.split == "train":
+            self._train(one, row, alike)
+        else:
+            self._hold_out(one, row, alike)
+        if not one.is_kept:
+            return
+        if row.said.asked in self._disputed:
+            one.refused = (CONTRADICTION, "rows of this ingest answer the same with something else; keep the true one")
+        for other in others:
+            if row.said.contradicts(other.said, self.threshold):
+                self._contradict(one, row, other)
+
+    def _train(self, one: Judged, row: Stored, alike: Sequence[Stored]) -> None:
+        held_out = next((other for other in alike if other.split == "held_out"), None)
+        if held_out:
+            one.refused = (LEAKAGE, f"{_where(held_out)} is held out and says nearly the same, so scores would lie")
+        elif alike and self.config.dedup.near == "drop":
+            one.like = alike[0].example.id
+        elif alike:
+            self.tied |= {row.example.id, *(other.example.id for other in alike)}
+
+    def _hold_out(self, one: Judged, row: Stored, alike: Sequence[Stored]) -> None:
+        trained = [other for other in alike if other.split == "train"]
+        learned = next((other for other in trained if other.example.id in self.trained), None)
+        if learned:
+            one.refused = (
+                TRAINED,
+                f"a version has learned {_where(learned)}, which says nearly the same; leave it out",
+            )
+            return
+        for other in trained:
+            self._remove(one, other, LEAKAGE, f"{_where(row)} is held out and says nearly the same")
+
+    def _contradict(self, one: Judged, row: Stored, other: Stored) -> None:
+        """Do as the task's policy says with `row`, which answers what the `other` answers with something else."""
+        policy, together = self.config.dedup.policy(row.task), other.seq > self.first
+        if policy == "auto":
+            policy = "quarantine" if together else "supersede"
+        if policy == "supersede" and not together:
+            one.replaces.append(other.example.id)
+        elif policy == "supersede":
+            self._remove(one, other, CONTRADICTION, _differs(row, "came later"))
+        elif policy == "quarantine":
+            one.refused = (CONTRADICTION, _differs(other))
+            if together:
+                self._disputed.add(row.said.asked)
+                self._remove(one, other, CONTRADICTION, _differs(row))
+
+    def _remove(self, one: Judged, other: Stored, rule: str, reason: str) -> None:
+        """Have `other` go to quarantine because of `one`: from the same batch, or from among stored rows."""
+        self._gone.add(other.seq)
+        if other.seq in self._batch:
+            self._batch[other.seq].refused = (rule, reason)
+        else:
+            one.removes.append((other, rule, reason))
+
+    def _near(self, signed: index.Signatures) -> list[list[Stored]]:
+        """For each signature the stored rows that may be near."""
+        pairs = list(self._index.near(signed, self.threshold))
+        stored = {row.seq: row for row in self.writer.numbered(seq for _, seq in pairs)}
+        found: list[list[Stored]] = [[] for _ in signed]
+        for place, seq in sorted(pairs):
+            if seq in stored:
+                found[place].append(stored[seq])
+        return found
+
+    def _common_of(self, task: str) -> Common:
+        if task not in self._common:
+            self._common[task] = self.writer.common(task)
+        return self._common[task]
+
+    def _opened(self) -> Index:
+        """The index, with all rows that it does not know yet; made anew where it is lost or damaged."""
+        names, upto = self.writer.runs()
+        index.clear(self.writer.index, names)
+        try:
+            opened = Index(self.writer.index, names)
+        except (OSError, ValueError):
+            index.clear(self.writer.index, ())
+            opened, upto = Index(self.writer.index, ()), 0
+        for page in self.writer.after(upto):
+            sets = [self._common_of(row.task).without(row.said.words) for row in page]
+            opened.add(index.signatures(sets), [row.seq for row in page])
+        return opened
+
+
+def _where(row: Stored) -> str:
+    return f"{row.file}, line {row.line},"
+
+
+def _differs(other: Stored, how: str = "") -> str:
+    which = f"{_where(other)} which {how}," if how else _where(other)
+    said = other.example.answer[:80]
+    return f"{which} answers the same with {said!r}; keep the one that is true, or set dedup.contradictions"
+
+
+def _by_question(rows: Iterable[Stored]) -> dict[int, list[Stored]]:
+    found: dict[int, list[Stored]] = {}
+    for row in rows:
+        found.setdefault(row.said.asked, []).append(row)
+    return found

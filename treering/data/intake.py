@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treering import registry
-from treering.data.catalog import Stored, Writer, choose_held_out
-from treering.data.check import check
-from treering.data.dedup import Split, fate
-from treering.data.example import Example
+from treering.data.check import Checks
+from treering.data.dedup import Judge, Judged
 from treering.data.read import Bad, Row, RowError, convert, find_files, named_in_utf8, read, split_of
+from treering.data.writer import Split, Writer, choose_held_out
 from treering.errors import UsageError
 from treering.files import printable, sha256
 from treering.progress import bar
@@ -21,6 +22,9 @@ from treering.progress import bar
 if TYPE_CHECKING:
     from treering.config import Config
     from treering.workspace import Workspace
+
+BATCH = 4096
+"""Rows that are judged at a time."""
 
 TOLD = 100
 """Quarantined rows that are told one by one; the catalog has all."""
@@ -39,16 +43,22 @@ class Ingested:
     """What became of the rows: `rows` = `accepted` + `duplicates` + `quarantined`. `tasks`: accepted rows by task.
 
     `reasons`: quarantined rows by rule. `refused`: the first 100 of them, each with `file`, `line`, `rule`, `reason`.
+    `near`: those of the duplicates that another row is only nearly the same as; `superseded`: stored rows that newer
+    ones have made untrue. `mended` and `warned`: accepted rows by the rules that changed them, or only warn.
     """
 
-    rows: int
-    accepted: int
-    duplicates: int
-    quarantined: int
-    held_out: int
-    tasks: dict[str, int]
-    reasons: dict[str, int]
-    refused: list[dict[str, Any]]
+    rows: int = 0
+    accepted: int = 0
+    duplicates: int = 0
+    quarantined: int = 0
+    held_out: int = 0
+    tasks: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, int] = field(default_factory=dict)
+    refused: list[dict[str, Any]] = field(default_factory=list)
+    near: int = 0
+    superseded: int = 0
+    mended: dict[str, int] = field(default_factory=dict)
+    warned: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -86,112 +96,173 @@ def ingest(
         ws, held_out, task, "held_out", config, named=False
     )
     if not batches:
-        return Ingested(0, 0, 0, 0, 0, {}, {}, [])
-    count_tokens = _counter(config)
-    total = {"rows": 0, "duplicates": 0, "quarantined": 0, "held_out": 0}
-    tasks: dict[str, int] = {}
-    reasons: dict[str, int] = {}
-    told: list[dict[str, Any]] = []
+        return Ingested()
+    checks = _checks(config, ws.root)
     with ws.catalog.writing() as writer, bar("ingesting files", len(batches), quiet) as advance:
         versions = registry.readable(ws)
         trained = {id for version in versions for id in version.rows}
         judged = {id for version in versions for id in registry.measured(version)}
-        incoming: dict[str, Stored] = {}
+        intake = _Intake(writer, Judge(writer, config, trained), checks, judged, named=source is not None)
         # Held-out files first, so that a row in both is held out.
         for batch in sorted(batches, key=lambda b: b.split != "held_out"):
-            bad = []
-            for found in batch.rows():
-                total["rows"] += 1
-                refused = found if isinstance(found, Bad) else _refuse(found, count_tokens, config.cutoff_len)
-                if refused is None and isinstance(found, Row):
-                    refused = _take(writer, batch, found, trained, incoming, total, tasks, source is not None)
-                if refused is not None:
-                    bad.append(refused)
-                    reasons[refused.rule] = reasons.get(refused.rule, 0) + 1
-            total["quarantined"] += len(bad)
-            told += [
-                {"file": row.file, "line": row.line, "rule": row.rule, "reason": row.reason}
-                for row in bad[: TOLD - len(told)]
-            ]
-            writer.quarantine(batch.task, None if batch.name == _PYTHON else batch.name, bad)
-            if batch.digest is not None:
-                writer.remember_file(batch.name, batch.digest)
+            intake.take(batch)
             advance()
-        for name in dict.fromkeys(row.task for row in incoming.values()):
-            new = [row for row in incoming.values() if row.task == name]
-            rows = _split(writer, name, new, config.val_size, trained, judged)
-            writer.add(rows)
-            tasks[name] = tasks.get(name, 0) + len(rows)
-            total["held_out"] += sum(row.split == "held_out" for row in rows)
-    return Ingested(**total, accepted=sum(tasks.values()), tasks=tasks, reasons=reasons, refused=told)
+        intake.hold_out(config.val_size)
+    return intake.ingested()
 
 
-def _take(
-    writer: Writer,
-    batch: _Batch,
-    row: Row,
-    trained: set[str],
-    incoming: dict[str, Stored],
-    total: dict[str, int],
-    tasks: dict[str, int],
-    named: bool,
-) -> Bad | None:
-    """Put a good row where it belongs; returns it as refused if it cannot be held out any more.
+class _Intake:
+    """One ingest: takes its batches in, and counts what becomes of their rows.
 
-    `named`: the user named its file, which takes back rows that a hold set aside.
+    `judged` are the ids that a version was judged by. `named`: the user named the files, which takes back rows that a
+    hold set aside.
     """
-    id = row.example.id
-    stored = writer.splits([id])
-    if id in incoming:
-        stored = {id: incoming[id].split}
-    what = fate(id, batch.split, stored, trained)
-    if what == "aside" and named:
-        total["held_out"] += writer.take_back(id) == "held_out"
-        tasks[batch.task] = tasks.get(batch.task, 0) + 1
-    elif what in ("duplicate", "aside"):
-        total["duplicates"] += 1
-    elif what == "already_trained":
-        reason = "it is to be held out, but a version has already learned it; leave it out of the held-out file"
-        return Bad(row.file, row.line, "held-out-was-trained", reason, row.example.answer[:200])
-    elif what == "to_held_out":
-        writer.hold_out(id, batch.task)
-        tasks[batch.task] = tasks.get(batch.task, 0) + 1
-        total["held_out"] += 1
-    else:
-        given = batch.split == "held_out"
-        incoming[id] = Stored(row.example, batch.task, batch.split, given, row.file, row.line)
-    return None
+
+    def __init__(self, writer: Writer, judge: Judge, checks: Checks, judged: set[str], named: bool) -> None:
+        self.writer, self.judge, self.checks = writer, judge, checks
+        self.judged, self.named = judged, named
+        self.counts: Counter[str] = Counter()
+        self.tasks: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.mended: Counter[str] = Counter()
+        self.warned: Counter[str] = Counter()
+        self.told: list[dict[str, Any]] = []
+
+    def take(self, batch: _Batch) -> None:
+        """Take in the rows of one file."""
+        if batch.name != _PYTHON:
+            self.writer.read_again(batch.name)
+        for part in _parts(batch.rows()):
+            self.counts["rows"] += len(part)
+            good, bad = self._checked(part, batch.task)
+            judged = self.judge.judge(good, batch.task, batch.split, batch.split == "held_out")
+            self._refuse(batch.task, bad + [_refused(one.row, *one.refused) for one in judged if one.refused])
+            self._make_room(judged)
+            self._store([one for one in judged if one.is_kept], batch.task)
+            for one in judged:
+                if one.fate != "new" and not one.refused:
+                    self._meet_again(one, batch.task)
+            same = {one.row.example.id: one for one in judged if one.like and not one.refused}
+            self.counts["duplicates"] += len(same)
+            self.counts["near"] += len(same)
+            self.writer.leave_out(
+                {id: (one.like or "", batch.task, one.row.file, one.row.line) for id, one in same.items()}
+            )
+        if batch.digest is not None:
+            self.writer.remember_file(batch.name, batch.digest)
+
+    def hold_out(self, share: float) -> None:
+        """Hold out a share of the new rows of each task that has no held-out rows of the user's own.
+
+        What a version has learned, or was judged by, keeps its side: a catalog that was lost and made again cannot know
+        it.
+        """
+        self.judge.close()
+        for task, ids in self.writer.trained_since(self.judge.first).items():
+            if self.writer.has_given_held_out(task):
+                continue
+            free = [id for id in ids if id not in self.judge.trained and id not in self.judge.tied]
+            stored, held_out = self.writer.sizes(task)
+            chosen = sorted(choose_held_out(free, share, stored - len(free), held_out))
+            self.writer.to_held_out(chosen)
+            self.counts["held_out"] += len(chosen)
+
+    def ingested(self) -> Ingested:
+        """What became of all rows."""
+        return Ingested(
+            self.counts["rows"],
+            self.tasks.total(),
+            self.counts["duplicates"],
+            self.reasons.total(),
+            self.counts["held_out"],
+            {task: count for task, count in self.tasks.items() if count},
+            dict(self.reasons),
+            self.told,
+            self.counts["near"],
+            self.counts["superseded"],
+            dict(self.mended),
+            dict(self.warned),
+        )
+
+    def _checked(self, found: Sequence[Row | Bad], task: str) -> tuple[list[Row], list[Bad]]:
+        """The rows that no rule refuses, as the rules have mended them, and what goes to quarantine."""
+        good, bad = list[Row](), list[Bad]()
+        for row in found:
+            if isinstance(row, Bad):
+                bad.append(row)
+                continue
+            checked = self.checks(row.example, task)
+            if checked.refused:
+                bad.append(_refused(row, *checked.refused))
+                continue
+            self.mended.update(checked.mended)
+            self.warned.update(checked.warned)
+            good.append(replace(row, example=checked.row) if checked.mended else row)
+        return good, bad
+
+    def _refuse(self, task: str, bad: Sequence[Bad]) -> None:
+        for row in bad:
+            self._tell(row)
+        self.writer.refuse(task, bad)
+
+    def _tell(self, row: Bad) -> None:
+        self.reasons[row.rule] += 1
+        if len(self.told) < TOLD:
+            self.told.append({"file": row.file, "line": row.line, "rule": row.rule, "reason": row.reason})
+
+    def _make_room(self, judged: Sequence[Judged]) -> None:
+        """Take away stored rows that new ones make untrue, or that may not stand beside them."""
+        for one in judged:
+            for other, rule, reason in one.removes:
+                self.writer.remove(other, rule, reason)
+                if other.seq > self.judge.first:  # It came with this ingest, and was counted as accepted.
+                    self.tasks[other.task] -= 1
+                    self.counts["held_out"] -= other.split == "held_out"
+                    self._tell(Bad(other.file, other.line, rule, reason, ""))
+        replaced = list(dict.fromkeys(id for one in judged if one.is_kept for id in one.replaces))
+        self.counts["superseded"] += len(replaced)
+        self.writer.supersede(replaced)
+
+    def _store(self, kept: Sequence[Judged], task: str) -> None:
+        rows = []
+        for one in kept:
+            assert one.stored is not None
+            judged = one.row.example.id in self.judged
+            rows.append(replace(one.stored, split="held_out") if judged else one.stored)
+        self.writer.add(rows)
+        self.tasks[task] += len(rows)
+        self.counts["held_out"] += sum(row.split == "held_out" for row in rows)
+
+    def _meet_again(self, one: Judged, task: str) -> None:
+        """A row that is there already."""
+        id = one.row.example.id
+        if one.fate == "aside" and self.named:
+            self.counts["held_out"] += self.writer.take_back(id) == "held_out"
+            self.tasks[task] += 1
+        elif one.fate == "to_held_out":
+            self.writer.hold_out(id, task)
+            self.counts["held_out"] += 1
+            self.tasks[task] += 1
+        else:
+            self.counts["duplicates"] += 1
 
 
-def _split(
-    writer: Writer, task: str, rows: list[Stored], share: float, trained: set[str], judged: set[str]
-) -> list[Stored]:
-    """Hold out a share of the training rows of a task that has no held-out rows of the user's own.
-
-    What a version has learned, or was judged by, keeps its side: a catalog that was lost and made again cannot know it.
-    """
-    rows = [replace(row, split="held_out") if row.example.id in judged else row for row in rows]
-    if any(row.given for row in rows) or writer.has_given_held_out(task):
-        return rows
-    free = [row.example.id for row in rows if row.split == "train" and row.example.id not in trained]
-    stored, held_out = writer.sizes(task)
-    held_out += sum(row.split == "held_out" for row in rows)
-    chosen = choose_held_out(free, share, stored + len(rows) - len(free), held_out)
-    return [replace(row, split="held_out") if row.example.id in chosen else row for row in rows]
+def _parts(rows: Iterable[Row | Bad]) -> Iterator[list[Row | Bad]]:
+    left = iter(rows)
+    while part := list(islice(left, BATCH)):
+        yield part
 
 
-def _refuse(row: Row, count_tokens: Callable[[Example], int], cutoff_len: int) -> Bad | None:
-    found = check(row.example, count_tokens, cutoff_len)
-    if found is None:
-        return None
-    return Bad(row.file, row.line, *found, raw=" | ".join(m.content for m in row.example.messages)[:2000])
+def _refused(row: Row, rule: str, reason: str) -> Bad:
+    raw = " | ".join(turn.content for turn in row.example.messages)[:2000]
+    return Bad(row.file, row.line, rule, reason, raw, row.example)
 
 
-def _counter(config: Config) -> Callable[[Example], int]:
-    from treering.model import load_tokenizer, resolve, token_counter
+def _checks(config: Config, root: Path) -> Checks:
+    from treering.model import load_tokenizer, resolve
 
     folder = resolve(config.model_name_or_path, config.trust_remote_code)
-    return token_counter(load_tokenizer(folder, config.trust_remote_code))
+    return Checks(config, load_tokenizer(folder, config.trust_remote_code), root)
 
 
 def _batches(

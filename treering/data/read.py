@@ -48,6 +48,7 @@ class Bad:
     rule: str
     reason: str
     raw: str
+    example: Example | None = None
 
 
 def read(path: Path, system: str | None = None, need_answer: bool = True) -> Iterator[Row | Bad]:

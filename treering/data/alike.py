@@ -1,0 +1,136 @@
+"""When two rows say nearly the same: the same numbers, most of the same words, and the same answer.
+
+Words are compared as sets (Jaccard index). Those that so many rows of a task have that they tell none apart, as those
+of an instruction that all begin with, do not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, field
+
+from treering.data.example import Example, normalise
+
+_UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
+"""Scripts that put no blanks between words, or few: each character counts as a word."""
+
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+
+COMMON, ENOUGH = 0.3, 20
+"""Share of a task's rows from which on a word tells none apart, once so many rows are known."""
+
+RARE = 0.02
+"""Share of a task's rows below which a count is not kept."""
+
+FEW = 3
+"""Where fewer words would be left, the common ones count too."""
+
+LONG = 8
+"""Words from which on an answer need not be the very same."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a row says, as it is compared with others.
+
+    `asked` is a hash of all turns before the answer and `answered` one of the answer, both in their normal form, as
+    signed 64-bit numbers; `system` is the system turn's normal form; `words` are those of the other turns before the
+    answer, `answer` those of the answer.
+    """
+
+    asked: int
+    answered: int
+    system: str
+    words: frozenset[str]
+    answer: frozenset[str]
+
+    @classmethod
+    def of(cls, example: Example) -> Said:
+        """Of a row that ends with its answer."""
+        turns = [(turn.role, normalise(turn.content)) for turn in example.prompt]
+        label = example.label or example.answer  # An answer of nothing but punctuation has no normal form.
+        return cls(
+            _hash("\x1f".join(f"{role}\x1e{text}" for role, text in turns)),
+            _hash(label),
+            "\n".join(text for role, text in turns if role == "system"),
+            words("\n".join(text for role, text in turns if role != "system")),
+            words(label),
+        )
+
+    def like(self, other: Said, common: Common, threshold: float) -> bool:
+        """Whether a model would learn nothing from this row that it did not from the other."""
+        return (
+            self.system == other.system
+            and (self.answered == other.answered or self._answers_like(other, threshold))
+            and _near(common.without(self.words), common.without(other.words), threshold)
+            and _numbers(self.words) == _numbers(other.words)
+        )
+
+    def _answers_like(self, other: Said, threshold: float) -> bool:
+        long = min(len(self.answer), len(other.answer)) >= LONG
+        return long and _numbers(self.answer) == _numbers(other.answer) and _near(self.answer, other.answer, threshold)
+
+    def contradicts(self, other: Said, threshold: float) -> bool:
+        """Whether it answers the same with something else."""
+        return (
+            self.asked == other.asked and self.answered != other.answered and not self._answers_like(other, threshold)
+        )
+
+
+@dataclass
+class Common:
+    """How many of a task's `rows` have each word."""
+
+    rows: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    _words: frozenset[str] = frozenset()
+
+    def learn(self, rows: Iterable[Set[str]]) -> None:
+        """Count the words of more rows."""
+        for row in rows:
+            self.rows += 1
+            self.counts.update(row)
+        if self.rows >= ENOUGH:
+            self._words = self._above(COMMON)
+
+    def without(self, words: frozenset[str]) -> frozenset[str]:
+        """Those that tell rows apart; all of them, where hardly any do."""
+        left = words - self._words
+        return left if len(left) >= FEW else words
+
+    def kept(self) -> dict[str, int]:
+        """The counts worth keeping for later."""
+        return {word: self.counts[word] for word in sorted(self._above(RARE))}
+
+    @classmethod
+    def of(cls, rows: int, counts: dict[str, int]) -> Common:
+        """From what `kept` gave."""
+        found = cls(rows, Counter(counts))
+        found.learn(())
+        return found
+
+    def _above(self, share: float) -> frozenset[str]:
+        return frozenset(word for word, count in self.counts.items() if count >= share * self.rows)
+
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text in its normal form."""
+    return frozenset(_WORD.findall(text))
+
+
+def _near(one: Set[str], other: Set[str], threshold: float) -> bool:
+    shared = len(one & other)
+    return shared > 0 and shared >= threshold * (len(one) + len(other) - shared)
+
+
+def _numbers(words: Iterable[str]) -> set[str]:
+    """Rows that differ in a number, a code or a date are about different things."""
+    return {word for word in words if any(map(str.isdigit, word))}
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

@@ -1,0 +1,189 @@
+"""Which stored rows may be like a new one: MinHash signatures in bands, sorted on disk.
+
+Signatures are MinHash (Broder 1997), rows that share a band are candidates (locality-sensitive hashing, Indyk and
+Motwani 1998). The bands of many rows are one sorted array, a run; a lookup is a binary search in each run, and runs of
+like size are merged (log-structured merge, O'Neil et al. 1996). Runs lie on disk and are mapped, so that neither
+opening an index nor its memory grows with what is stored.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rensa import RMinHash
+
+from treering.files import fsync_folder
+
+HASHES = 64
+"""Numbers of a signature; its estimate of a Jaccard index is off by 0.05 at 0.8 (one standard deviation)."""
+
+BANDS, WIDTH = 12, 5
+"""Of rows whose Jaccard index is 0.8, 99.2% share a band; of those with 0.5, 32%."""
+
+CROWD = 32
+"""Rows of one band that are looked at, the last ones: what hundreds of rows share tells none apart."""
+
+MARGIN = 0.15
+"""How far below what is asked for an estimate may lie."""
+
+_SEED = 1
+_FILES = ("keys", "owners", "rows", "sketches")
+
+Signatures = NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The bands of some rows: sorted `keys` and the row number that has each (`owners`).
+
+    `rows` are the row numbers, sorted, and `sketches` `[rows, HASHES]` the low bytes of their signatures. `name` is the
+    folder's on disk; empty: it is in memory only.
+    """
+
+    keys: NDArray[np.uint64]
+    owners: NDArray[np.uint32]
+    rows: NDArray[np.uint32]
+    sketches: NDArray[np.uint8]
+    name: str = ""
+
+    @classmethod
+    def of(cls, signatures: Signatures, rows: NDArray[np.uint32]) -> Run:
+        """Of new rows, whose numbers rise."""
+        return cls._sorted(_keys(signatures), np.repeat(rows, BANDS), rows, signatures.astype(np.uint8))
+
+    @classmethod
+    def merged(cls, one: Run, later: Run) -> Run:
+        """Both; `later` has the higher row numbers."""
+        keys, owners = (np.concatenate([getattr(one, key), getattr(later, key)]) for key in ("keys", "owners"))
+        rows, sketches = (np.concatenate([getattr(one, key), getattr(later, key)]) for key in ("rows", "sketches"))
+        return cls._sorted(keys, owners, rows, sketches)
+
+    @classmethod
+    def _sorted(
+        cls,
+        keys: NDArray[np.uint64],
+        owners: NDArray[np.uint32],
+        rows: NDArray[np.uint32],
+        sketches: NDArray[np.uint8],
+    ) -> Run:
+        order = np.argsort(keys, kind="stable")  # Stable: of one key the rows stay in the order they came.
+        return cls(keys[order], owners[order], rows, sketches)
+
+    def near(self, signatures: Signatures, least: float) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+        """Pairs of a place among `signatures` and a row of this run whose estimated likeness is `least` or more."""
+        asked = _keys(signatures)
+        order = np.argsort(asked)  # Neighbours are found in neighbouring pages.
+        begins, ends = (np.searchsorted(self.keys, asked[order], side) for side in ("left", "right"))
+        counts = np.minimum(ends - begins, CROWD)
+        total = int(counts.sum())
+        if not total:
+            return np.zeros(0, np.int64), np.zeros(0, np.uint32)
+        starts = np.repeat(ends - counts, counts)
+        within = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+        places = np.repeat(order // BANDS, counts).astype(np.int64)
+        pairs = np.unique((places << 32) | self.owners[starts + within].astype(np.int64))
+        places, owners = pairs >> 32, (pairs & 0xFFFFFFFF).astype(np.uint32)
+        sketches = self.sketches[np.searchsorted(self.rows, owners)]
+        likeness = (sketches == signatures[places].astype(np.uint8)).mean(1)
+        taken = likeness >= least
+        return places[taken], owners[taken]
+
+    def save(self, folder: Path) -> None:
+        """Write it there; on disk once this returns."""
+        folder.mkdir(parents=True)
+        for name in _FILES:
+            with (folder / f"{name}.npy").open("wb") as file:
+                np.save(file, getattr(self, name), allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+        fsync_folder(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Run:
+        """What `save` wrote, mapped. Raises `OSError` or `ValueError` where it is not whole."""
+        try:
+            found = [np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _FILES]
+        except EOFError:
+            raise ValueError(f"{folder} has an empty file") from None
+        run = cls(found[0], found[1], found[2], found[3], folder.name)
+        if len(run.keys) != BANDS * len(run.rows) or run.sketches.shape != (len(run.rows), HASHES):
+            raise ValueError(f"{folder} is not whole")
+        return run
+
+
+class Index:
+    """The runs of a folder, those with the given `names`. What is added is in memory until `save`.
+
+    Raises `OSError` or `ValueError` where one is missing or damaged; all can be made again from the rows.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        self.folder = folder
+        self.runs = [Run.load(folder / name) for name in names]
+
+    def near(self, signatures: Signatures, least: float) -> Iterator[tuple[int, int]]:
+        """Pairs of a place among `signatures` and a stored row that may be alike by `least` (Jaccard index)."""
+        for run in self.runs:
+            for place, row in zip(*run.near(signatures, least - MARGIN), strict=True):
+                yield int(place), int(row)
+
+    def add(self, signatures: Signatures, rows: Sequence[int]) -> None:
+        """Add rows, whose numbers are higher than all before."""
+        if not len(rows):
+            return
+        self.runs.append(Run.of(signatures, np.array(rows, np.uint32)))
+        while len(self.runs) > 1 and len(self.runs[-2].rows) <= 2 * len(self.runs[-1].rows):
+            later, one = self.runs.pop(), self.runs.pop()
+            self.runs.append(Run.merged(one, later))
+
+    def save(self, prefix: str) -> list[str]:
+        """Write what is in memory only; returns the names of all runs. New ones begin with `prefix`."""
+        for at, run in enumerate(self.runs):
+            if not run.name:
+                name = f"{prefix}-{at}"
+                run.save(self.folder / name)
+                self.runs[at] = Run.load(self.folder / name)
+        if self.folder.is_dir():
+            fsync_folder(self.folder)
+        return [run.name for run in self.runs]
+
+
+def within(signatures: Signatures, least: float) -> Iterator[tuple[int, int]]:
+    """Pairs of places among `signatures` that may be alike, the later first."""
+    run = Run.of(signatures, np.arange(len(signatures), dtype=np.uint32))
+    for place, other in zip(*run.near(signatures, least - MARGIN), strict=True):
+        if other < place:
+            yield int(place), int(other)
+
+
+def signatures(sets: Sequence[Iterable[str]]) -> Signatures:
+    """MinHash signatures of sets of words, `[sets, HASHES]`."""
+    if not sets:
+        return np.zeros((0, HASHES), np.uint32)
+    return np.array(RMinHash.digests_from_token_sets([list(one) for one in sets], HASHES, _SEED), np.uint32)
+
+
+def clear(folder: Path, keep: Iterable[str]) -> None:
+    """Remove all runs but those to keep: what a crash left, and what was merged."""
+    if folder.is_dir():
+        for run in set(os.listdir(folder)) - set(keep):
+            shutil.rmtree(folder / run)
+
+
+def _keys(signatures: Signatures) -> NDArray[np.uint64]:
+    """A key for each band of each signature, row after row; the band is part of it."""
+    keys = np.empty((len(signatures), BANDS), np.uint64)
+    for band in range(BANDS):
+        key = np.full(len(signatures), band + 1, np.uint64)
+        for at in range(band * WIDTH, (band + 1) * WIDTH):
+            key ^= signatures[:, at].astype(np.uint64)
+            key *= np.uint64(0x9E3779B97F4A7C15)
+            key ^= key >> np.uint64(29)
+        keys[:, band] = key
+    return keys.ravel()

@@ -1,0 +1,69 @@
+"""How many tokens rows have as training sees them, counted only where that is in question."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from treering.data.example import Example, Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Lengths:
+    """Lengths by a tokenizer and its chat template; `most` is what a row may have."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, most: int) -> None:
+        self.tokenizer, self.most = tokenizer, most
+        self._templates: dict[tuple[str, ...], tuple[int, str | None]] = {}
+
+    def of(self, row: Example) -> int:
+        """The tokens of a whole conversation. Raises what the chat template does."""
+        from treering.model import token_count
+
+        return token_count(self.tokenizer, row.messages)
+
+    def fits(self, row: Example) -> bool:
+        """Whether it has at most as many as it may."""
+        size = sum(len(turn.content.encode("utf-8", "surrogatepass")) for turn in row.messages)
+        around, _ = self._template(row)
+        # No token is shorter than a byte, so most rows need not be tokenised to know.
+        return size + around <= self.most or self.of(row) <= self.most
+
+    def refusal(self, row: Example) -> str | None:
+        """What the chat template says against such turns; None: nothing. It is asked once for each order of roles."""
+        return self._template(row)[1]
+
+    def shortened(self, row: Example) -> Example | None:
+        """As much of it as fits, None where nothing does: the longest turn before the answer is cut, or it."""
+        turns = list(row.messages)
+        prompt = range(len(turns) - 1)
+        longest = max(prompt, key=lambda at: len(turns[at].content), default=len(turns) - 1)
+        for at in (longest, len(turns) - 1):
+            low, high = 0, len(turns[at].content)
+            while low < high:
+                middle = (low + high + 1) // 2
+                low, high = (middle, high) if self.fits(_cut(turns, at, middle)) else (low, middle - 1)
+            if low > 0:
+                return _cut(turns, at, low)
+        return None
+
+    def _template(self, row: Example) -> tuple[int, str | None]:
+        """The bytes that the template puts around such turns, and what it says against them."""
+        roles = tuple(turn.role for turn in row.messages)
+        if roles not in self._templates:
+            turns = [{"role": role, "content": "x"} for role in roles]
+            try:
+                text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+                self._templates[roles] = len(text.encode()), None
+            except (
+                Exception
+            ) as error:  # Templates raise whatever they like; some want turns to alternate, or no system.
+                self._templates[roles] = 0, str(error)
+        return self._templates[roles]
+
+
+def _cut(turns: list[Message], at: int, length: int) -> Example:
+    shorter = replace(turns[at], content=turns[at].content[:length].strip())
+    return Example((*turns[:at], shorter, *turns[at + 1 :]))

@@ -1,0 +1,129 @@
+"""The tables of the catalog, and the numbered steps that bring those of an older treering up to date."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from treering.data.alike import Said
+from treering.data.example import Example
+from treering.errors import TreeringError
+
+_tables = sa.MetaData()
+_meta = sa.Table("meta", _tables, sa.Column("schema", sa.Integer, nullable=False))
+
+rows = sa.Table(
+    "rows",
+    _tables,
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("id", sa.Text, nullable=False, unique=True),
+    sa.Column("task", sa.Text, nullable=False, index=True),
+    sa.Column("split", sa.Text, nullable=False),
+    sa.Column("given", sa.Boolean, nullable=False),
+    sa.Column("messages", sa.Text, nullable=False),
+    sa.Column("file", sa.Text, nullable=False),
+    sa.Column("line", sa.Integer, nullable=False),
+    sa.Column("added", sa.Text, nullable=False),
+    sa.Column("asked", sa.BigInteger, nullable=False, index=True),
+)
+"""Every accepted row. `asked` is that of `Said`."""
+
+quarantine = sa.Table(
+    "quarantine",
+    _tables,
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("task", sa.Text, nullable=False),
+    sa.Column("file", sa.Text, nullable=False, index=True),
+    sa.Column("line", sa.Integer, nullable=False),
+    sa.Column("rule", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("raw", sa.Text, nullable=False),
+    sa.Column("added", sa.Text, nullable=False),
+    sa.Column("messages", sa.Text),
+)
+"""What was refused, `raw` for people; `messages` is the whole row, where it is one."""
+
+duplicates = sa.Table(
+    "duplicates",
+    _tables,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("like", sa.Text, nullable=False),
+    sa.Column("task", sa.Text, nullable=False),
+    sa.Column("file", sa.Text, nullable=False),
+    sa.Column("line", sa.Integer, nullable=False),
+    sa.Column("added", sa.Text, nullable=False),
+)
+"""Rows that were left out because a stored one, `like`, says nearly the same: they stay out when they come again."""
+
+files = sa.Table(
+    "files",
+    _tables,
+    sa.Column("path", sa.Text, primary_key=True),
+    sa.Column("sha256", sa.Text, nullable=False),
+)
+
+runs = sa.Table(
+    "runs",
+    _tables,
+    sa.Column("at", sa.Integer, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("upto", sa.Integer, nullable=False),
+)
+"""The runs of the index of near duplicates, in their order; `upto` is the highest `seq` that it knows."""
+
+words = sa.Table(
+    "words",
+    _tables,
+    sa.Column("task", sa.Text, primary_key=True),
+    sa.Column("rows", sa.Integer, nullable=False),
+    sa.Column("counts", sa.Text, nullable=False),
+)
+"""How many rows of a task have each of its frequent words, as JSON."""
+
+
+def _add_what_was_asked(db: sa.Connection) -> None:
+    """2: what is asked of each row, so that duplicates and contradictions are found."""
+    db.execute(sa.text("ALTER TABLE rows ADD COLUMN asked BIGINT NOT NULL DEFAULT 0"))
+    last = 0
+    while True:
+        query = sa.select(rows.c.seq, rows.c.messages).where(rows.c.seq > last).order_by(rows.c.seq).limit(10_000)
+        found = db.execute(query).all()
+        if not found:
+            break
+        values = [{"at": seq, "asked": Said.of(Example.of(json.loads(text))).asked} for seq, text in found]
+        db.execute(rows.update().where(rows.c.seq == sa.bindparam("at")), values)
+        last = found[-1].seq
+    db.execute(sa.text("CREATE INDEX ix_rows_asked ON rows (asked)"))
+    db.execute(sa.text("ALTER TABLE quarantine ADD COLUMN messages TEXT"))
+    _tables.create_all(db, [duplicates, runs, words])
+
+
+MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (_add_what_was_asked,)
+"""The first makes schema 2 of schema 1."""
+
+SCHEMA = 1 + len(MIGRATIONS)
+
+
+def prepare(db: sa.Connection, path: Path) -> None:
+    """Make the tables, or bring them up to date. Raises `TreeringError` where a newer treering made them."""
+    if sa.inspect(db).has_table(_meta.name) and _schema(db, path) == SCHEMA:
+        return
+    db.rollback()
+    db.execute(sa.text("BEGIN IMMEDIATE"))  # Whoever waited here for another process finds the work done.
+    if not sa.inspect(db).has_table(_meta.name):
+        _tables.create_all(db)
+        db.execute(_meta.insert().values(schema=SCHEMA))
+    for migrate in MIGRATIONS[_schema(db, path) - 1 :]:
+        migrate(db)
+    db.execute(_meta.update().values(schema=SCHEMA))
+    db.commit()
+
+
+def _schema(db: sa.Connection, path: Path) -> int:
+    found = int(db.execute(sa.select(_meta.c.schema)).scalar_one())
+    if found > SCHEMA:
+        raise TreeringError(f"{path} has catalog format {found}, newer than {SCHEMA}: update treering")
+    return found

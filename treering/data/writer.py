@@ -1,0 +1,270 @@
+"""What one transaction of the catalog can do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from treering.data.alike import Common, Said
+from treering.data.example import Example
+from treering.data.read import Bad
+from treering.data.schema import duplicates as _duplicates
+from treering.data.schema import files as _files
+from treering.data.schema import quarantine as _quarantine
+from treering.data.schema import rows as _rows
+from treering.data.schema import runs as _runs
+from treering.data.schema import words as _words
+from treering.files import timestamp
+
+Split = Literal["train", "held_out"]
+Known = Literal["train", "held_out", "aside", "superseded", "like"]
+
+HELD = "held-by-gate"
+"""The rule under which rows of a held update are in quarantine."""
+
+ASIDE, SUPERSEDED = "aside:", "superseded:"
+"""Before the split of rows that were accepted once, and are in quarantine or no longer true: versions that learned them
+still find their text."""
+
+CHUNK = 5000
+"""Values that are bound at once; SQLite takes 32,766."""
+
+_RAW_LENGTH = 2000
+_PAGE = 10_000
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A row of the catalog, the `seq`th to come.
+
+    `given`: its split was set by the user's own held-out file, not by hash.
+    """
+
+    seq: int
+    example: Example
+    said: Said
+    task: str
+    split: Split
+    given: bool
+    file: str
+    line: int
+
+
+class Writer:
+    """What can be done inside one transaction of the catalog, whose index lies in the folder `index`."""
+
+    def __init__(self, db: sa.Connection, index: Path) -> None:
+        self.db, self.index = db, index
+        self.added = timestamp()
+
+    def known(self, ids: Sequence[str]) -> dict[str, Known]:
+        """Which of these ids are stored, and on which side.
+
+        `aside`: in quarantine since a version was held; `superseded`: no longer true; `like`: left out, for another row
+        says the same.
+        """
+        found: dict[str, Any] = {}
+        for part in _parts(ids):
+            found |= dict.fromkeys(
+                self.db.execute(sa.select(_duplicates.c.id).where(_duplicates.c.id.in_(part))).scalars(), "like"
+            )
+            found |= dict(self.db.execute(sa.select(_rows.c.id, _rows.c.split).where(_rows.c.id.in_(part))).all())
+        return {id: split.partition(":")[0] for id, split in found.items()}
+
+    def last(self) -> int:
+        """The highest number of a row; 0: there is none."""
+        return self.db.execute(sa.select(sa.func.max(_rows.c.seq))).scalar() or 0
+
+    def asking(self, asked: Iterable[int]) -> list[Stored]:
+        """The rows that are trained or held out and ask this (`Said.asked`), in the order they came."""
+        return [row for part in _parts(sorted(set(asked))) for row in self._stored(_rows.c.asked.in_(part))]
+
+    def numbered(self, seqs: Iterable[int]) -> list[Stored]:
+        """Those of the rows with these numbers that are trained or held out, in the order they came."""
+        return [row for part in _parts(sorted(set(seqs))) for row in self._stored(_rows.c.seq.in_(part))]
+
+    def after(self, seq: int) -> Iterator[list[Stored]]:
+        """All rows with higher numbers that are trained or held out, page by page."""
+        while found := self._stored(_rows.c.seq > seq, _PAGE):
+            yield found
+            seq = found[-1].seq
+
+    def _stored(self, which: sa.ColumnElement[bool], most: int | None = None) -> list[Stored]:
+        query = sa.select(_rows).where(which, _rows.c.split.in_(("train", "held_out"))).order_by(_rows.c.seq)
+        found = []
+        for row in self.db.execute(query.limit(most)):
+            example = Example.of(json.loads(row.messages))
+            said = Said.of(example)
+            found.append(Stored(row.seq, example, said, row.task, row.split, row.given, row.file, row.line))
+        return found
+
+    def sizes(self, task: str) -> tuple[int, int]:
+        """How many rows the task has, and how many of them are held out."""
+        query = sa.select(_rows.c.split, sa.func.count()).where(_rows.c.task == task).group_by(_rows.c.split)
+        counts: dict[str, int] = dict(self.db.execute(query).all())
+        return counts.get("train", 0) + counts.get("held_out", 0), counts.get("held_out", 0)
+
+    def has_given_held_out(self, task: str) -> bool:
+        """Whether the user gave this task held-out rows of its own."""
+        query = sa.select(_rows.c.id).where(_rows.c.task == task, _rows.c.split == "held_out", _rows.c.given).limit(1)
+        return self.db.execute(query).first() is not None
+
+    def trained_since(self, seq: int) -> dict[str, list[str]]:
+        """Ids of the training rows with higher numbers by task, in the order they came."""
+        query = sa.select(_rows.c.id, _rows.c.task).where(_rows.c.seq > seq, _rows.c.split == "train")
+        found: dict[str, list[str]] = {}
+        for id, task in self.db.execute(query.order_by(_rows.c.seq)):
+            found.setdefault(task, []).append(id)
+        return found
+
+    def add(self, rows: Iterable[Stored]) -> None:
+        """Store rows whose ids are not stored yet."""
+        values = [
+            {
+                "seq": row.seq,
+                "id": row.example.id,
+                "task": row.task,
+                "split": row.split,
+                "given": row.given,
+                "messages": _json(row.example),
+                "file": row.file,
+                "line": row.line,
+                "added": self.added,
+                "asked": row.said.asked,
+            }
+            for row in rows
+        ]
+        if values:
+            self.db.execute(_rows.insert(), values)
+
+    def leave_out(self, rows: Mapping[str, tuple[str, str, str, int]]) -> None:
+        """Note rows by id that are not stored, for another says the same: its id, their task, file and line."""
+        values = [
+            {"id": id, "like": like, "task": task, "file": file, "line": line, "added": self.added}
+            for id, (like, task, file, line) in rows.items()
+        ]
+        if values:
+            self.db.execute(_duplicates.insert(), values)
+
+    def to_held_out(self, ids: Sequence[str]) -> None:
+        """Hold out stored training rows."""
+        for part in _parts(ids):
+            self.db.execute(_rows.update().where(_rows.c.id.in_(part)).values(split="held_out"))
+
+    def hold_out(self, id: str, task: str) -> None:
+        """Move a stored training row to the held-out side of `task`, as the user wants it."""
+        self.take_back(id)
+        self.db.execute(_rows.update().where(_rows.c.id == id).values(split="held_out", given=True, task=task))
+
+    def supersede(self, ids: Sequence[str]) -> None:
+        """Rows that are no longer true: neither trained nor held out from now on."""
+        for part in _parts(ids):
+            here = sa.and_(_rows.c.id.in_(part), _rows.c.split.in_(("train", "held_out")))
+            self.db.execute(_rows.update().where(here).values(split=SUPERSEDED + _rows.c.split))
+
+    def set_aside(self, ids: Sequence[str], reason: str) -> int:
+        """Move stored rows to quarantine, all but those the user gave to judge by; returns how many."""
+        moved = 0
+        for part in _parts(ids):
+            here = sa.and_(_rows.c.id.in_(part), sa.not_(_rows.c.given), _rows.c.split.in_(("train", "held_out")))
+            query = sa.select(_rows.c.task, _rows.c.file, _rows.c.line, _rows.c.messages).where(here)
+            for row in self.db.execute(query.order_by(_rows.c.seq)).all():
+                self.refuse(row.task, [Bad(row.file, row.line, HELD, reason, row.messages[:_RAW_LENGTH])])
+                moved += 1
+            self.db.execute(_rows.update().where(here).values(split=ASIDE + _rows.c.split))
+        return moved
+
+    def take_back(self, id: str) -> str | None:
+        """Undo `set_aside` for a row; returns the side it is on again, None if it was not set aside."""
+        row = self.db.execute(sa.select(_rows).where(_rows.c.id == id, _rows.c.split.startswith(ASIDE))).first()
+        if row is None:
+            return None
+        split: str = row.split.removeprefix(ASIDE)
+        self.db.execute(_rows.update().where(_rows.c.id == id).values(split=split))
+        same = (_quarantine.c.file == row.file, _quarantine.c.line == row.line)
+        raw = _quarantine.c.raw == row.messages[:_RAW_LENGTH]
+        self.db.execute(_quarantine.delete().where(_quarantine.c.rule == HELD, *same, raw))
+        return split
+
+    def remove(self, row: Stored, rule: str, reason: str) -> None:
+        """Move a stored row that no version has learned to quarantine."""
+        raw = _json(row.example)[:_RAW_LENGTH]
+        self.refuse(row.task, [Bad(row.file, row.line, rule, reason, raw, row.example)])
+        self.db.execute(_rows.delete().where(_rows.c.seq == row.seq))
+
+    def refuse(self, task: str, bad: Sequence[Bad]) -> None:
+        """Put what cannot be accepted into quarantine."""
+        values = [
+            {
+                "task": task,
+                "file": b.file,
+                "line": b.line,
+                "rule": b.rule,
+                "reason": b.reason,
+                "raw": b.raw,
+                "added": self.added,
+                "messages": _json(b.example) if b.example else None,
+            }
+            for b in bad
+        ]
+        if values:
+            self.db.execute(_quarantine.insert(), values)
+
+    def read_again(self, file: str) -> None:
+        """Forget what of `file` was refused: it is judged anew."""
+        self.db.execute(_quarantine.delete().where(_quarantine.c.file == file, _quarantine.c.rule != HELD))
+
+    def remember_file(self, path: str, sha256: str) -> None:
+        """Note the content with which a file was ingested."""
+        self.db.execute(_files.delete().where(_files.c.path == path))
+        self.db.execute(_files.insert().values(path=path, sha256=sha256))
+
+    def runs(self) -> tuple[list[str], int]:
+        """The runs of the index, and the highest number of a row that they know."""
+        found = self.db.execute(sa.select(_runs.c.name, _runs.c.upto).order_by(_runs.c.at)).all()
+        return [name for name, _ in found], max((upto for _, upto in found), default=0)
+
+    def keep_runs(self, names: Sequence[str], upto: int) -> None:
+        """These are the runs of the index from now on."""
+        self.db.execute(_runs.delete())
+        if names:
+            self.db.execute(_runs.insert(), [{"at": at, "name": name, "upto": upto} for at, name in enumerate(names)])
+
+    def common(self, task: str) -> Common:
+        """How frequent words are in the rows of a task."""
+        found = self.db.execute(sa.select(_words.c.rows, _words.c.counts).where(_words.c.task == task)).first()
+        return Common.of(found.rows, json.loads(found.counts)) if found else Common()
+
+    def keep_common(self, task: str, common: Common) -> None:
+        """Keep that for the next rows."""
+        self.db.execute(_words.delete().where(_words.c.task == task))
+        counts = json.dumps(common.kept(), ensure_ascii=False)
+        self.db.execute(_words.insert().values(task=task, rows=common.rows, counts=counts))
+
+
+def choose_held_out(ids: Sequence[str], share: float, stored: int = 0, held_out: int = 0) -> set[str]:
+    """Which of the new `ids` of a task to hold out: those with the lowest hashes, random but always the same.
+
+    As many as bring the task to `share`, with the `stored` rows it has already, `held_out` of them on that side; at
+    least one once it has five rows.
+    """
+    rows = stored + len(ids)
+    wanted = round(share * rows)
+    if share > 0 and rows >= 5:
+        wanted = max(1, wanted)
+    count = max(0, wanted - held_out)
+    return set(sorted(ids, key=lambda id: hashlib.blake2b(f"held-out:{id}".encode(), digest_size=8).digest())[:count])
+
+
+def _json(example: Example) -> str:
+    return json.dumps(example.as_dicts(), ensure_ascii=False)
+
+
+def _parts(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    return (values[start : start + CHUNK] for start in range(0, len(values), CHUNK))
