@@ -69,7 +69,9 @@ def _section(name: str, section: type[Section]) -> str:
         if not _is_section(field.annotation):
             meaning = " ".join((field.description or "").split())
             full = f"{name}.{key}" if name else key
-            lines.append(f"| `{full}` | {_type(key, field)} | {_value(field.default)} | {meaning} |")
+            lines.append(
+                f"| `{full}` | {_type(key, field)} | {_value(field.get_default(call_default_factory=True))} | {meaning} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -97,6 +99,10 @@ def _kinds(annotation: Any) -> Iterator[str]:
             yield from _kinds(argument)
     elif origin is Literal:
         yield from (f"`{value}`" for value in arguments)
+    elif origin is tuple:
+        yield "a list of texts"
+    elif origin is dict:
+        yield f"{' or '.join(_kinds(arguments[1]))} by name"
     else:
         yield TYPES[annotation]
 

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from treering import Workspace, overview, registry
-from treering.data.writer import Writer, choose_held_out
 from treering.data.intake import Ingested, ingest
+from treering.data.writer import Writer, choose_held_out
 from treering.errors import ConfigError, LockError, TreeringError, UsageError
 from treering.testing import toy_rows
 

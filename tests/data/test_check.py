@@ -149,6 +149,32 @@ def test_a_task_may_have_certain_labels_only(tokenizer: Any) -> None:
     assert found == ("unknown-label", "the answer 'Refunds' is none of the 2 labels of support; correct it")
 
 
+def test_rows_in_other_languages(tokenizer: Any) -> None:
+    german = example("Wo ist mein Paket, das ich letzte Woche bestellt habe?", "Es ist unterwegs.")
+    assert checked(tokenizer, german).refused is None
+    assert checked(tokenizer, german, languages=["en", "de"]).refused is None
+    assert checked(tokenizer, german, languages=["en"]).refused == (
+        "language",
+        "it is in de, and languages is [en]; translate it, or add it there",
+    )
+    assert checked(tokenizer, example("Paket?", "ja"), languages=["en"]).refused is None  # Too short to tell.
+    with pytest.raises(ConfigError, match="languages names klingon: write ISO 639-1 codes"):
+        checked(tokenizer, german, languages=["klingon"])
+
+
+def test_personal_data_is_masked_or_refused(tokenizer: Any) -> None:
+    row = example("Call +1 212 555 0175 about order 12345", "or write to anna@example.com by 2024-05-01")
+    assert checked(tokenizer, row) == Checked(row)
+    assert checked(tokenizer, row, checks={"personal-data": "repair"}) == Checked(
+        example("Call <PHONE_NUMBER> about order 12345", "or write to <EMAIL_ADDRESS> by 2024-05-01"),
+        mended=("personal-data",),
+    )
+    assert checked(tokenizer, row, checks={"personal-data": "reject"}).refused == (
+        "personal-data",
+        "it holds EMAIL_ADDRESS, PHONE_NUMBER; take it out",
+    )
+
+
 def test_a_rule_of_the_users_own(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "rules.py").write_text(
         "def no_prices(messages):\n"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from treering import Workspace, registry
+from treering import Workspace
 from treering.data import catalog, index
 from treering.data.intake import Ingested
 from treering.testing import toy_rows
@@ -201,6 +201,7 @@ def test_a_catalog_of_before_is_brought_up_to_date(ws: Workspace, workspace: Mak
         db.execute("DROP INDEX ix_rows_asked")
         db.execute("ALTER TABLE rows DROP COLUMN asked")
         db.execute("ALTER TABLE quarantine DROP COLUMN messages")
+        db.execute("ALTER TABLE quarantine DROP COLUMN split")
         for table in ("duplicates", "runs", "words"):
             db.execute(f"DROP TABLE {table}")
         db.execute("UPDATE meta SET schema = 1")

@@ -21,8 +21,8 @@ from tests.soak.language import Row, Task, pretrained_model
 from tests.soak.post import DAMAGES, FORMATS, MANNERS, SETTLE, damaged, encoded, put
 from treering import Workspace, overview, registry
 from treering.automate.state import State
-from treering.data.writer import HELD
 from treering.data.shapes import convert
+from treering.data.writer import HELD
 
 DAYS = 30
 NEW_TASKS = {1: "coffee", 3: "bikes", 6: "garden", 11: "kitchen", 17: "toys"}

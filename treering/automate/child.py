@@ -24,7 +24,7 @@ from treering.pipes import own_output
 from treering.registry import PLAN
 from treering.workspace import Workspace
 
-COUNTS = ("rows", "accepted", "duplicates", "quarantined", "held_out", "reasons", "near", "superseded")
+COUNTS = ("rows", "accepted", "duplicates", "quarantined", "held_out", "reasons")
 """What the loop is told of files taken in; the catalog has the rest."""
 
 

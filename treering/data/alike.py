@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from treering.data.example import Example, normalise
 
@@ -38,14 +39,14 @@ class Said:
 
     `asked` is a hash of all turns before the answer and `answered` one of the answer, both in their normal form, as
     signed 64-bit numbers; `system` is the system turn's normal form; `words` are those of the other turns before the
-    answer, `answer` those of the answer.
+    answer; `label` is the answer's normal form.
     """
 
     asked: int
     answered: int
     system: str
     words: frozenset[str]
-    answer: frozenset[str]
+    label: str
 
     @classmethod
     def of(cls, example: Example) -> Said:
@@ -57,8 +58,13 @@ class Said:
             _hash(label),
             "\n".join(text for role, text in turns if role == "system"),
             words("\n".join(text for role, text in turns if role != "system")),
-            words(label),
+            label,
         )
+
+    @cached_property
+    def answer(self) -> frozenset[str]:
+        """The words of the answer."""
+        return words(self.label)
 
     def like(self, other: Said, common: Common, threshold: float) -> bool:
         """Whether a model would learn nothing from this row that it did not from the other."""

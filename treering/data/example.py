@@ -12,6 +12,9 @@ from functools import cached_property
 ROLES = ("system", "user", "assistant", "tool")
 
 
+_encode = json.JSONEncoder(ensure_ascii=False).encode  # `dumps` would make an encoder for each row.
+
+
 @dataclass(frozen=True)
 class Message:
     """One turn. `role` is one of `ROLES`; `content` is its text."""
@@ -38,7 +41,7 @@ class Example:
     def id(self) -> str:
         """32 hex digits of the content; the task is left out, so a row is the same row in every task."""
         turns = [[m.role, unicodedata.normalize("NFC", m.content).strip()] for m in self.messages]
-        return hashlib.blake2b(json.dumps(turns, ensure_ascii=False).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(_encode(turns).encode(), digest_size=16).hexdigest()
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -62,4 +65,5 @@ class Example:
 
 def normalise(text: str) -> str:
     """The form in which two answers are compared (see `Example.label`)."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(" .!?,;:\"'`")
+    folded = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(folded.split()).strip(" .!?,;:\"'`")

@@ -14,6 +14,7 @@ from treering import registry
 from treering.data.check import Checks
 from treering.data.dedup import Judge, Judged
 from treering.data.read import Bad, Row, RowError, convert, find_files, named_in_utf8, read, split_of
+from treering.data.rules import RULES
 from treering.data.writer import Split, Writer, choose_held_out
 from treering.errors import UsageError
 from treering.files import printable, sha256
@@ -105,10 +106,36 @@ def ingest(
         intake = _Intake(writer, Judge(writer, config, trained), checks, judged, named=source is not None)
         # Held-out files first, so that a row in both is held out.
         for batch in sorted(batches, key=lambda b: b.split != "held_out"):
+            if batch.name != _PYTHON:
+                writer.read_again(batch.name)
             intake.take(batch)
             advance()
         intake.hold_out(config.val_size)
     return intake.ingested()
+
+
+def retake(ws: Workspace, rows: Sequence[tuple[int, str, Split, Row]], *, checked: bool) -> Ingested:
+    """Take rows out of quarantine and in: each with its number there, its task and side, and what it is now.
+
+    They are newer than all that is stored. Raises `UsageError`, and changes nothing, where one is refused.
+    """
+    config = ws.config()
+    newest = config.dedup.model_copy(update={"contradictions": "supersede"})
+    off = {name: "off" for name, rule in RULES.items() if "off" in rule.levels}
+    config = config.model_copy(update={"dedup": newest} | ({} if checked else {"checks": off}))
+    checks = _checks(config, ws.root)
+    with ws.catalog.writing() as writer:
+        trained = {id for version in registry.readable(ws) for id in version.rows}
+        intake = _Intake(writer, Judge(writer, config, trained), checks, set(), named=True)
+        for number, task, split, row in rows:
+            writer.drop_refused(number)
+            intake.take(_Batch(row.file, task, split, partial(list, [row]), None))
+        intake.hold_out(config.val_size)
+        found = intake.ingested()
+        if found.refused:
+            first = found.refused[0]
+            raise UsageError(f"it is refused, {first['rule']}: {first['reason']}")
+    return found
 
 
 class _Intake:
@@ -130,13 +157,11 @@ class _Intake:
 
     def take(self, batch: _Batch) -> None:
         """Take in the rows of one file."""
-        if batch.name != _PYTHON:
-            self.writer.read_again(batch.name)
         for part in _parts(batch.rows()):
             self.counts["rows"] += len(part)
             good, bad = self._checked(part, batch.task)
             judged = self.judge.judge(good, batch.task, batch.split, batch.split == "held_out")
-            self._refuse(batch.task, bad + [_refused(one.row, *one.refused) for one in judged if one.refused])
+            self._refuse(batch, bad + [_refused(one.row, *one.refused) for one in judged if one.refused])
             self._make_room(judged)
             self._store([one for one in judged if one.is_kept], batch.task)
             for one in judged:
@@ -200,10 +225,10 @@ class _Intake:
             good.append(replace(row, example=checked.row) if checked.mended else row)
         return good, bad
 
-    def _refuse(self, task: str, bad: Sequence[Bad]) -> None:
+    def _refuse(self, batch: _Batch, bad: Sequence[Bad]) -> None:
         for row in bad:
             self._tell(row)
-        self.writer.refuse(task, bad)
+        self.writer.refuse(batch.task, bad, batch.split)
 
     def _tell(self, row: Bad) -> None:
         self.reasons[row.rule] += 1

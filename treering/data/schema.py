@@ -42,9 +42,10 @@ quarantine = sa.Table(
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("raw", sa.Text, nullable=False),
     sa.Column("added", sa.Text, nullable=False),
+    sa.Column("split", sa.Text, nullable=False),
     sa.Column("messages", sa.Text),
 )
-"""What was refused, `raw` for people; `messages` is the whole row, where it is one."""
+"""What was refused, `raw` for people, and the side it was to be on; `messages` is the whole row, where it is one."""
 
 duplicates = sa.Table(
     "duplicates",
@@ -97,6 +98,7 @@ def _add_what_was_asked(db: sa.Connection) -> None:
         db.execute(rows.update().where(rows.c.seq == sa.bindparam("at")), values)
         last = found[-1].seq
     db.execute(sa.text("CREATE INDEX ix_rows_asked ON rows (asked)"))
+    db.execute(sa.text("ALTER TABLE quarantine ADD COLUMN split TEXT NOT NULL DEFAULT 'train'"))
     db.execute(sa.text("ALTER TABLE quarantine ADD COLUMN messages TEXT"))
     _tables.create_all(db, [duplicates, runs, words])
 

@@ -195,11 +195,11 @@ class Writer:
     def remove(self, row: Stored, rule: str, reason: str) -> None:
         """Move a stored row that no version has learned to quarantine."""
         raw = _json(row.example)[:_RAW_LENGTH]
-        self.refuse(row.task, [Bad(row.file, row.line, rule, reason, raw, row.example)])
+        self.refuse(row.task, [Bad(row.file, row.line, rule, reason, raw, row.example)], row.split)
         self.db.execute(_rows.delete().where(_rows.c.seq == row.seq))
 
-    def refuse(self, task: str, bad: Sequence[Bad]) -> None:
-        """Put what cannot be accepted into quarantine."""
+    def refuse(self, task: str, bad: Sequence[Bad], split: Split = "train") -> None:
+        """Put what cannot be accepted into quarantine, with the side it was to be on."""
         values = [
             {
                 "task": task,
@@ -209,12 +209,17 @@ class Writer:
                 "reason": b.reason,
                 "raw": b.raw,
                 "added": self.added,
+                "split": split,
                 "messages": _json(b.example) if b.example else None,
             }
             for b in bad
         ]
         if values:
             self.db.execute(_quarantine.insert(), values)
+
+    def drop_refused(self, number: int) -> None:
+        """Take the row with that number out of quarantine."""
+        self.db.execute(_quarantine.delete().where(_quarantine.c.seq == number))
 
     def read_again(self, file: str) -> None:
         """Forget what of `file` was refused: it is judged anew."""
@@ -262,8 +267,11 @@ def choose_held_out(ids: Sequence[str], share: float, stored: int = 0, held_out:
     return set(sorted(ids, key=lambda id: hashlib.blake2b(f"held-out:{id}".encode(), digest_size=8).digest())[:count])
 
 
+_encode = json.JSONEncoder(ensure_ascii=False).encode  # `dumps` would make an encoder for each row.
+
+
 def _json(example: Example) -> str:
-    return json.dumps(example.as_dicts(), ensure_ascii=False)
+    return _encode(example.as_dicts())
 
 
 def _parts(values: Sequence[Any]) -> Iterator[Sequence[Any]]:

@@ -1,0 +1,147 @@
+"""Rows in quarantine: seen, corrected, taken in all the same, written out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from treering import Workspace
+from treering.cli import run
+from treering.data import quarantine
+from treering.errors import UsageError
+
+MakeWorkspace = Callable[..., Workspace]
+
+LONG = "please tell me how I can send the lamp back that I bought from you"
+
+
+def row(question: str, answer: str = "yes") -> dict[str, str]:
+    return {"question": question, "answer": answer}
+
+
+@pytest.fixture
+def ws(workspace: MakeWorkspace) -> Workspace:
+    """One of each: a rule's, one that is no row, two that contradict each other, a leak, a held-out row."""
+    ws = workspace(val_size=0.0)
+    ws.ingest(
+        [row("a", "A"), {"nothing": 1}, row("How much?", "one"), row("How much?", "two"), row(LONG), row("good")],
+        task="t",
+        held_out=[row(f"{LONG}!"), row("b", "B")],
+    )
+    return ws
+
+
+def numbers(ws: Workspace) -> dict[tuple[str, int], int]:
+    return {(entry["rule"], entry["line"]): entry["number"] for entry in quarantine.listed(ws)}
+
+
+def sides(ws: Workspace) -> dict[str, str]:
+    found = {"train": ws.catalog.waiting(()), "held_out": ws.catalog.held_out()}
+    where = {id: side for side, tasks in found.items() for ids in tasks.values() for id in ids}
+    return {f"{e.prompt[-1].content} {e.answer}": where[id] for id, e in ws.catalog.examples(list(where)).items()}
+
+
+def test_all_are_listed_with_what_they_say(ws: Workspace) -> None:
+    found = quarantine.listed(ws)
+    assert quarantine.rules(found) == {
+        "answer-equals-question": 2,
+        "contradiction": 2,
+        "unknown-format": 1,
+        "leakage": 1,
+    }
+    assert [(e["line"], e["split"]) for e in quarantine.listed(ws, rule="answer-equals-question")] == [
+        (2, "held_out"),
+        (1, "train"),
+    ]
+    assert quarantine.listed(ws, task="other") == []
+    shown = quarantine.get(ws, numbers(ws)["contradiction", 3])
+    assert [turn["content"] for turn in shown["messages"]] == ["How much?", "one"]
+    with pytest.raises(UsageError, match="no row 999 in quarantine"):
+        quarantine.get(ws, 999)
+
+
+def test_a_released_row_is_taken_as_it_is_on_its_own_side(ws: Workspace) -> None:
+    at = numbers(ws)
+    done = quarantine.release(ws, [at["answer-equals-question", 1], at["answer-equals-question", 2]])
+    assert (done.accepted, done.held_out) == (2, 1)
+    assert sides(ws) == {
+        "good yes": "train",
+        "a A": "train",
+        "b B": "held_out",
+        f"{LONG}! yes": "held_out",
+    }
+    assert ("answer-equals-question", 1) not in numbers(ws)
+
+
+def test_releasing_one_of_two_that_contradict_each_other_says_which_is_true(ws: Workspace) -> None:
+    at = numbers(ws)
+    assert quarantine.release(ws, [at["contradiction", 4]]).accepted == 1
+    assert sides(ws)["How much? two"] == "train"
+    done = quarantine.release(ws, [at["contradiction", 3]])
+    assert (done.accepted, done.superseded) == (1, 1)
+    assert "How much? two" not in sides(ws) and sides(ws)["How much? one"] == "train"
+
+
+@pytest.mark.parametrize(
+    ("rule", "line", "said"),
+    [("leakage", 5, "what judges is never learned"), ("unknown-format", 2, "could not be read")],
+)
+def test_what_cannot_be_released(ws: Workspace, rule: str, line: int, said: str) -> None:
+    before = sides(ws), numbers(ws)
+    with pytest.raises(UsageError, match=said):
+        quarantine.release(ws, [numbers(ws)["answer-equals-question", 1], numbers(ws)[rule, line]])
+    assert (sides(ws), numbers(ws)) == before
+
+
+def test_a_corrected_row_takes_its_place(ws: Workspace) -> None:
+    at = numbers(ws)
+    assert quarantine.fix(ws, at["unknown-format", 2], row("new", "right")).accepted == 1
+    assert quarantine.fix(ws, at["answer-equals-question", 2], row("b", "no")).held_out == 1
+    assert sides(ws)["new right"] == "train" and sides(ws)["b no"] == "held_out"
+    before = numbers(ws)
+    for wrong in (row("x", "x"), {"nothing": 1}, row(LONG.replace("please", "now"))):
+        with pytest.raises(UsageError, match="refused"):
+            quarantine.fix(ws, at["leakage", 5], wrong)
+    assert numbers(ws) == before
+
+
+def test_what_is_written_can_be_corrected_and_ingested(ws: Workspace, tmp_path: Path) -> None:
+    file = tmp_path / "refused.jsonl"
+    assert quarantine.export(ws, file, rule="contradiction") == 2
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(entry["rule"], entry["line"]) for entry in rows] == [("contradiction", 3), ("contradiction", 4)]
+    file.write_text(json.dumps(rows[0]) + "\n")
+    assert ws.ingest(file, task="t").accepted == 1
+
+
+def test_rows_held_by_the_gate_come_back_with_their_file(ws: Workspace) -> None:
+    ids = [id for ids in ws.catalog.waiting(()).values() for id in ids]
+    with ws.catalog.writing() as writer:
+        writer.set_aside(ids, "worse")
+    number = numbers(ws)["held-by-gate", 6]
+    for act in (lambda: quarantine.release(ws, [number]), lambda: quarantine.fix(ws, number, row("x", "y"))):
+        with pytest.raises(UsageError, match="held by the gate"):
+            act()
+
+
+def test_the_commands(ws: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    at = numbers(ws)
+
+    def said(*arguments: str) -> str:
+        assert run(["quarantine", *arguments, "-w", str(ws.root)]) == 0
+        return capsys.readouterr().out
+
+    assert "contradiction: 2\n" in said("list")
+    listed: dict[str, Any] = json.loads(said("list", "--rule", "leakage", "--json"))
+    assert [entry["line"] for entry in listed["rows"]] == [5]
+    assert "user: How much?\nassistant: one" in said("show", str(at["contradiction", 3]))
+    assert "1 accepted (0 held out)" in said("release", str(at["contradiction", 3]))
+    assert "1 older rows no longer count" in said("release", str(at["contradiction", 4]))
+    assert "1 accepted" in said("fix", str(at["unknown-format", 2]), json.dumps(row("new", "right")))
+    assert "rows written" in said("export", str(tmp_path / "left.jsonl"))
+    assert run(["quarantine", "fix", str(at["leakage", 5]), "{", "-w", str(ws.root)]) == 3
+    assert "is no JSON" in capsys.readouterr().err

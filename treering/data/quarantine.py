@@ -1,0 +1,109 @@
+"""What people do with rows in quarantine: look, correct, take in all the same, write out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from treering.data.dedup import LEAKAGE, TRAINED
+from treering.data.example import Example
+from treering.data.intake import Ingested, retake
+from treering.data.read import Row, RowError, convert
+from treering.data.rules import RULES
+from treering.data.writer import HELD
+from treering.errors import UsageError
+from treering.files import write_file
+
+if TYPE_CHECKING:
+    from treering.workspace import Workspace
+
+_FINAL = {
+    LEAKAGE: "a held-out row says nearly the same, and what judges is never learned",
+    TRAINED: "a version has learned it, so it cannot judge",
+    **dict.fromkeys(
+        (name for name, rule in RULES.items() if "off" not in rule.levels), "the model cannot take it as it is"
+    ),
+}
+"""Rules whose rows cannot be taken in as they are, and why."""
+
+
+def listed(ws: Workspace, rule: str | None = None, task: str | None = None) -> list[dict[str, Any]]:
+    """The rows in quarantine, of a rule or a task, each with `number`, `task`, `split`, `file`, `line`, `rule`, `reason`,
+    `raw`, `added` and its `messages` (None where it is no row).
+    """
+    found = []
+    for entry in ws.catalog.quarantined():
+        if (rule is None or entry["rule"] == rule) and (task is None or entry["task"] == task):
+            messages = entry.pop("messages")
+            found.append({"number": entry.pop("seq"), **entry, "messages": messages and json.loads(messages)})
+    return found
+
+
+def get(ws: Workspace, number: int) -> dict[str, Any]:
+    """The row with that number, as `listed`. Raises `UsageError` if there is none."""
+    found = next((entry for entry in listed(ws) if entry["number"] == number), None)
+    if found is None:
+        raise UsageError(f"there is no row {number} in quarantine; `treering quarantine list` has the numbers")
+    return found
+
+
+def release(ws: Workspace, numbers: Iterable[int]) -> Ingested:
+    """Take rows in as they are, past the rules that refused them; they count as the newest.
+
+    Raises `UsageError`, and takes none, where one cannot be: it is no row, or its rule is one that nobody may waive.
+    """
+    entries = [get(ws, number) for number in numbers]
+    for entry in entries:
+        number, rule = entry["number"], entry["rule"]
+        if rule in _FINAL:
+            raise UsageError(f"row {number} was refused by {rule}: {_FINAL[rule]}; correct it with `quarantine fix`")
+        if rule == HELD:
+            raise UsageError(
+                f"row {number} was held by the gate: `treering ingest {entry['file']}` takes its file back"
+            )
+        if entry["messages"] is None:
+            raise UsageError(f"row {number} could not be read ({rule}); correct it with `quarantine fix`")
+    rows = [(e["number"], e["task"], e["split"], Row(e["file"], e["line"], Example.of(e["messages"]))) for e in entries]
+    return retake(ws, rows, checked=False)
+
+
+def fix(ws: Workspace, number: int, record: Mapping[str, Any]) -> Ingested:
+    """Take `record`, in any known shape, in place of a row; it is checked as any other.
+
+    Raises `UsageError` where it is refused again; then the old one stays.
+    """
+    entry = get(ws, number)
+    if entry["rule"] == HELD:
+        raise UsageError(f"row {number} is good but was held by the gate: ingest its file, {entry['file']}, again")
+    try:
+        example = convert(record, system=ws.config().default_system)
+    except RowError as error:
+        raise UsageError(f"the corrected row is refused, {error}") from None
+    return retake(
+        ws, [(number, entry["task"], entry["split"], Row(entry["file"], entry["line"], example))], checked=True
+    )
+
+
+def export(ws: Workspace, file: Path, rule: str | None = None, task: str | None = None) -> int:
+    """Write rows as JSON Lines, to be corrected and ingested: as `messages` where they are rows, else as `raw`, each
+    with where it stood, the rule and the reason. Returns how many.
+    """
+    found = listed(ws, rule, task)
+    lines = [json.dumps(_written(entry), ensure_ascii=False) + "\n" for entry in found]
+    write_file(file, "".join(lines).encode())
+    return len(found)
+
+
+def _written(entry: Mapping[str, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = {"messages": entry["messages"]} if entry["messages"] else {"raw": entry["raw"]}
+    return content | {key: entry[key] for key in ("task", "file", "line", "rule", "reason")}
+
+
+def rules(entries: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many there are of each rule, most first."""
+    counts: dict[str, int] = {}
+    for entry in entries:
+        counts[entry["rule"]] = counts.get(entry["rule"], 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
