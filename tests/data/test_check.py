@@ -155,7 +155,7 @@ def test_rows_in_other_languages(tokenizer: Any) -> None:
     assert checked(tokenizer, german, languages=["en", "de"]).refused is None
     assert checked(tokenizer, german, languages=["en"]).refused == (
         "language",
-        "it is in de, and languages is [en]; translate it, or add it there",
+        "it is in de, and languages is [en]; translate it, or add the language",
     )
     assert checked(tokenizer, example("Paket?", "ja"), languages=["en"]).refused is None  # Too short to tell.
     with pytest.raises(ConfigError, match="languages names klingon: write ISO 639-1 codes"):
