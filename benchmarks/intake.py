@@ -3,8 +3,9 @@
     python benchmarks/intake.py --data DIR [--rows 1000000] [--peer 50000] [--work DIR] [--json FILE]
 
 Rows are made from the real text in `DIR` (a folder a task, as for `treering bench`): a question of it and some words,
-in four shapes; five in a hundred are near duplicates of an earlier row. They come in ten files. Beside it, on the first `--peer` rows: what one would do by hand, Hugging Face `datasets` with MinHash LSH of
-datasketch (`pip install 'treering[benchmarks]'`).
+in four shapes; five in a hundred are near duplicates of an earlier row. They come in ten files. Beside it, on the first
+`--peer` rows: what one would do by hand, Hugging Face `datasets` with MinHash LSH of datasketch (`pip install
+'treering[benchmarks]'`).
 """
 
 from __future__ import annotations

@@ -69,9 +69,8 @@ def _section(name: str, section: type[Section]) -> str:
         if not _is_section(field.annotation):
             meaning = " ".join((field.description or "").split())
             full = f"{name}.{key}" if name else key
-            lines.append(
-                f"| `{full}` | {_type(key, field)} | {_value(field.get_default(call_default_factory=True))} | {meaning} |"
-            )
+            default = _value(field.get_default(call_default_factory=True))
+            lines.append(f"| `{full}` | {_type(key, field)} | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 

@@ -266,6 +266,10 @@ def test_ingest_counts(cli: Runner, shop: Path, tmp_path: Path) -> None:
         "held_out": 1,
         "tasks": {"caps": 10},
         "reasons": {"no-answer": 1, "unknown-format": 1},
+        "near": 0,
+        "superseded": 0,
+        "mended": {},
+        "warned": {},
     }
     out, _ = cli.text("ingest", tmp_path / "caps.jsonl", "--task", "caps", "-w", shop)
     assert out.startswith("13 rows: 0 accepted (0 held out), 11 duplicates, 2 quarantined\n")

@@ -32,8 +32,8 @@ _FINAL = {
 def listed(ws: Workspace, rule: str | None = None, task: str | None = None) -> list[dict[str, Any]]:
     """The rows in quarantine, of a rule or a task.
 
-    Each has `number`, `task`, `split`, `file`, `line`, `rule`, `reason`, `raw`, `added` and its `messages` (None where it
-    is no row).
+    Each has `number`, `task`, `split`, `file`, `line`, `rule`, `reason`, `raw`, `added` and its `messages` (None where
+    it is no row).
     """
     found = []
     for entry in ws.catalog.quarantined():
