@@ -41,7 +41,7 @@ def _analyzer() -> Any:
         ) from None
     # The list of domains that came with the package; a newer one would be fetched from the network.
     tldextract.tldextract.TLD_EXTRACTOR = tldextract.TLDExtract(suffix_list_urls=())
-    engine = SpacyNlpEngine()
+    engine: Any = SpacyNlpEngine()
     engine.nlp = {"en": spacy.blank("en")}
     registry = RecognizerRegistry()
     registry.load_predefined_recognizers(languages=["en"], nlp_engine=engine)
