@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import sqlalchemy as sa
 
 from treering.data import schema
 from treering.data.example import Example
+from treering.data.schema import duplicates as _duplicates
 from treering.data.schema import files as _files
 from treering.data.schema import quarantine as _quarantine
 from treering.data.schema import rows as _rows
@@ -145,6 +147,42 @@ class Catalog:
                 "restore treering.db, or ingest the file they came from again"
             )
         return found
+
+    def tasks(self) -> dict[str, dict[str, int]]:
+        """Rows of each task: `train`, `held_out`, `superseded`, `aside` (held), `left_out` and `quarantined`."""
+        found: dict[str, Counter[str]] = {}
+        with self.engine.connect() as db:
+            query = sa.select(_rows.c.task, _rows.c.split, sa.func.count()).group_by(_rows.c.task, _rows.c.split)
+            for task, split, count in db.execute(query.order_by(_rows.c.task)):
+                found.setdefault(task, Counter())[split.partition(":")[0]] += count
+            for name, table in (("left_out", _duplicates), ("quarantined", _quarantine)):
+                query = sa.select(table.c.task, sa.func.count()).group_by(table.c.task).order_by(table.c.task)
+                for task, count in db.execute(query):
+                    found.setdefault(task, Counter())[name] = count
+        return {task: dict(counts) for task, counts in found.items()}
+
+    def rows(self, ids: Sequence[str]) -> list[dict[str, Any]]:
+        """All that is stored of these rows, in the order they came; `where` is as `Writer.known` has it."""
+        found = []
+        with self.engine.connect() as db:
+            for start in range(0, len(ids), CHUNK):
+                for row in db.execute(sa.select(_rows).where(_rows.c.id.in_(ids[start : start + CHUNK]))).mappings():
+                    kept = {key: row[key] for key in ("id", "task", "given", "file", "line", "added")}
+                    where = row["split"].partition(":")[0]
+                    found.append((row["seq"], {**kept, "where": where, "messages": json.loads(row["messages"])}))
+        return [row for _, row in sorted(found, key=lambda pair: pair[0])]
+
+    def beginning(self, prefix: str) -> list[str]:
+        """Ids of rows that begin so, ten at most."""
+        query = sa.select(_rows.c.id).where(_rows.c.id >= prefix, _rows.c.id < prefix + "g").limit(10)  # Hex digits.
+        with self.engine.connect() as db:
+            return list(db.execute(query).scalars())
+
+    def likes(self, id: str) -> list[dict[str, Any]]:
+        """Rows that were left out because of the one with this id: where they stood, and when."""
+        query = sa.select(_duplicates.c.file, _duplicates.c.line, _duplicates.c.added).where(_duplicates.c.like == id)
+        with self.engine.connect() as db:
+            return [dict(row) for row in db.execute(query).mappings()]
 
     def quarantined(self) -> list[dict[str, Any]]:
         """All rows in quarantine, in the order they came."""

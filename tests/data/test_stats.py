@@ -1,0 +1,81 @@
+"""What is told of rows: a task's figures, one row's story, what a version learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from treering import Workspace, registry
+from treering.data.stats import slips, stats
+from treering.data.story import story, trace
+from treering.errors import UsageError
+from treering.testing import toy_rows
+
+LONG = "please tell me how I can send the lamp back that I bought from you"
+
+
+def row(question: str, answer: str = "yes") -> dict[str, Any]:
+    return {"question": question, "answer": answer}
+
+
+@pytest.fixture(scope="module")
+def ws(tmp_path_factory: pytest.TempPathFactory, model_folder: Any) -> Workspace:
+    """A version that learned twenty rows, then a near duplicate, a row that supersedes, one refused, new ones."""
+    settings: dict[str, Any] = {"model_name_or_path": str(model_folder), "bf16": False, "val_size": 0.1}
+    ws = Workspace.create(tmp_path_factory.mktemp("stats") / "ws", **settings, memory={"size": 100})
+    ws.ingest([*toy_rows("a", 19), row(LONG, "a a")], task="a")
+    assert ws.update(max_steps=1, gate={"floor": 1.0, "margin": 1.0}) is not None
+    ws.ingest([row(LONG.replace("please ", ""), "a a"), row("a item 0: sort a", "a z"), row("x", "x")], task="a")
+    ws.ingest(
+        [row("something quite different", "a b")] + [row(f"what is {n}", f"{n} it is") for n in range(9)], task="b"
+    )
+    return ws
+
+
+def test_figures_of_a_task(ws: Workspace) -> None:
+    found = stats(ws)
+    assert found.keys() == {"a", "b"}
+    a = found["a"]
+    assert a["rows"] == {"train": 18, "held_out": 2, "superseded": 1, "left_out": 1, "quarantined": 1, "waiting": 1}
+    assert a["label_count"] == 5 and sum(a["labels"].values()) == 18
+    assert a["characters"]["most"] == len(LONG) + 3
+    assert a["drift"]["words"] >= 0 and a["drift"]["labels"] == 1.0  # No learned row has the new row's label.
+    assert found["b"]["labels"] == {} and found["b"]["drift"] is None  # Open answers; nothing of it was learned.
+    assert stats(ws, "b").keys() == {"b"}
+
+
+def test_a_rare_label_that_looks_like_a_frequent_one() -> None:
+    counts = {"refund": 100, "refunds": 2, "delivery": 90, "warranty": 3}
+    assert slips(counts) == {"refunds": "refund"}
+    assert slips({}) == {}
+
+
+def test_a_task_out_of_balance(workspace: Callable[..., Workspace]) -> None:
+    ws = workspace(val_size=0.0)
+    ws.ingest([row(f"question {n}", "often" if n else "rarely") for n in range(20)], task="a")
+    assert stats(ws)["a"]["imbalance"] == 19.0
+
+
+def test_a_rows_story(ws: Workspace) -> None:
+    [version] = [version.name for version in registry.versions(ws)]
+    ids = {e.prompt[-1].content: id for id, e in ws.catalog.examples(ws.catalog.train_ids("a")).items()}
+    told = story(ws, ids[LONG][:10]) if LONG in ids else story(ws, ws.catalog.held_out()["a"][0])
+    assert told["where"] in ("train", "held_out") and told["task"] == "a"
+    assert (told["versions"] or told["judged"]) == [version]
+    if LONG in ids:
+        assert [like["file"] for like in told["likes"]] == ["<python>"]
+        assert told["memory"] == [version]
+    for wrong in ("abc", "0" * 32, "zzzzzzzz"):
+        with pytest.raises(UsageError, match="names no row"):
+            story(ws, wrong)
+
+
+def test_what_a_version_learned(ws: Workspace) -> None:
+    [version] = registry.versions(ws)
+    found = trace(ws, version)
+    assert found["version"] == version.name and found["tasks"] == {"a": 18}
+    assert found["files"] == {"<python>": 18} and len(found["rows"]) == 18
+    superseded = [row for row in found["rows"] if story(ws, row["id"])["where"] == "superseded"]
+    assert len(superseded) <= 1

@@ -1,0 +1,96 @@
+"""What a workspace's rows are like, task by task: how many, how long, which labels, and how new ones differ from old."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from treering import registry
+from treering.automate.drift import divergence, drift
+from treering.data.example import Example
+from treering.metrics import metric_for
+
+if TYPE_CHECKING:
+    from treering.workspace import Workspace
+
+SAMPLE = 20_000
+"""Rows of a task whose texts are read, the first by id: ids are hashes, so these are a random draw."""
+
+FEW, MUCH = 0.1, 10.0
+"""A label with less than this share of the mean of all is rare; the most frequent one has so many times the rarest: the
+task is out of balance."""
+
+ALIKE = 0.85
+"""Likeness of two labels (Ratcliff and Obershelp) from which on the rarer one may be a slip."""
+
+SHOWN = 20
+"""Labels that are told, the most frequent."""
+
+
+@dataclass
+class Of:
+    """One task's rows. `characters`: of question and answer, the median, the 95th percentile and the largest.
+
+    `labels` are the most frequent with their counts, empty where answers are open; `slips` pairs a rare label with the
+    frequent one it looks like; `imbalance` is the most frequent label's count over the rarest one's, where that is much.
+    `drift` compares what waits with what was learned, in bits (Jensen-Shannon): of words and of labels.
+    """
+
+    rows: dict[str, int] = field(default_factory=dict)
+    characters: dict[str, int] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)
+    label_count: int = 0
+    slips: dict[str, str] = field(default_factory=dict)
+    imbalance: float | None = None
+    drift: dict[str, float] | None = None
+
+
+def stats(ws: Workspace, task: str | None = None) -> dict[str, dict[str, Any]]:
+    """By task, or of one."""
+    learned = registry.consumed(ws, registry.current(ws))
+    waiting = ws.catalog.waiting(learned)
+    found = {}
+    for name, counts in ws.catalog.tasks().items():
+        if task is None or name == task:
+            found[name] = asdict(_of(ws, name, counts, waiting.get(name, []), learned))
+    return found
+
+
+def _of(ws: Workspace, task: str, counts: Mapping[str, int], waiting: Sequence[str], learned: set[str]) -> Of:
+    ids = ws.catalog.train_ids(task)
+    examples = ws.catalog.examples(sorted(ids)[:SAMPLE])
+    new = set(waiting)
+    found = Of({**counts, "waiting": len(waiting)}, _characters(examples.values()))
+    if metric_for([example.label for example in examples.values()]) == "exact_match":
+        labels = Counter(example.label for example in examples.values())
+        found.labels, found.label_count = dict(labels.most_common(SHOWN)), len(labels)
+        found.slips = slips(labels)
+        ratio = max(labels.values()) / min(labels.values())
+        found.imbalance = ratio if ratio >= MUCH else None
+    known = sorted(learned.intersection(ids))
+    if waiting and known:
+        sides = [Counter(e.label for id, e in examples.items() if (id in new) == side) for side in (True, False)]
+        bits = {"words": drift(ws.catalog, waiting, known)}
+        found.drift = bits | ({"labels": divergence(*sides)} if found.labels else {})
+    return found
+
+
+def slips(labels: Mapping[str, int]) -> dict[str, str]:
+    """Rare labels that look like a frequent one: `refunds` beside many of `refund`."""
+    mean = sum(labels.values()) / max(1, len(labels))
+    frequent = [label for label, count in labels.items() if count >= mean]
+    found = {}
+    for label, count in labels.items():
+        if count < FEW * mean and (near := difflib.get_close_matches(label, frequent, 1, ALIKE)):
+            found[label] = near[0]
+    return found
+
+
+def _characters(examples: Iterable[Example]) -> dict[str, int]:
+    lengths = sorted(sum(len(turn.content) for turn in example.messages) for example in examples)
+    if not lengths:
+        return {}
+    return {"median": lengths[len(lengths) // 2], "p95": lengths[int(0.95 * (len(lengths) - 1))], "most": lengths[-1]}
