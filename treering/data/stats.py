@@ -1,4 +1,4 @@
-"""What a workspace's rows are like, task by task: how many, how long, which labels, and how new ones differ from old."""
+"""What rows are like, task by task: how many, how long, which labels, and how new ones differ from old."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Of:
     """One task's rows. `characters`: of question and answer, the median, the 95th percentile and the largest.
 
     `labels` are the most frequent with their counts, empty where answers are open; `slips` pairs a rare label with the
-    frequent one it looks like; `imbalance` is the most frequent label's count over the rarest one's, where that is much.
+    frequent one it looks like; `imbalance` is the count of the most frequent label over that of the rarest, if that is
+    much.
     `drift` compares what waits with what was learned, in bits (Jensen-Shannon): of words and of labels.
     """
 
