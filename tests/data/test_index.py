@@ -38,14 +38,14 @@ def test_on_disk_it_is_the_same(tmp_path: Path) -> None:
     rows = sets(300)
     one = Index(tmp_path, ())
     one.add(signatures(rows[:200]), range(200))
-    names = one.save("first")
+    names = one.save()
     two = Index(tmp_path, names)
     assert isinstance(two.runs[0].keys, np.memmap)
     two.add(signatures(rows[200:250]), range(200, 250))
     two.add(signatures(rows[250:]), range(250, 300))
     asked = signatures([changed(words, 1) for words in rows])
     found = sorted(two.near(asked, 0.8))
-    names = two.save("second")
+    names = two.save()
     assert [len(run.rows) for run in two.runs] == [300]
     assert sorted(Index(tmp_path, names).near(asked, 0.8)) == found
     assert {at for at, row in found if at == row} >= set(range(290))
@@ -80,7 +80,7 @@ def test_a_crowd_costs_no_more_than_its_last_rows(tmp_path: Path) -> None:
 def test_a_damaged_run_is_told(tmp_path: Path, damage: str) -> None:
     kept = Index(tmp_path, ())
     kept.add(signatures(sets(10)), range(10))
-    [name] = kept.save("run")
+    [name] = kept.save()
     path = tmp_path / name / "rows.npy"
     if damage == "missing":
         path.unlink()

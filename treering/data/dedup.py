@@ -109,7 +109,7 @@ class Judge:
         """Keep what was learned of the rows for the next ingest, in the same transaction."""
         for task, common in self._common.items():
             self.writer.keep_common(task, common)
-        self.writer.keep_runs(self._index.save(f"run-{self.last}"), self.last)
+        self.writer.keep_runs(self._index.save(), self.last)
 
     # How rows compare
 

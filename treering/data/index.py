@@ -9,6 +9,7 @@ opening an index nor its memory grows with what is stored.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -142,11 +143,11 @@ class Index:
             later, one = self.runs.pop(), self.runs.pop()
             self.runs.append(Run.merged(one, later))
 
-    def save(self, prefix: str) -> list[str]:
-        """Write what is in memory only; returns the names of all runs. New ones begin with `prefix`."""
+    def save(self) -> list[str]:
+        """Write what is in memory only; returns the names of all runs, of which none ever comes again."""
         for at, run in enumerate(self.runs):
             if not run.name:
-                name = f"{prefix}-{at}"
+                name = secrets.token_hex(8)
                 run.save(self.folder / name)
                 self.runs[at] = Run.load(self.folder / name)
         if self.folder.is_dir():
