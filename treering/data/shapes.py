@@ -6,7 +6,7 @@ and its answer wins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from treering.data.example import Example, Message
@@ -68,9 +68,10 @@ def plain(key: object) -> str:
     return str(key).strip().lower()
 
 
-def require_columns(names: Iterable[str]) -> None:
-    """Raise `RowError` where no row of a table with these columns could be converted."""
+def known_columns(names: Sequence[str]) -> list[str]:
+    """Those of a table's columns that a shape knows. Raises `RowError` where no row of it could be converted."""
     _shape_of(_keyed((name, None) for name in names))
+    return [name for name in names if plain(name) in KNOWN_KEYS]
 
 
 def _keyed(items: Iterable[tuple[object, object]]) -> dict[str, object]:
