@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,9 @@ from treering.data.catalog import Stored, Writer, choose_held_out
 from treering.data.check import check
 from treering.data.dedup import Split, fate
 from treering.data.example import Example
-from treering.data.read import Bad, Row, RowError, convert, find_files, named_in_utf8, read, split_of
+from treering.data.fetch import STDIN
+from treering.data.read import Bad, Row, RowError, convert, named_in_utf8, read
+from treering.data.sources import DataFile, How, Place, data_files
 from treering.errors import UsageError
 from treering.files import printable, sha256
 from treering.progress import bar
@@ -39,6 +41,7 @@ class Ingested:
     """What became of the rows: `rows` = `accepted` + `duplicates` + `quarantined`. `tasks`: accepted rows by task.
 
     `reasons`: quarantined rows by rule. `refused`: the first 100 of them, each with `file`, `line`, `rule`, `reason`.
+    `notices`: what is to be known of files that could be read.
     """
 
     rows: int
@@ -49,6 +52,7 @@ class Ingested:
     tasks: dict[str, int]
     reasons: dict[str, int]
     refused: list[dict[str, Any]]
+    notices: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -74,19 +78,22 @@ def ingest(
     held_out: Source = None,
     only: Collection[Path] | None = None,
     config: Config | None = None,
+    how: How | None = None,
     quiet: bool = True,
 ) -> Ingested:
     """Take in `source` (files, folders or rows; the inbox by default); `held_out` is the user's own held-out side.
 
-    Files of the inbox whose content was ingested before are passed over, with `only` all others too. Raises
-    `UsageError` before anything is stored when a path does not exist or a task cannot be named.
+    Files of the inbox whose content was ingested before are passed over, with `only` all others too. `how`: what was
+    told of the files; else they are recognised. Raises `UsageError` before anything is stored when a path does not
+    exist or a task cannot be named.
     """
     config = config or ws.config()
-    batches = _batches(ws, source, task, "train", config, only=only) + _batches(
-        ws, held_out, task, "held_out", config, named=False
+    notes: list[str] = []
+    batches = _batches(ws, source, task, "train", config, notes, how or How(), only=only) + _batches(
+        ws, held_out, task, "held_out", config, notes, how or How(), named=False
     )
     if not batches:
-        return Ingested(0, 0, 0, 0, 0, {}, {}, [])
+        return Ingested(0, 0, 0, 0, 0, {}, {}, [], notes)
     count_tokens = _counter(config)
     total = {"rows": 0, "duplicates": 0, "quarantined": 0, "held_out": 0}
     tasks: dict[str, int] = {}
@@ -113,7 +120,7 @@ def ingest(
                 {"file": row.file, "line": row.line, "rule": row.rule, "reason": row.reason}
                 for row in bad[: TOLD - len(told)]
             ]
-            writer.quarantine(batch.task, None if batch.name == _PYTHON else batch.name, bad)
+            writer.quarantine(batch.task, None if batch.name in (_PYTHON, STDIN) else batch.name, bad)
             if batch.digest is not None:
                 writer.remember_file(batch.name, batch.digest)
             advance()
@@ -123,7 +130,7 @@ def ingest(
             writer.add(rows)
             tasks[name] = tasks.get(name, 0) + len(rows)
             total["held_out"] += sum(row.split == "held_out" for row in rows)
-    return Ingested(**total, accepted=sum(tasks.values()), tasks=tasks, reasons=reasons, refused=told)
+    return Ingested(**total, accepted=sum(tasks.values()), tasks=tasks, reasons=reasons, refused=told, notices=notes)
 
 
 def _take(
@@ -200,6 +207,8 @@ def _batches(
     task: str | None,
     split: Split,
     config: Config,
+    notes: list[str],
+    how: How,
     *,
     named: bool = True,
     only: Collection[Path] | None = None,
@@ -207,12 +216,13 @@ def _batches(
     """One batch a file. `named`: a file's own name may put it on the held-out side (`test.jsonl`)."""
     if source is None:
         skip = lambda file: ws.catalog.took(file) or (only is not None and file not in only)  # noqa: E731
-        return _files(ws.inbox, None, split, config, by_name=True, skip=skip) if named else []
+        return _files(ws.inbox, None, split, config, True, notes, how, skip) if named else []
     if isinstance(source, str | Path):
         source = [source]
     items = list(source)
-    if all(isinstance(item, str | Path) for item in items):
-        return [b for item in items for b in _files(Path(str(item)), task, split, config, by_name=named)]
+    if all(isinstance(item, str | Path | Place) for item in items):
+        places = [item if isinstance(item, Place) else Path(str(item)) for item in items]
+        return [b for place in places for b in _files(place, task, split, config, named, notes, how)]
     if task is None:
         raise UsageError("rows from Python need task='...', the name of the task they belong to")
     return [_Batch(_PYTHON, task, split, lambda: _convert(items, config), None)]
@@ -227,42 +237,32 @@ def _convert(items: Sequence[Any], config: Config) -> Iterable[Row | Bad]:
 
 
 def _files(
-    path: Path,
+    source: Path | Place,
     task: str | None,
     split: Split,
     config: Config,
     by_name: bool,
+    notes: list[str],
+    how: How,
     skip: Callable[[Path], bool] = lambda _: False,
 ) -> list[_Batch]:
-    root = path.resolve()
     batches = []
-    for file in find_files(root):
-        if skip(file):
+    for file in data_files(source, how, lambda name, text: notes.append(f"{name}: {text}")):
+        if skip(file.path):
             continue
-        side: Split = "held_out" if by_name and split_of(file) != "train" else split
-        name = task or _task_of(file, root)
-        rows = partial(_rows, file, config)
-        batches.append(_Batch(printable(str(file)), printable(name), side, rows, _digest(file)))
+        side: Split = file.side if by_name and file.side == "held_out" else split
+        name = printable(task or file.task())
+        digest = None if file.name == STDIN else _digest(file.path)
+        batches.append(_Batch(file.name, name, side, partial(_rows, file, config, notes), digest))
     return batches
 
 
-def _rows(file: Path, config: Config) -> Iterable[Row | Bad]:
-    if named_in_utf8(file):
-        return read(file, system=config.default_system)
+def _rows(file: DataFile, config: Config, notes: list[str]) -> Iterable[Row | Bad]:
+    if named_in_utf8(file.path):
+        note = lambda text: notes.append(f"{file.name}: {text}")  # noqa: E731
+        return read(file.path, system=config.default_system, name=file.name, layout=file.layout, note=note)
     # A name is kept with every row, and whoever reads it must find the file by it.
-    return [Bad(printable(str(file)), 0, "file-name", BAD_NAME, "")]
-
-
-def _task_of(file: Path, root: Path) -> str:
-    """The first folder below `root`, or else `root`'s own name, or a lone file's name without its suffix."""
-    if file == root:
-        return root.parent.name if split_of(file) != "train" or file.stem.lower() == "train" else file.stem
-    inside = file.relative_to(root).parts
-    if len(inside) > 1:
-        return inside[0]
-    if root.name == "inbox":
-        raise UsageError(f"{file} lies in the inbox itself; put it into a folder named for its task: inbox/<task>/")
-    return root.name
+    return [Bad(file.name, 0, "file-name", BAD_NAME, "")]
 
 
 def _digest(file: Path) -> str | None:

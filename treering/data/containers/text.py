@@ -41,7 +41,7 @@ class Text:
 
     def open(self, newline: str | None = None) -> TextIO:
         """The decoded text; `newline` is that of Python's `open`."""
-        return io.TextIOWrapper(self._bytes(), self._encoding, newline=newline)  # type: ignore[arg-type]
+        return io.TextIOWrapper(self._bytes(), self._encoding, newline=newline)
 
     def lines(self, newline: str | None = None) -> Iterator[str]:
         """The lines with their ends; what is longer than `LONGEST_LINE` is a `CutLine`."""
