@@ -107,7 +107,7 @@ class Runner:
             assert found["error"] in err
         else:
             words = [str(argument) for argument in arguments]
-            DOCS[" ".join(words[: 2 if words[0] == "bench" else 1])].check(found)
+            DOCS[" ".join(words[: 2 if words[0] in ("bench", "data") else 1])].check(found)
         return found
 
 

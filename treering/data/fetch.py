@@ -99,20 +99,19 @@ def _file_system(scheme: str, bucket: str) -> Any:
     from pyarrow import fs
 
     place = {}
-    if not any(os.environ.get(name) for name in ("AWS_REGION", "AWS_DEFAULT_REGION", *_ENDPOINTS)):
+    if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+        place["endpoint_override"] = endpoint
+    elif not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
         with suppress(OSError):
             place["region"] = fs.resolve_s3_region(bucket)
     return ArrowFSWrapper(fs.S3FileSystem(connect_timeout=10, request_timeout=60, **place))
-
-
-_ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 
 
 def _downloaded(url: str, system: Any, folder: Path) -> Place:
     remote = url.partition("://")[2].strip("/")
     above, _, name = remote.rpartition("/")
     here = folder / (Path(above).name or "bucket") / (Path(name).name or "files")
-    if not system.isdir(remote):
+    if system.info(remote)["type"] != "directory":
         _download(system, remote, here, MOST_FETCHED)
         return Place(here, url)
     left = MOST_FETCHED
