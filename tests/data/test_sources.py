@@ -24,6 +24,8 @@ MakeWorkspace = Callable[..., Workspace]
 
 datasets.disable_progress_bars()
 
+LINES = "".join(json.dumps(row) + "\n" for row in toy_rows("pens", 4)).encode()
+
 
 def texts(ws: Workspace) -> dict[str, list[tuple[str, str]]]:
     """The turns of each row, by task."""
@@ -77,6 +79,21 @@ def test_names_of_descriptions_may_be_data(ws: Workspace, tmp_path: Path) -> Non
         (tmp_path / "a").mkdir(exist_ok=True)
         (tmp_path / "a" / name).write_text(json.dumps([{"text": f"in {name}", "label": "x"}]))
     assert ws.ingest(tmp_path / "a").accepted == 3
+
+
+def test_of_damaged_files_every_row_is_somewhere(ws: Workspace, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    saved(40).save_to_disk(str(folder / "saved"), num_shards=2)
+    shard = sorted((folder / "saved").glob("*.arrow"))[0]
+    shard.write_bytes(shard.read_bytes()[:-600] + b"garbage" * 20)
+    (folder / "good.jsonl.gz").write_bytes(gzip.compress(LINES + b'{"odd": 1}\n' + LINES))
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress(LINES)[:-9])
+    (folder / "none.zst").write_bytes(b"x")
+    (folder / "a.feather").write_bytes(b"ARROW1 but no more")
+    found = ws.ingest(folder, task="t")
+    assert found.rows == found.accepted + found.duplicates + found.quarantined
+    assert (found.accepted, found.duplicates) == (20, 8)  # The other shard's, among which are those four, twice.
+    assert found.reasons == {"unreadable": 3, "unknown-format": 2}
 
 
 # LLaMA-Factory's list
@@ -260,9 +277,6 @@ def test_gbk_is_told_to_who_ingests(ws: Workspace, tmp_path: Path) -> None:
 
 
 # Standard input
-
-
-LINES = "".join(json.dumps(row) + "\n" for row in toy_rows("pens", 4)).encode()
 
 
 def given(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:

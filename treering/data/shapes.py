@@ -69,7 +69,7 @@ def known_columns(names: Sequence[str], shape: str | None = None) -> list[str]:
 
 def is_pair(record: object) -> bool:
     """Whether it is a preference pair, of which the chosen answer is learned."""
-    if not isinstance(record, Mapping):
+    if not isinstance(record, Mapping) or len(record) < len(PAIR) or record.keys() <= _AS_THEY_ARE:
         return False
     found = {_called(key, ROW_KEYS): value for key, value in record.items()}
     return found.keys() >= PAIR and not _is_blank(found["chosen"])
@@ -83,8 +83,8 @@ def _called(key: object, names: Mapping[str, str]) -> str:
 def _keyed(items: Iterable[tuple[object, object]], names: Mapping[str, str]) -> dict[str, object]:
     row: dict[str, object] = {}
     for key, value in items:
-        name = _called(key, names)
-        if isinstance(value, str) and name in ("messages", "conversations"):
+        name = key if type(key) is str and key in _AS_THEY_ARE else _called(key, names)
+        if name != key and isinstance(value, str) and name in ("messages", "conversations"):
             name = plain(key)  # A text under another name is no list of turns.
         if name in row and name in KNOWN_KEYS | _TURN_KEYS:
             raise RowError("unknown-format", f"two columns or keys are named {name!r}; keep one of them")
@@ -108,7 +108,7 @@ def _shape_of(row: Fields, shapes: Sequence[Shape]) -> Shape:
 
 def _with_chosen(row: dict[str, object]) -> dict[str, object]:
     """A preference pair as the row that its chosen answer makes; any other row as it is."""
-    if not row.keys() >= PAIR or _is_blank(row["chosen"]):
+    if "chosen" not in row or "rejected" not in row or _is_blank(row["chosen"]):
         return row
     rest = {key: value for key, value in row.items() if key not in PAIR}
     said = row["chosen"]
@@ -185,6 +185,10 @@ _OTHERS = {"role": ("speaker", "author"), "content": ("text",)}
 _TURN_KEYS = frozenset({"role", "from", "content", "value", "type", "tool_calls"})
 
 
+# Names that need no second look, which most have; those of pairs get one.
+_AS_THEY_ARE = (KNOWN_KEYS | _TURN_KEYS) - PAIR
+
+
 def _top_level_system(row: Fields) -> list[Message]:
     return [Message("system", _text(row.get("system"), "system"))]
 
@@ -233,19 +237,27 @@ def _turn(turn: object, where: str) -> list[Message]:
     if not isinstance(turn, Mapping):
         raise RowError("bad-turns", f"{where} is {kind(turn)}; it must be an object with a role and a content")
     row = _keyed(turn.items(), TURN_KEYS)
-    said = [(ROLES[key], value) for key, value in row.items() if key in ROLES and not _is_blank(value)]
-    if not row.keys() & {"role", "from"} and sorted(role for role, _ in said) in (["assistant", "user"], ["user"]):
-        # Both sides of an exchange, by role.
-        return [Message(role, _content(value, where)) for role, value in sorted(said, reverse=True)]
+    if "role" not in row and "from" not in row:
+        said = [(ROLES[key], value) for key, value in row.items() if key in ROLES and not _is_blank(value)]
+        if sorted(role for role, _ in said) in (["assistant", "user"], ["user"]):
+            # Both sides of an exchange, by role.
+            return [Message(role, _content(value, where)) for role, value in sorted(said, key=_first, reverse=True)]
     role = _role(_either(row, "role", "from"), where)
     if row.get("tool_calls"):
         raise RowError("bad-turns", f"{where} has tool_calls, which are not trained; write the call into its content")
     return [Message(role, _content(_either(row, "content", "value"), where))]
 
 
+def _first(pair: tuple[str, object]) -> str:
+    return pair[0]
+
+
 def _either(row: Fields, openai: str, sharegpt: str) -> object:
     # Parquet fills the keys that a turn lacks with null.
-    return next((row[key] for key in (openai, sharegpt, *_OTHERS[openai]) if row.get(key) is not None), None)
+    for key in (openai, sharegpt, *_OTHERS[openai]):
+        if (value := row.get(key)) is not None:
+            return value
+    return None
 
 
 def _role(name: object, where: str) -> str:
@@ -258,6 +270,8 @@ def _role(name: object, where: str) -> str:
 
 def _content(value: object, where: str) -> str:
     """The text of a turn: a string, or OpenAI's list of text parts (one a line)."""
+    if isinstance(value, str):
+        return _clean(value, where)
     parts = value if isinstance(value, list) else [{"type": "text", "text": value}]
     return _clean("\n".join(_part(part, where) for part in parts), where)
 
