@@ -92,7 +92,7 @@ def test_of_damaged_files_every_row_is_somewhere(ws: Workspace, tmp_path: Path) 
     (folder / "a.feather").write_bytes(b"ARROW1 but no more")
     found = ws.ingest(folder, task="t")
     assert found.rows == found.accepted + found.duplicates + found.quarantined
-    assert (found.accepted, found.duplicates) == (20, 8)  # The other shard's, among which are those four, twice.
+    assert (found.accepted, found.duplicates) == (24, 4)  # The other shard's, and the packed four, twice.
     assert found.reasons == {"unreadable": 3, "unknown-format": 2}
 
 
