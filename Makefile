@@ -1,8 +1,8 @@
-# make setup | demo | test | soak | gpu | vllm | mlflow | format | build
+# make setup | demo | test | soak | gpu | vllm | mlflow | s3 | format | build
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: setup demo test soak gpu vllm mlflow format build clean
+.PHONY: setup demo test soak gpu vllm mlflow s3 format build clean
 
 setup: .venv/ready
 
@@ -32,6 +32,9 @@ vllm: setup
 mlflow: setup
 	PYTHON=$(PYTHON) scripts/mlflow
 
+s3: setup
+	PYTHON=$(PYTHON) scripts/s3
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -40,4 +43,4 @@ build: setup
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv .vllm-venv .mlflow-venv .demo build dist *.egg-info
+	rm -rf .venv .vllm-venv .mlflow-venv .s3-venv .demo build dist *.egg-info

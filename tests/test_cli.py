@@ -254,6 +254,24 @@ def test_init_from_another_tools_file(cli: Runner, tmp_path: Path, model_folder:
     assert "not carried over: template (" in out
 
 
+def test_rows_in_by_what_is_told_and_out_again(cli: Runner, shop: Path, tmp_path: Path) -> None:
+    (tmp_path / "faq.txt").write_bytes("frage;antwort;label\n订单什么时候到？;一般三天就到了;x\n".encode("gbk"))
+    told = ["--task", "faq", "--format", "csv", "--columns", "question=frage,answer=antwort"]
+    found = cli.json("ingest", tmp_path / "faq.txt", *told, "-w", shop)
+    assert (found["tasks"], len(found["notices"])) == ({"faq": 1}, 1)
+    out, _ = cli.text("ingest", tmp_path / "faq.txt", *told, "-w", shop)
+    assert f"note: {tmp_path / 'faq.txt'}: it is not UTF-8 and was read as GB18030" in out
+    target = tmp_path / "faq.json"
+    wanted = ["--format", "alpaca", "--task", "faq", "--out", target]
+    assert cli.json("data", "export", *wanted, "-w", shop)["rows"] == 1
+    assert json.loads(target.read_text(encoding="utf-8"))[0]["output"] == "一般三天就到了"
+    out, _ = cli.text("data", "export", *wanted, "-w", shop)
+    assert out == f"1 rows written to {target}\n"
+    error = cli.json("data", "export", "--split", "val", *wanted, "-w", shop, code=3)["error"]
+    assert error == "--split 'val' is not known; it is train or held_out"
+    assert "gopher:// is not read" in cli.json("ingest", "gopher://x/y.jsonl", "-w", shop, code=3)["error"]
+
+
 def test_ingest_counts(cli: Runner, shop: Path, tmp_path: Path) -> None:
     rows = [*toy_rows("caps", 10), toy_rows("caps", 1)[0], {"text": "?", "label": ""}, {"odd": "1"}]
     found = cli.json("ingest", write_rows(tmp_path / "caps.jsonl", rows), "-w", shop)
@@ -270,6 +288,7 @@ def test_ingest_counts(cli: Runner, shop: Path, tmp_path: Path) -> None:
         "superseded": 0,
         "mended": {},
         "warned": {},
+        "notices": [],
     }
     out, _ = cli.text("ingest", tmp_path / "caps.jsonl", "--task", "caps", "-w", shop)
     assert out.startswith("13 rows: 0 accepted (0 held out), 11 duplicates, 2 quarantined\n")

@@ -6,20 +6,31 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 T = TypeVar("T")
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Write `content` under another name, fsync, rename: readers see all of it or what was there before."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """The same for content that comes in pieces; where the block raises, what was there before stays."""
     partial = path.with_name(path.name + ".partial")
     # A link somebody left under that name is not followed.
     with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644), "wb") as file:
-        file.write(content)
+        try:
+            yield file
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

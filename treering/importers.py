@@ -37,8 +37,8 @@ INCREMENTAL_METHODS: dict[str, dict[str, Any]] = {
 
 _ELSEWHERE = {
     "adapter_name_or_path": "it is empty",
-    "dataset": "ingest the files: treering ingest FILE --task NAME",
-    "dataset_dir": "ingest the files: treering ingest FILE --task NAME",
+    "dataset": "ingest the files: treering ingest DATASET_DIR/dataset_info.json --dataset {value}",
+    "dataset_dir": "ingest the files: treering ingest {value}/dataset_info.json --dataset NAME",
     "data_path": "ingest it: treering ingest {value} --task NAME",
     "do_train": "treering update",
     "neat_packing": "rows of like length are batched, which leaves little padding",

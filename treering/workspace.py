@@ -101,13 +101,26 @@ class Workspace:
         *,
         task: str | None = None,
         held_out: str | Path | Iterable[Mapping[str, object]] | None = None,
+        format: str | None = None,
+        columns: Mapping[str, str] | str | None = None,
+        dataset: str | None = None,
         quiet: bool = True,
     ) -> Ingested:
-        """Take in files, folders or rows (dictionaries in any known shape); the inbox by default."""
-        from treering.data.intake import ingest
+        """Take in files, folders, URLs, `-` or rows (dictionaries in any known shape); the inbox by default.
 
-        with full_disk_is_clear(self.root):
-            return ingest(self, source, task=task, held_out=held_out, quiet=quiet)
+        `format` and `columns` say how the files' rows are laid out, where that is not to be recognised, `dataset`
+        which one of a LLaMA-Factory `dataset_info.json` to take.
+        """
+        from treering.data.fetch import local
+        from treering.data.intake import ingest
+        from treering.data.layout import told
+        from treering.data.sources import How
+
+        how = How(told(format, columns), dataset)
+        if how != How() and source is None and held_out is None:
+            raise UsageError("--format, --columns and --dataset are for files that are named; name them")
+        with full_disk_is_clear(self.root), local(source, task) as here, local(held_out, task) as judged:
+            return ingest(self, here, task=task, held_out=judged, how=how, quiet=quiet)
 
     def update(self, *overrides: str, promote: bool = True, quiet: bool = True, **settings: Any) -> Version | None:
         """Run one update over everything new; returns the new version, or None if nothing was new.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from treering.data.shapes import RowError, convert
+from treering.data.shapes import NAMED, RowError, convert, is_pair, known_columns
 
 ASK = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -169,3 +169,100 @@ def test_wrong_rows_are_named(rule: str, reason: str, record: dict[str, object])
 def test_a_prediction_row_ends_with_the_users_turn() -> None:
     with pytest.raises(RowError, match="last turn is the tool's"):
         convert({"messages": [ASK, {"role": "tool", "content": "42"}]}, need_answer=False)
+
+
+# Names of elsewhere
+
+
+SHARED: list[dict[str, object]] = [
+    {"指令": "q", "输出": "a"},
+    {"指令": "q", "输入": "", "输出": "a", "系统": "", "历史": []},
+    {"问题": "q", "答案": "a"},
+    {"問題": "q", "回答": "a"},
+    {"提示": "q", "回复": "a"},
+    {"文本": "q", "标签": "a"},
+    {"内容": "q", "类别": "a"},
+    {"句子": "q", "意图": "a"},
+    {"对话": [{"角色": "用户", "内容": "q"}, {"角色": "助手", "内容": "a"}]},
+    {"对话": [{"角色": "客户", "内容": "q"}, {"角色": "客服", "内容": "a"}]},
+    {"消息": [{"role": "user", "内容": "q"}, {"角色": "assistant", "content": "a"}]},
+    {"conversation": [{"human": "q", "assistant": "a"}], "category": "chat", "conversation_id": 1},
+    {"conversations": [{"assistant": "a", "user": "q"}]},
+    {"conversations": [{"user": "q"}, {"role": "bot", "text": "a"}]},
+    {"dialogue": [{"speaker": "prompter", "text": "q"}, {"speaker": "assistant", "text": "a"}]},
+    {"conversations": [{"from": "Human", "value": "q"}, {"from": "ChatGPT", "value": "a"}]},
+    {"conversations": [{"from": "user", "value": "q"}, {"from": "model", "value": "a"}]},
+    {"conversations": [{"role": "human", "value": "q"}, {"from": "bing", "content": "a"}]},
+    {"text": "q", "label": "a", "dialog": "a text that is no list of turns"},
+]
+
+
+@pytest.mark.parametrize("record", SHARED, ids=str)
+def test_names_of_elsewhere_are_known(record: dict[str, object]) -> None:
+    assert turns(record) == PLAIN
+    assert set(known_columns(list(record))) <= set(record)
+
+
+def test_a_chinese_row_in_full() -> None:
+    record = {"系统": "s", "历史": [["q1", "a1"]], "指令": "q", "输入": "in", "输出": "a"}
+    assert turns(record) == [
+        ("system", "s"),
+        ("user", "q1"),
+        ("assistant", "a1"),
+        ("user", "q\nin"),
+        ("assistant", "a"),
+    ]
+
+
+def test_a_key_and_its_other_name_are_not_both_taken() -> None:
+    with pytest.raises(RowError, match="two columns or keys are named 'question'"):
+        convert({"问题": "q", "question": "r", "答案": "a"})
+
+
+# Preference pairs
+
+NO = {"role": "assistant", "content": "no"}
+
+PAIRS: list[dict[str, object]] = [
+    {"prompt": "q", "chosen": "a", "rejected": "no"},
+    {"prompt": [ASK], "chosen": [ANSWER], "rejected": [NO]},
+    {"prompt": "q", "chosen": [ASK, ANSWER], "rejected": [ASK, NO]},
+    {"chosen": [ASK, ANSWER], "rejected": [ASK, NO]},
+    {"prompt": "q", "messages": [ASK, ANSWER], "chosen": [ASK, ANSWER], "rejected": [ASK, NO]},
+    {"instruction": "q", "input": "", "chosen": "a", "rejected": "no"},
+    {"question": "q", "chosen": "a", "rejected": "no", "system": ""},
+    {"问题": "q", "优选": "a", "劣选": "no"},
+    {
+        "conversations": [{"from": "human", "value": "q"}],
+        "chosen": {"from": "gpt", "value": "a"},
+        "rejected": {"from": "gpt", "value": "no"},
+    },
+    {"messages": [ASK], "chosen": "a", "rejected": None},
+]
+
+
+@pytest.mark.parametrize("record", PAIRS, ids=str)
+def test_of_a_pair_the_chosen_answer_is_learned(record: dict[str, object]) -> None:
+    assert is_pair(record)
+    assert turns(record) == PLAIN
+
+
+def test_what_looks_like_a_pair() -> None:
+    assert turns({"question": "q", "answer": "a", "chosen": True}) == PLAIN
+    assert turns({"question": "q", "answer": "a", "chosen": None, "rejected": None}) == PLAIN
+    assert not is_pair({"question": "q", "answer": "a", "chosen": True})
+    with pytest.raises(RowError, match="answer and chosen are both filled"):
+        convert({"question": "q", "answer": "b", "chosen": "a", "rejected": "no"})
+    with pytest.raises(RowError, match="the chosen answer has no question"):
+        convert({"chosen": "a", "rejected": "no"})
+    with pytest.raises(RowError, match="chosen is a number"):
+        convert({"prompt": "q", "chosen": 0.5, "rejected": 0.1})
+
+
+def test_a_shape_that_is_told() -> None:
+    both = {"text": "q", "label": "a", "prompt": "other", "completion": "b"}
+    assert turns(both) == [("user", "other"), ("assistant", "b")]
+    assert [turn.content for turn in convert(both, shape="label").messages] == ["q", "a"]
+    with pytest.raises(RowError, match="rename them to one of: messages"):
+        convert(both, shape="openai")
+    assert set(NAMED) == {"openai", "sharegpt", "alpaca", "prompt", "question", "label"}

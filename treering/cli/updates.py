@@ -71,18 +71,30 @@ def init(
 @app.command()
 def ingest(
     paths: Annotated[
-        list[Path] | None, typer.Argument(metavar="PATH...", help="Files or folders; else the inbox.")
+        list[str] | None,
+        typer.Argument(metavar="PATH...", help="Files, folders, s3:// or hf:// URLs, - for input; else the inbox."),
     ] = None,
     task: Annotated[str | None, typer.Option(help="Task of all rows; else told by the folder.")] = None,
     held_out: Annotated[
-        Path | None, typer.Option("--held-out", metavar="PATH", help="Rows to judge by, never trained.")
+        str | None, typer.Option("--held-out", metavar="PATH", help="Rows to judge by, never trained.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="What the files are: csv, alpaca, ..., or csv,alpaca; else recognised.")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(metavar="KEY=COLUMN,...", help="Which columns to take: question=frage,answer=antwort.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of a LLaMA-Factory dataset_info.json, this one alone.")
     ] = None,
     workspace: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Take rows in: read, check, deduplicate, store."""
     ws = opened(workspace)
-    done = ws.ingest(paths or None, task=task, held_out=held_out, quiet=False)
+    done = ws.ingest(
+        paths or None, task=task, held_out=held_out, format=format, columns=columns, dataset=dataset, quiet=False
+    )
     output(done.as_dict(), as_json, _taken(done))
 
 
@@ -100,6 +112,7 @@ def _taken(done: Ingested) -> list[str]:
     )
     lines += [f"  mended by {rule}: {count}" for rule, count in done.mended.items()]
     lines += [f"  warned of by {rule}: {count}" for rule, count in done.warned.items()]
+    lines += [f"  note: {notice}" for notice in done.notices]
     lines += [f"  quarantined by {rule}: {count}" for rule, count in done.reasons.items()]
     lines += [f"  {row['file']}, line {row['line']}: {row['reason']}" for row in done.refused[:ROWS_TOLD]]
     more = done.quarantined - ROWS_TOLD

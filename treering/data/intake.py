@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from treering import registry
 from treering.data.check import Checks
 from treering.data.dedup import Judge, Judged
-from treering.data.read import Bad, Row, RowError, convert, find_files, named_in_utf8, read, split_of
+from treering.data.fetch import STDIN
+from treering.data.read import Bad, Row, RowError, convert, named_in_utf8, read
 from treering.data.rules import RULES
+from treering.data.sources import DataFile, How, Place, data_files
 from treering.data.writer import Split, Writer, choose_held_out
 from treering.errors import UsageError
 from treering.files import printable, sha256
@@ -45,7 +47,8 @@ class Ingested:
 
     `reasons`: quarantined rows by rule. `refused`: the first 100 of them, each with `file`, `line`, `rule`, `reason`.
     `near`: those of the duplicates that another row is only nearly the same as; `superseded`: stored rows that newer
-    ones have made untrue. `mended` and `warned`: accepted rows by the rules that changed them, or only warn.
+    ones have made untrue. `mended` and `warned`: accepted rows by the rules that changed them, or only warn. `notices`:
+    what is to be known of files that could be read.
     """
 
     rows: int = 0
@@ -60,6 +63,7 @@ class Ingested:
     superseded: int = 0
     mended: dict[str, int] = field(default_factory=dict)
     warned: dict[str, int] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -85,19 +89,22 @@ def ingest(
     held_out: Source = None,
     only: Collection[Path] | None = None,
     config: Config | None = None,
+    how: How | None = None,
     quiet: bool = True,
 ) -> Ingested:
     """Take in `source` (files, folders or rows; the inbox by default); `held_out` is the user's own held-out side.
 
-    Files of the inbox whose content was ingested before are passed over, with `only` all others too. Raises
-    `UsageError` before anything is stored when a path does not exist or a task cannot be named.
+    Files of the inbox whose content was ingested before are passed over, with `only` all others too. `how`: what was
+    told of the files; else they are recognised. Raises `UsageError` before anything is stored when a path does not
+    exist or a task cannot be named.
     """
     config = config or ws.config()
-    batches = _batches(ws, source, task, "train", config, only=only) + _batches(
-        ws, held_out, task, "held_out", config, named=False
+    notes: list[str] = []
+    batches = _batches(ws, source, task, "train", config, notes, how or How(), only=only) + _batches(
+        ws, held_out, task, "held_out", config, notes, how or How(), named=False
     )
     if not batches:
-        return Ingested()
+        return Ingested(notices=notes)
     checks = _checks(config, ws.root)
     with ws.catalog.writing() as writer, bar("ingesting files", len(batches), quiet) as advance:
         versions = registry.readable(ws)
@@ -106,12 +113,12 @@ def ingest(
         intake = _Intake(writer, Judge(writer, config, trained), checks, judged, named=source is not None)
         # Held-out files first, so that a row in both is held out.
         for batch in sorted(batches, key=lambda b: b.split != "held_out"):
-            if batch.name != _PYTHON:
+            if batch.name not in (_PYTHON, STDIN):
                 writer.read_again(batch.name)
             intake.take(batch)
             advance()
         intake.hold_out(config.val_size)
-    return intake.ingested()
+    return replace(intake.ingested(), notices=notes)
 
 
 def retake(ws: Workspace, rows: Sequence[tuple[int, str, Split, Row]], *, checked: bool) -> Ingested:
@@ -296,6 +303,8 @@ def _batches(
     task: str | None,
     split: Split,
     config: Config,
+    notes: list[str],
+    how: How,
     *,
     named: bool = True,
     only: Collection[Path] | None = None,
@@ -303,12 +312,13 @@ def _batches(
     """One batch a file. `named`: a file's own name may put it on the held-out side (`test.jsonl`)."""
     if source is None:
         skip = lambda file: ws.catalog.took(file) or (only is not None and file not in only)  # noqa: E731
-        return _files(ws.inbox, None, split, config, by_name=True, skip=skip) if named else []
+        return _files(ws.inbox, None, split, config, True, notes, how, skip) if named else []
     if isinstance(source, str | Path):
         source = [source]
     items = list(source)
-    if all(isinstance(item, str | Path) for item in items):
-        return [b for item in items for b in _files(Path(str(item)), task, split, config, by_name=named)]
+    if all(isinstance(item, str | Path | Place) for item in items):
+        places = [item if isinstance(item, Place) else Path(str(item)) for item in items]
+        return [b for place in places for b in _files(place, task, split, config, named, notes, how)]
     if task is None:
         raise UsageError("rows from Python need task='...', the name of the task they belong to")
     return [_Batch(_PYTHON, task, split, lambda: _convert(items, config), None)]
@@ -323,42 +333,32 @@ def _convert(items: Sequence[Any], config: Config) -> Iterable[Row | Bad]:
 
 
 def _files(
-    path: Path,
+    source: Path | Place,
     task: str | None,
     split: Split,
     config: Config,
     by_name: bool,
+    notes: list[str],
+    how: How,
     skip: Callable[[Path], bool] = lambda _: False,
 ) -> list[_Batch]:
-    root = path.resolve()
     batches = []
-    for file in find_files(root):
-        if skip(file):
+    for file in data_files(source, how, lambda name, text: notes.append(f"{name}: {text}")):
+        if skip(file.path):
             continue
-        side: Split = "held_out" if by_name and split_of(file) != "train" else split
-        name = task or _task_of(file, root)
-        rows = partial(_rows, file, config)
-        batches.append(_Batch(printable(str(file)), printable(name), side, rows, _digest(file)))
+        side: Split = file.side if by_name and file.side == "held_out" else split
+        name = printable(task or file.task())
+        digest = None if file.name == STDIN else _digest(file.path)
+        batches.append(_Batch(file.name, name, side, partial(_rows, file, config, notes), digest))
     return batches
 
 
-def _rows(file: Path, config: Config) -> Iterable[Row | Bad]:
-    if named_in_utf8(file):
-        return read(file, system=config.default_system)
+def _rows(file: DataFile, config: Config, notes: list[str]) -> Iterable[Row | Bad]:
+    if named_in_utf8(file.path):
+        note = lambda text: notes.append(f"{file.name}: {text}")  # noqa: E731
+        return read(file.path, system=config.default_system, name=file.name, layout=file.layout, note=note)
     # A name is kept with every row, and whoever reads it must find the file by it.
-    return [Bad(printable(str(file)), 0, "file-name", BAD_NAME, "")]
-
-
-def _task_of(file: Path, root: Path) -> str:
-    """The first folder below `root`, or else `root`'s own name, or a lone file's name without its suffix."""
-    if file == root:
-        return root.parent.name if split_of(file) != "train" or file.stem.lower() == "train" else file.stem
-    inside = file.relative_to(root).parts
-    if len(inside) > 1:
-        return inside[0]
-    if root.name == "inbox":
-        raise UsageError(f"{file} lies in the inbox itself; put it into a folder named for its task: inbox/<task>/")
-    return root.name
+    return [Bad(file.name, 0, "file-name", BAD_NAME, "")]
 
 
 def _digest(file: Path) -> str | None:

@@ -11,11 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from treering.data.descriptions import is_description, is_spare
 from treering.data.example import Example
+from treering.data.layout import Layout
 from treering.data.records import DATA_SUFFIXES, Found, records
-from treering.data.shapes import RowError, convert
+from treering.data.shapes import RowError, convert, is_pair
 from treering.errors import UsageError
 from treering.files import printable
+from treering.progress import say
 
 __all__ = ["DATA_SUFFIXES", "Bad", "Row", "RowError", "convert", "find_files", "named_in_utf8", "read", "split_of"]
 
@@ -39,8 +42,8 @@ class Bad:
     """Content that gave no example.
 
     `line` is the line a record starts on, counted from 1 (JSON Lines, CSV, TSV), or the number of the element, counted
-    from 1 (JSON, Parquet); 0 means the whole file. `raw` is at most 2,000 characters of the offending text. In all
-    three texts, what UTF-8 or a database cannot hold is written as a backslash escape.
+    from 1 (JSON, Parquet, Arrow); 0 means the whole file. `raw` is at most 2,000 characters of the offending text. In
+    all three texts, what UTF-8 or a database cannot hold is written as a backslash escape.
     """
 
     file: str
@@ -51,10 +54,19 @@ class Bad:
     example: Example | None = None
 
 
-def read(path: Path, system: str | None = None, need_answer: bool = True) -> Iterator[Row | Bad]:
+def read(
+    path: Path,
+    system: str | None = None,
+    need_answer: bool = True,
+    *,
+    name: str | None = None,
+    layout: Layout | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Iterator[Row | Bad]:
     """Yield every record of the file as a `Row` or a `Bad`; no content makes this raise.
 
-    `system` and `need_answer` are those of `convert`.
+    `system` and `need_answer` are those of `convert`. `name`: what the file is called, if not by its path. `note` is
+    told what a user should know of a file that can be read; without it, it is said on standard error.
     """
     try:
         there = path.is_file()
@@ -62,13 +74,17 @@ def read(path: Path, system: str | None = None, need_answer: bool = True) -> Ite
         there = True  # reported as unreadable when it is opened
     if not there:
         raise UsageError(f"{path} is not a file. Name a data file; for a folder, read each file of find_files().")
-    return _rows(path, partial(convert, system=system, need_answer=need_answer))
+    file = printable(name or str(path))
+    layout = layout or Layout()
+    to_example = partial(convert, system=system, need_answer=need_answer, shape=layout.shape)
+    return _rows(path, file, layout, to_example, note or (lambda text: say(f"{file}: {text}")))
 
 
 def find_files(path: Path) -> list[Path]:
     """The file itself, or all files below a folder, sorted by name.
 
-    Hidden files, files still being written (by their endings) and symbolic links that leave the folder are skipped.
+    Hidden files, files still being written (by their endings), symbolic links that leave the folder and what only
+    describes data (`is_description`, `is_spare`) are skipped.
     """
     if path.is_file():
         return [path]
@@ -84,7 +100,7 @@ def named_in_utf8(file: Path) -> bool:
 
 def split_of(path: Path) -> Literal["train", "held_out", "val"]:
     """The split that a file's name tells, as in Hugging Face data folders (`test-1.jsonl`, `dev.csv`)."""
-    stem = path.stem.lower()
+    stem = path.name.lower() if path.is_dir() else path.stem.lower()
     if _HELD_OUT.fullmatch(stem):
         return "held_out"
     return "val" if _VAL.fullmatch(stem) else "train"
@@ -102,29 +118,37 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _belongs(file: Path, folder: Path) -> bool:
     if file.name.startswith(".") or file.name.lower().endswith(_PARTIAL):
         return False
-    return file.is_file() and file.resolve().is_relative_to(folder)
+    if not file.is_file() or not file.resolve().is_relative_to(folder):
+        return False
+    return not is_description(file) and not is_spare(file)
 
 
-def _rows(path: Path, to_example: Callable[[object], Example]) -> Iterator[Row | Bad]:
-    file = printable(str(path))
+def _rows(
+    path: Path, file: str, layout: Layout, to_example: Callable[[object], Example], note: Callable[[str], None]
+) -> Iterator[Row | Bad]:
     empty = True
+    pairs = 0
     try:
-        for found in records(path):
+        for found in records(path, layout.container, layout.header, note):
             empty = False
-            yield _row(file, found, to_example)
+            row = _row(file, found, layout, to_example)
+            pairs += isinstance(row, Row) and is_pair(layout.record(found.value))
+            yield row
         if empty:
             raise RowError("empty-file", "the file holds no rows; add some or delete it")
     except RowError as error:
         yield _bad(file, 0, error, error.raw)
     except (OSError, UnicodeError) as error:  # Unicode: the file changed after its encoding was checked
         yield _bad(file, 0, RowError("unreadable", f"{error}; make the file readable and add it again"), "")
+    if pairs:
+        note(f"{pairs} preference pairs: the chosen answers are learned, the rejected ones are not kept")
 
 
-def _row(file: str, found: Found, to_example: Callable[[object], Example]) -> Row | Bad:
+def _row(file: str, found: Found, layout: Layout, to_example: Callable[[object], Example]) -> Row | Bad:
     try:
         if found.error:
             raise found.error
-        return Row(file, found.line, to_example(found.value))
+        return Row(file, found.line, to_example(layout.record(found.value)))
     except RowError as error:
         raw = _as_json(found.value) if found.raw is None else found.raw
         return _bad(file, found.line, error, error.raw or raw)

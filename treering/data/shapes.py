@@ -6,21 +6,11 @@ and its answer wins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from treering.data.example import Example, Message
-
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
+from treering.data.names import ROLES, ROW_KEYS, TURN_KEYS
 
 
 class RowError(ValueError):
@@ -44,22 +34,23 @@ class Shape(NamedTuple):
     build: Callable[[Fields, Shape], list[Message]]
 
 
-def convert(record: object, system: str | None = None, need_answer: bool = True) -> Example:
+def convert(record: object, system: str | None = None, need_answer: bool = True, shape: str | None = None) -> Example:
     """Turn one record into an example, or raise `RowError`.
 
+    `shape`, one of `NAMED`, says which it is, where that is not to be recognised.
     `system` becomes the system turn of a record that has none. With `need_answer=False` (for prediction) a record may
     lack its answer: the example's messages then end with the user's turn. An answer that is there is kept.
     """
     if not isinstance(record, Mapping):
         raise RowError("not-an-object", f"the row is {kind(record)}; it must be an object with named values")
-    row = _keyed(record.items())
-    shape = _shape_of(row)
-    turns = _with_system(shape.build(row, shape), system)
+    row = _with_chosen(_keyed(record.items(), ROW_KEYS))
+    found = _shape_of(row, SHAPES if shape is None else (NAMED[shape],))
+    turns = _with_system(found.build(row, found), system)
     if not need_answer and turns and turns[-1] == Message("assistant", ""):
         turns.pop()
     _require_order(turns)
     if need_answer or turns[-1].role != "user":
-        _require_answer(turns[-1], shape)
+        _require_answer(turns[-1], found)
     return Example(tuple(turns))
 
 
@@ -68,32 +59,90 @@ def plain(key: object) -> str:
     return str(key).strip().lower()
 
 
-def require_columns(names: Iterable[str]) -> None:
-    """Raise `RowError` where no row of a table with these columns could be converted."""
-    _shape_of(_keyed((name, None) for name in names))
+def known_columns(names: Sequence[str], shape: str | None = None) -> list[str]:
+    """Those of a table's columns that a shape knows. Raises `RowError` where no row of it could be converted."""
+    row = _keyed(((name, None) for name in names), ROW_KEYS)
+    if not row.keys() >= PAIR:
+        _shape_of(row, SHAPES if shape is None else (NAMED[shape],))
+    return [name for name in names if _called(name, ROW_KEYS) in KNOWN_KEYS]
 
 
-def _keyed(items: Iterable[tuple[object, object]]) -> dict[str, object]:
+def is_pair(record: object) -> bool:
+    """Whether it is a preference pair, of which the chosen answer is learned."""
+    if not isinstance(record, Mapping) or len(record) < len(PAIR) or record.keys() <= _AS_THEY_ARE:
+        return False
+    found = {_called(key, ROW_KEYS): value for key, value in record.items()}
+    return found.keys() >= PAIR and not _is_blank(found["chosen"])
+
+
+def _called(key: object, names: Mapping[str, str]) -> str:
+    name = plain(key)
+    return names.get(name, name)
+
+
+def _keyed(items: Iterable[tuple[object, object]], names: Mapping[str, str]) -> dict[str, object]:
     row: dict[str, object] = {}
     for key, value in items:
-        name = plain(key)
+        name = key if type(key) is str and key in _AS_THEY_ARE else _called(key, names)
+        if name != key and isinstance(value, str) and name in ("messages", "conversations"):
+            name = plain(key)  # A text under another name is no list of turns.
         if name in row and name in KNOWN_KEYS | _TURN_KEYS:
             raise RowError("unknown-format", f"two columns or keys are named {name!r}; keep one of them")
         row[name] = value
     return row
 
 
-def _shape_of(row: Fields) -> Shape:
+def _shape_of(row: Fields, shapes: Sequence[Shape]) -> Shape:
     filled = {key for key, value in row.items() if value is not None}
-    for shape in SHAPES:
+    for shape in shapes:
         if filled.intersection(shape.question) and (not shape.answer or filled.intersection(shape.answer)):
             return shape
-    for shape in SHAPES:
+    for shape in shapes:
         if set(row).intersection(shape.question):
             return shape
-    known = ", ".join("+".join("/".join(keys) for keys in shape[:2] if keys) for shape in SHAPES)
+    known = ", ".join("+".join("/".join(keys) for keys in shape[:2] if keys) for shape in shapes)
     found = ", ".join(repr(key[:80]) for key in list(row)[:20]) or "none"
-    raise RowError("unknown-format", f"the keys found are {found}; rename them to one of: {known}")
+    reason = f"the keys found are {found}; rename them to one of: {known}, or tell what they are (--columns)"
+    raise RowError("unknown-format", reason)
+
+
+def _with_chosen(row: dict[str, object]) -> dict[str, object]:
+    """A preference pair as the row that its chosen answer makes; any other row as it is."""
+    if "chosen" not in row or "rejected" not in row or _is_blank(row["chosen"]):
+        return row
+    rest = {key: value for key, value in row.items() if key not in PAIR}
+    said = row["chosen"]
+    turns = said if isinstance(said, list) else [said if isinstance(said, Mapping) else _answered(said)]
+    if any(_is_user(turn) for turn in turns):
+        return {"messages": turns, "system": row.get("system")}  # The whole conversation, the question included.
+    asked = next((key for key in ("messages", "conversations") if not _is_blank(row.get(key))), None)
+    if asked is None:
+        answer = next((shape.answer[0] for shape in SHAPES[2:5] if not _is_blank(row.get(shape.question[0]))), None)
+        if answer is None:
+            raise RowError("unknown-format", "the chosen answer has no question; add it as prompt, or as turns")
+        if not _is_blank(row.get(answer)):
+            raise RowError("unknown-format", f"{answer} and chosen are both filled; keep the one to learn")
+        return {**rest, answer: turns}
+    before = row[asked]
+    if not isinstance(before, list) or (before and _role_of(before[-1]) == "assistant"):
+        return rest
+    return {**rest, asked: [*before, *turns]}
+
+
+def _answered(text: object) -> dict[str, object]:
+    return {"role": "assistant", "content": _text(text, "chosen")}
+
+
+def _is_user(turn: object) -> bool:
+    return _role_of(turn) == "user"
+
+
+def _role_of(turn: object) -> str | None:
+    """Whose turn it is; None where that is not known."""
+    if not isinstance(turn, Mapping):
+        return None
+    role = _either({_called(key, TURN_KEYS): value for key, value in turn.items()}, "role", "from")
+    return ROLES.get(plain(role))
 
 
 def _conversation(row: Fields, shape: Shape) -> list[Message]:
@@ -126,8 +175,18 @@ SHAPES = (
     Shape(("question",), ("answer",), _pair),
     Shape(("text", "sentence", "utterance", "message", "query"), ("label", "category", "intent"), _labelled),
 )
-KNOWN_KEYS = frozenset({"system", "input", "history"}.union(*(shape.question + shape.answer for shape in SHAPES)))
+NAMED = dict(zip(("openai", "sharegpt", "alpaca", "prompt", "question", "label"), SHAPES, strict=True))
+"""The shapes by the names that users have for them."""
+PAIR = frozenset({"chosen", "rejected"})
+KNOWN_KEYS = frozenset(
+    {"system", "input", "history", *PAIR}.union(*(shape.question + shape.answer for shape in SHAPES))
+)
+_OTHERS = {"role": ("speaker", "author"), "content": ("text",)}
 _TURN_KEYS = frozenset({"role", "from", "content", "value", "type", "tool_calls"})
+
+
+# Names that need no second look, which most have; those of pairs get one.
+_AS_THEY_ARE = (KNOWN_KEYS | _TURN_KEYS) - PAIR
 
 
 def _top_level_system(row: Fields) -> list[Message]:
@@ -171,39 +230,54 @@ def _history(pairs: object) -> list[Message]:
 def _messages(turns: object, key: str) -> list[Message]:
     if not isinstance(turns, list):
         raise RowError("bad-turns", f"{key} is {kind(turns)}; it must be a list of turns")
-    return [_turn(turn, f"{key} turn {number}") for number, turn in enumerate(turns, 1)]
+    return [message for number, turn in enumerate(turns, 1) for message in _turn(turn, f"{key} turn {number}")]
 
 
-def _turn(turn: object, where: str) -> Message:
+def _turn(turn: object, where: str) -> list[Message]:
     if not isinstance(turn, Mapping):
         raise RowError("bad-turns", f"{where} is {kind(turn)}; it must be an object with a role and a content")
-    row = _keyed(turn.items())
+    row = _keyed(turn.items(), TURN_KEYS)
+    if "role" not in row and "from" not in row:
+        said = [(ROLES[key], value) for key, value in row.items() if key in ROLES and not _is_blank(value)]
+        if sorted(role for role, _ in said) in (["assistant", "user"], ["user"]):
+            # Both sides of an exchange, by role.
+            return [Message(role, _content(value, where)) for role, value in sorted(said, key=_first, reverse=True)]
     role = _role(_either(row, "role", "from"), where)
     if row.get("tool_calls"):
         raise RowError("bad-turns", f"{where} has tool_calls, which are not trained; write the call into its content")
-    return Message(role, _content(_either(row, "content", "value"), where))
+    return [Message(role, _content(_either(row, "content", "value"), where))]
+
+
+def _first(pair: tuple[str, object]) -> str:
+    return pair[0]
 
 
 def _either(row: Fields, openai: str, sharegpt: str) -> object:
     # Parquet fills the keys that a turn lacks with null.
-    return row.get(sharegpt) if row.get(openai) is None else row[openai]
+    for key in (openai, sharegpt, *_OTHERS[openai]):
+        if (value := row.get(key)) is not None:
+            return value
+    return None
 
 
 def _role(name: object, where: str) -> str:
-    if not isinstance(name, str) or plain(name) not in _ROLES:
+    if not isinstance(name, str) or plain(name) not in ROLES:
         found = repr(name[:80]) if isinstance(name, str) else kind(name)
-        raise RowError("bad-turns", f"the role of {where} is {found}; known are {', '.join(_ROLES)}")
-    return _ROLES[plain(name)]
+        known = ", ".join(name for name in ROLES if name.isascii())
+        raise RowError("bad-turns", f"the role of {where} is {found}; known are {known}")
+    return ROLES[plain(name)]
 
 
 def _content(value: object, where: str) -> str:
     """The text of a turn: a string, or OpenAI's list of text parts (one a line)."""
+    if isinstance(value, str):
+        return _clean(value, where)
     parts = value if isinstance(value, list) else [{"type": "text", "text": value}]
     return _clean("\n".join(_part(part, where) for part in parts), where)
 
 
 def _part(part: object, where: str) -> str:
-    row = _keyed(part.items()) if isinstance(part, Mapping) else {}
+    row = _keyed(part.items(), {}) if isinstance(part, Mapping) else {}
     text = row.get("text")
     if row.get("type") != "text":
         raise RowError("bad-turns", f"{where} holds a part whose type is not 'text'; only text can be learned")

@@ -1,0 +1,109 @@
+"""Tables in Arrow's memory layout: Parquet, Arrow files and streams, Feather."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from treering.data.containers import Found, Source
+from treering.data.shapes import RowError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_ARROW_FILE = b"ARROW1"
+
+
+def read_parquet(source: Source) -> Iterator[Found]:
+    """The rows of a Parquet file."""
+    import pyarrow.parquet as pq
+
+    def batches(file: BinaryIO) -> Iterator[pa.RecordBatch]:
+        table = pq.ParquetFile(file, page_checksum_verification=True)
+        # Other columns may hold images, or dates that Python cannot.
+        known = source.columns(table.schema_arrow.names)
+        yield from table.iter_batches(batch_size=1024, columns=known)
+
+    return _rows(source, batches, "Parquet")
+
+
+def read_arrow(source: Source) -> Iterator[Found]:
+    """The rows of an Arrow file (as Feather is one) or stream (as `datasets` writes them)."""
+    import pyarrow as pa
+
+    def batches(file: BinaryIO) -> Iterator[pa.RecordBatch]:
+        is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+        file.seek(0)
+        kind = pa.ipc.open_file if is_file else pa.ipc.open_stream
+        names = kind(file).schema.names
+        known = source.columns(names)
+        file.seek(0)
+        options = pa.ipc.IpcReadOptions(included_fields=[place for place, name in enumerate(names) if name in known])
+        reader = kind(file, options=options)
+        found = (reader.get_batch(place) for place in range(reader.num_record_batches)) if is_file else reader
+        for batch in found:
+            # What the file says of its own lengths and offsets is believed by nobody before this.
+            batch.validate(full=True)
+            yield from (batch.slice(start, 1024) for start in range(0, batch.num_rows, 1024))
+
+    return _rows(source, batches, "Arrow data")
+
+
+def _rows(source: Source, batches: Any, what: str) -> Iterator[Found]:
+    number = 0
+    try:
+        with source.path.open("rb") as file:
+            for batch in batches(file):
+                labels = _label_names(batch.schema)
+                for found in _batch(batch, number):
+                    number += 1
+                    yield found._replace(value=_with_names(found.value, labels)) if labels else found
+    except RowError:
+        raise
+    except Exception as error:  # a damaged file makes pyarrow raise nearly anything
+        raise RowError(
+            "unreadable", f"the {what} cannot be read after row {number}: {error}; write the file again"
+        ) from error
+
+
+def _batch(batch: pa.RecordBatch, before: int) -> list[Found]:
+    try:
+        return [Found(number, row) for number, row in enumerate(batch.to_pylist(), before + 1)]
+    except ValueError:  # one row is not what the schema says; find out which
+        return [_one(batch.slice(place, 1), before + place + 1) for place in range(batch.num_rows)]
+
+
+def _one(batch: pa.RecordBatch, number: int) -> Found:
+    try:
+        return Found(number, batch.to_pylist()[0])
+    except ValueError as error:
+        return Found(number, None, "", RowError("unreadable", f"the row cannot be decoded: {error}; write it again"))
+
+
+def _label_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
+    """The names behind the numbers of `ClassLabel` columns, which `datasets` keeps beside the table."""
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            name: feature["names"]
+            for name, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and _are_names(feature.get("names"))
+        }
+    return {}
+
+
+def _are_names(names: object) -> bool:
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
+
+
+def _with_names(row: object, labels: Mapping[str, Sequence[str]]) -> object:
+    if not isinstance(row, dict):
+        return row
+    return {
+        key: labels[key][value]
+        if key in labels and isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels[key])
+        else value
+        for key, value in row.items()
+    }

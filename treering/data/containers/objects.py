@@ -1,0 +1,204 @@
+"""JSON and JSON Lines."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from treering.data.containers import Found, Source
+from treering.data.containers.text import LONGEST_LINE, CutLine, Text
+from treering.data.shapes import RowError, plain
+
+LONGEST_JSON = 1 << 28
+"""Characters of a JSON text that is read whole; a longer one must be a list, which is read element by element."""
+
+_PIECE = 1 << 20
+_WRAPPERS = ("data", "train", "rows")
+_WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
+_FILLED = re.compile(r"[^ \t\r\n]")
+# What is left of a number or an escape where JSON was cut inside it.
+_CUT = re.compile(r"\.|[eE][+-]?|\\?u?[0-9a-fA-F]{0,4}")
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """Stands in decoded JSON for what Python would take although no two readers agree on it."""
+
+    reason: str
+    value: object
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+def read_json(source: Source, lines: bool) -> Iterator[Found]:
+    """JSON Lines where `lines`, else one JSON value; each is recognised under the other's name."""
+    text = Text(source)
+    first, second = text.first_lines()
+    if lines and not first.startswith("["):
+        yield from _json_lines(text)
+    elif first:
+        try:
+            found = _whole(text, first)
+        except RowError:
+            if not (lines or _are_rows(first, second)):
+                raise
+            found = _json_lines(text)
+        yield from found
+
+
+def _whole(text: Text, first: str) -> Iterator[Found]:
+    with text.open() as file:
+        content = file.read(LONGEST_JSON + 1)
+    if len(content) <= LONGEST_JSON:
+        return _elements(_decode(content))
+    if not first.startswith("["):
+        raise RowError("too-large", f"the JSON has more than {LONGEST_JSON:,} characters; write a row a line (.jsonl)")
+    return _streamed(text)
+
+
+def _streamed(text: Text) -> Iterator[Found]:
+    """The elements of a list that is too long to be read whole. Raises `RowError` where it breaks off or goes wrong."""
+    with text.open() as file:
+        buffer, at, number = file.read(_PIECE), 0, 0
+        at = _filled(buffer, 0) + 1
+        while True:
+            try:
+                value, at, more = _element(buffer, at, number)
+            except (json.JSONDecodeError, RecursionError) as error:
+                piece = file.read(max(_PIECE, len(buffer) - at)) if len(buffer) - at < LONGEST_LINE else ""
+                if not piece:
+                    place = f"the JSON goes wrong after element {number}"
+                    raise RowError("bad-json", f"{place} ({error}); correct it there", buffer[at : at + 1000]) from None
+                buffer, at = buffer[at:] + piece, 0
+                continue
+            if not more:
+                break
+            number += 1
+            yield Found(number, value, error=_refusal(value))
+        if buffer[at:].strip() or any(line.strip() for line in iter(partial(file.read, _PIECE), "")):
+            raise RowError("bad-json", f"there is more after the list of {number} elements; delete it", buffer[at:])
+
+
+def _element(buffer: str, at: int, number: int) -> tuple[object, int, bool]:
+    """The element from `at` on, where it ends, and whether it is one and not the list's end."""
+    at = _filled(buffer, at)
+    if buffer.startswith("]", at):
+        return None, at + 1, False
+    if number:
+        if not buffer.startswith(",", at):
+            raise json.JSONDecodeError("Expecting ',' delimiter", buffer, at)
+        at = _filled(buffer, at + 1)
+    value, end = _DECODER.raw_decode(buffer, at)
+    if end == len(buffer):  # A number may go on in the next piece.
+        raise json.JSONDecodeError("Unterminated list", buffer, at)
+    return value, end, True
+
+
+def _filled(buffer: str, at: int) -> int:
+    found = _FILLED.search(buffer, at)
+    return found.start() if found else len(buffer)
+
+
+def _once_each(pairs: list[tuple[str, object]]) -> object:
+    value = dict(pairs)
+    if len(value) == len(pairs):
+        return value
+    [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+    return _Refused(f"the key {twice[:80]!r} stands twice in one object; keep one of them", pairs)
+
+
+def _integer(digits: str) -> object:
+    try:
+        return int(digits)
+    except ValueError:
+        return _Refused(f"an integer has {len(digits)} digits; write it as text", digits)
+
+
+def _constant(name: str) -> object:
+    return _Refused(f"{name} is not JSON; write null or a text", name)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once_each, parse_int=_integer, parse_constant=_constant)
+
+
+def _are_rows(first: str, second: str) -> bool:
+    # In one JSON object laid out over lines, no line after the first starts a second object.
+    return first.startswith("{") and (second.startswith("{") or (first.endswith("}") and second != ""))
+
+
+def _json_lines(text: Text) -> Iterator[Found]:
+    for number, line in enumerate(text.lines(), 1):
+        if line.strip():
+            yield _json_line(number, line)
+
+
+def _json_line(number: int, line: str) -> Found:
+    if isinstance(line, CutLine):
+        reason = f"the line has more than {LONGEST_LINE:,} characters; give each row a line of its own"
+        return Found(number, None, line[:2000], RowError("too-large", reason))
+    line = line.rstrip()
+    try:
+        value = _decode(line)
+    except RowError as error:
+        return Found(number, None, line, error)
+    return Found(number, value, line, _refusal(value))
+
+
+def _elements(value: object) -> Iterator[Found]:
+    rows = value if isinstance(value, list) else _wrapped(value)
+    return (Found(number, row, error=_refusal(row)) for number, row in enumerate(rows, 1))
+
+
+def _wrapped(value: object) -> list[object]:
+    """The rows under an object's `data`, `train` or `rows`; any other value is itself the one row."""
+    named = value.items() if isinstance(value, dict) else ()
+    tables: dict[str, list[object]] = {key: rows for key, rows in named if _is_table(key, rows)}
+    wrappers = [key for key in tables if plain(key) in _WRAPPERS]
+    if not wrappers:
+        return [value]
+    if len(tables) > 1:
+        names = " and ".join(repr(key[:80]) for key in tables)
+        raise RowError("unknown-format", f"the lists {names} stand in one file; give each a file of its own")
+    return tables[wrappers[0]]
+
+
+def _is_table(key: str, value: object) -> bool:
+    return isinstance(value, list) and (plain(key) in _WRAPPERS or any(isinstance(row, dict) for row in value))
+
+
+def _refusal(value: object) -> RowError | None:
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, _Refused):
+            return RowError("bad-json", part.reason)
+        if isinstance(part, dict | list):
+            waiting.extend(part.values() if isinstance(part, dict) else part)
+    return None
+
+
+def _decode(text: str) -> object:
+    try:
+        return _DECODER.decode(text)
+    except RecursionError:
+        raise RowError("bad-json", "the JSON is nested too deep; a row needs a few levels", text[:200]) from None
+    except json.JSONDecodeError as error:
+        raise _json_error(error) from None
+
+
+def _json_error(error: json.JSONDecodeError) -> RowError:
+    line = f"line {error.lineno} " if "\n" in error.doc else ""
+    place = f"{error.msg.removesuffix(' at')} at {line}column {error.colno}"
+    around = error.doc[max(0, error.pos - 1000) : error.pos + 1000]
+    if error.msg.startswith("Unterminated") or _is_cut(error.doc[error.pos : error.pos + 20].rstrip()):
+        return RowError("truncated-json", f"the JSON breaks off ({place}); write it again, whole", around)
+    return RowError("bad-json", f"this is not JSON ({place}); correct it there", around)
+
+
+def _is_cut(rest: str) -> bool:
+    return any(word.startswith(rest) for word in _WORDS) or _CUT.fullmatch(rest) is not None

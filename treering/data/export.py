@@ -1,0 +1,140 @@
+"""Stored rows out again, in a format that other tools read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from treering.data.example import Example
+from treering.data.writer import Split
+from treering.errors import UsageError, full_disk_is_clear
+from treering.files import replacing
+
+if TYPE_CHECKING:
+    from treering.workspace import Workspace
+
+_SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
+_CHUNK = 500
+
+
+def export(ws: Workspace, target: Path, format: str, task: str | None = None, split: Split = "train") -> dict[str, Any]:
+    """Write the rows of `split` (of `task`) to `target`, all or nothing; what the format cannot say is counted.
+
+    Raises `UsageError` where there is nothing to write, or no place for it.
+    """
+    ending = target.suffix.lower()
+    known = (".parquet",) if format == "parquet" else (".json", ".jsonl")
+    if format not in FORMATS:
+        raise UsageError(f"--format {format!r} is not known; it is one of {', '.join(FORMATS)}")
+    if ending not in known:
+        raise UsageError(f"--out {target}: a file of format {format} ends in {' or '.join(known)}; name it so")
+    if target.is_dir() or not target.parent.is_dir():
+        raise UsageError(f"--out {target} is no file in an existing folder; name one")
+    found = ws.catalog.held_out() if split == "held_out" else ws.catalog.waiting(())
+    ids = [id for name, rows in found.items() if task in (None, name) for id in rows]
+    if not ids:
+        of = f" of task {task!r}" if task else ""
+        tasks = ", ".join(map(repr, found)) or "none"
+        raise UsageError(f"no {split} rows{of} are stored; tasks with such rows: {tasks}")
+    left: dict[str, int] = {}
+    written = _counted(_converted(ws, ids, FORMATS[format], left))
+    write = {".parquet": _write_parquet, ".json": _write_json, ".jsonl": _write_lines}[ending]
+    with full_disk_is_clear(target.parent), replacing(target) as file:
+        write(file, written)
+        if not written.count:
+            raise UsageError(f"none of the {len(ids)} rows can be said in {format}: {', '.join(left)}")
+    return {"rows": written.count, "left_out": left, "format": format, "split": split, "out": str(target)}
+
+
+class _counted(Iterable[dict[str, Any]]):  # noqa: N801  # Reads as a function.
+    """Rows, and how many there were."""
+
+    def __init__(self, rows: Iterator[dict[str, Any]]) -> None:
+        self._rows = rows
+        self.count = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for row in self._rows:
+            self.count += 1
+            yield row
+
+
+def _converted(
+    ws: Workspace, ids: list[str], convert: Callable[[Example], dict[str, Any] | str], left: dict[str, int]
+) -> Iterator[dict[str, Any]]:
+    for start in range(0, len(ids), _CHUNK):
+        part = ids[start : start + _CHUNK]
+        examples = ws.catalog.examples(part)
+        for id in part:
+            row = convert(examples[id])
+            if isinstance(row, str):
+                left[row] = left.get(row, 0) + 1
+            else:
+                yield row
+
+
+def openai(example: Example) -> dict[str, Any]:
+    """The row as `messages`."""
+    return {"messages": example.as_dicts()}
+
+
+def sharegpt(example: Example) -> dict[str, Any]:
+    """The row as `conversations`."""
+    return {"conversations": [{"from": _SHAREGPT[m.role], "value": m.content} for m in example.messages]}
+
+
+def alpaca(example: Example) -> dict[str, Any] | str:
+    """The row as instruction, input and output, earlier turns as history; or why that is not possible."""
+    turns = list(example.messages)
+    system = turns.pop(0).content if turns[0].role == "system" else ""
+    roles = [turn.role for turn in turns]
+    if "tool" in roles:
+        return "it has a tool's turn"
+    if roles != ["user", "assistant"] * (len(turns) // 2):
+        return "user and assistant do not take turns"
+    texts = [turn.content for turn in turns]
+    history = [[asked, answered] for asked, answered in zip(texts[:-2:2], texts[1:-2:2], strict=True)]
+    return {"instruction": texts[-2], "input": "", "output": texts[-1], "system": system, "history": history}
+
+
+FORMATS: dict[str, Callable[[Example], dict[str, Any] | str]] = {
+    "alpaca": alpaca,
+    "sharegpt": sharegpt,
+    "openai": openai,
+    "parquet": openai,
+}
+
+
+def _write_lines(file: BinaryIO, rows: Iterable[dict[str, Any]]) -> None:
+    for row in rows:
+        file.write(_as_json(row) + b"\n")
+
+
+def _write_json(file: BinaryIO, rows: Iterable[dict[str, Any]]) -> None:
+    before = b"[\n"
+    for row in rows:
+        file.write(before + _as_json(row))
+        before = b",\n"
+    file.write(b"\n]\n")
+
+
+def _write_parquet(file: BinaryIO, rows: Iterable[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    turn = pa.struct([("role", pa.string()), ("content", pa.string())])
+    schema = pa.schema([("messages", pa.list_(turn))])
+    waiting: list[dict[str, Any]] = []
+    with pq.ParquetWriter(file, schema) as writer:
+        for row in rows:
+            waiting.append(row)
+            if len(waiting) == _CHUNK:
+                writer.write_table(pa.Table.from_pylist(waiting, schema))
+                waiting.clear()
+        writer.write_table(pa.Table.from_pylist(waiting, schema))
+
+
+def _as_json(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode()
