@@ -21,24 +21,26 @@ ASK: list[Any] = [{"role": "user", "content": "a item 3: sort d"}]
 LONG: list[Any] = [{"role": "user", "content": "tell me more"}]
 
 
-class Served:
-    """A running `treering serve` (or `run`)."""
+MAIN = "from treering.cli import main; main()"
 
-    def __init__(self, ws: Workspace, log: Path, command: str = "serve", port: int = 0, seconds: float = 120) -> None:
+
+class Served:
+    """A running `treering serve` (or `run`); `program` is what Python runs with those arguments."""
+
+    def __init__(
+        self,
+        ws: Workspace,
+        log: Path,
+        command: str = "serve",
+        port: int = 0,
+        seconds: float = 120,
+        program: str = MAIN,
+    ) -> None:
         self.ws = ws
         self.log = log
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    "from treering.cli import main; main()",
-                    command,
-                    "-w",
-                    str(ws.root),
-                    "--port",
-                    str(port),
-                ],
+                [sys.executable, "-c", program, command, "-w", str(ws.root), "--port", str(port)],
                 stdout=out,
                 stderr=out,
                 cwd=Path(__file__).parents[1],
