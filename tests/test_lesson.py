@@ -216,6 +216,7 @@ def test_killed_in_the_second_lesson_it_ends_in_the_same_bytes(
     assert made.manifest["choices"] == whole.manifest["choices"]
 
 
+@pytest.mark.usefixtures("no_children")
 def test_a_lesson_has_a_range_test_an_end_and_a_mix_of_its_own(copied: Workspace) -> None:
     mixed(copied)
     settings = ("learning_rate=auto", "early_stopping_steps=1", "eval_steps=2", "memory.mix=interference")
@@ -232,6 +233,7 @@ def test_a_lesson_has_a_range_test_an_end_and_a_mix_of_its_own(copied: Workspace
     assert len(set(made.manifest["aside"])) == 16 and set(made.manifest["aside"]) < {*rows["pens"], *rows["hats"]}
 
 
+@pytest.mark.usefixtures("no_children")
 def test_its_steps_are_planned(copied: Workspace) -> None:
     mixed(copied)
     planned = forecast(copied, quiet=True).estimate
