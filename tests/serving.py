@@ -73,11 +73,11 @@ class Served:
             int(child) for child in children if "treering.serve.worker" in Path(f"/proc/{child}/cmdline").read_text()
         )
 
-    def eventually(self, check: Callable[[], bool], seconds: float = 60) -> None:
+    def eventually(self, check: Callable[[], bool], seconds: float = 60, pause: float = 0.02) -> None:
         deadline = time.monotonic() + seconds
         while not check():
             assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.02)
+            time.sleep(pause)
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
