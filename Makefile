@@ -18,7 +18,7 @@ demo: setup
 
 test: setup
 	scripts/check
-	$(BIN)/pytest --numprocesses=$(shell expr $$(nproc) + 1) --maxprocesses=4 --dist=loadfile
+	$(BIN)/pytest --numprocesses=$(shell expr $$(nproc) + 1) --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 soak: setup
 	$(BIN)/python scripts/soak.py

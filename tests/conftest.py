@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 
 from treering import Workspace, registry
+from treering.errors import TreeringError
 from treering.testing import tiny_model, toy_rows
 
 hypothesis.settings.register_profile("treering", deadline=None)  # No test fails by the clock.
@@ -70,6 +71,24 @@ def workspace(tmp_path: Path, model_folder: Path) -> Callable[..., Workspace]:
         return Workspace.create(tmp_path / name, **{"model_name_or_path": str(model_folder), "bf16": False, **settings})
 
     return make
+
+
+@pytest.fixture
+def no_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process of its own would perform is performed in this one: another start of Python costs seconds.
+
+    `test_forecast.py` and `test_automate.py` have the real ones.
+    """
+    from treering.automate import children
+    from treering.automate.child import perform
+
+    def run(order: dict[str, Any], why_stop: Callable[[], str | None]) -> children.Answer:
+        try:
+            return children.Answer(perform(Workspace(order["workspace"]), order))
+        except TreeringError as error:
+            return children.Answer(error=str(error), kind=type(error).__name__)
+
+    monkeypatch.setattr(children, "run", run)
 
 
 @pytest.fixture(scope="session")

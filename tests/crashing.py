@@ -7,15 +7,19 @@ such a pass, until it is released.
 
 from __future__ import annotations
 
+import gc
 import importlib
+import io
 import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,29 +219,35 @@ def watch_passes(folder: Path, kill_in: int, pause_in: int) -> list[int]:
     return seen
 
 
+def import_all(model: Path) -> None:
+    """Import what commands need, by running them: each forked process would have to import it anew."""
+    from treering import Workspace
+    from treering.cli import run
+    from treering.testing import toy_rows
+
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        root = Path(folder) / "ws"
+        Workspace.create(root, model_name_or_path=str(model), bf16=False, max_steps=1)
+        for task in ("pens", "cups"):
+            Workspace(root).ingest(toy_rows(task, 20), task=task)
+            assert run(["update", "gate.floor=1.0", "--workspace", str(root)]) == 0
+        for command in ("status", "verify"):
+            run([command, "--workspace", str(root)])
+        gc.collect()  # Closes the databases.
+
+
 def serve(model: Path) -> None:
     """Fork what standard input asks for, one JSON object a line; answer with process ids and wait statuses."""
     import torch
 
-    import treering.candidate
-    import treering.data.intake
-    import treering.gate
-    import treering.methods.distill
-    import treering.methods.lora
-    import treering.methods.replay
-    import treering.overview
-    import treering.pipeline
-    import treering.report  # noqa: F401
     from treering.cli import run
-    from treering.config import Config
-    from treering.model import load_base, load_tokenizer
 
     def answer(number: int) -> None:
         sys.stdout.write(f"{number}\n")
         sys.stdout.flush()
 
-    load_tokenizer(model)
-    load_base(model, Config(bf16=False))  # Imports the model's own code, too.
+    torch.set_num_threads(1)
+    import_all(model)
     for line in sys.stdin:
         question = json.loads(line)
         if "wait" in question:

@@ -21,24 +21,26 @@ ASK: list[Any] = [{"role": "user", "content": "a item 3: sort d"}]
 LONG: list[Any] = [{"role": "user", "content": "tell me more"}]
 
 
-class Served:
-    """A running `treering serve` (or `run`)."""
+MAIN = "from treering.cli import main; main()"
 
-    def __init__(self, ws: Workspace, log: Path, command: str = "serve", port: int = 0, seconds: float = 120) -> None:
+
+class Served:
+    """A running `treering serve` (or `run`); `program` is what Python runs with those arguments."""
+
+    def __init__(
+        self,
+        ws: Workspace,
+        log: Path,
+        command: str = "serve",
+        port: int = 0,
+        seconds: float = 120,
+        program: str = MAIN,
+    ) -> None:
         self.ws = ws
         self.log = log
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    "from treering.cli import main; main()",
-                    command,
-                    "-w",
-                    str(ws.root),
-                    "--port",
-                    str(port),
-                ],
+                [sys.executable, "-c", program, command, "-w", str(ws.root), "--port", str(port)],
                 stdout=out,
                 stderr=out,
                 cwd=Path(__file__).parents[1],
@@ -71,11 +73,11 @@ class Served:
             int(child) for child in children if "treering.serve.worker" in Path(f"/proc/{child}/cmdline").read_text()
         )
 
-    def eventually(self, check: Callable[[], bool], seconds: float = 60) -> None:
+    def eventually(self, check: Callable[[], bool], seconds: float = 60, pause: float = 0.02) -> None:
         deadline = time.monotonic() + seconds
         while not check():
             assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.02)
+            time.sleep(pause)
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)

@@ -1067,6 +1067,11 @@ def test_an_orphan_that_ends_by_itself_has_nobody_to_tell(workspace: MakeWorkspa
     process.stderr.close()
 
 
+def test_what_a_child_refuses_is_told_with_its_kind(tmp_path: Path) -> None:
+    found = children.run({"step": "update", "workspace": str(tmp_path)}, lambda: None)
+    assert found.kind == "UsageError" and found.error is not None and str(tmp_path) in found.error
+
+
 @pytest.mark.parametrize(
     ("program", "kind", "told"),
     [

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -269,20 +267,6 @@ def test_a_refused_update_leaves_no_staging_folder(call: Call, ws: Path) -> None
     assert list((ws / "versions").glob(".staging-*")) == []
 
 
-FULL_DISK = """
-import json, resource, signal, sys
-import torch
-from treering.cli import run
-
-torch.set_num_threads(1)
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-for limit in json.loads(sys.argv[2]):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    assert run(["update", "save_steps=1", "-w", sys.argv[1]]) == 1, limit
-"""
-
-
 def test_a_damaged_catalog(call: Call, ws: Path) -> None:
     for log in ws.glob("treering.db-*"):
         log.unlink()
@@ -292,18 +276,3 @@ def test_a_damaged_catalog(call: Call, ws: Path) -> None:
     assert "treering.db is damaged" in call("verify", "-w", ws, code=1)
     said = call("update", "-w", ws, code=1)
     assert "treering.db is damaged" in said and "put a backup of it back" in said and "Traceback" not in said
-
-
-def test_a_full_disk(call: Call, ws: Path) -> None:
-    before = snapshot(ws)
-    # Too small for the plan, for a checkpoint, for the version's report.
-    limits = json.dumps([100, 20_000, 2_000_000])
-    program = [sys.executable, "-c", FULL_DISK, str(ws), limits]
-    done = subprocess.run(program, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count(f"treering: cannot write to {ws}: a file-size limit is met. Free some space") == 3
-    assert "Traceback" not in done.stderr
-    assert snapshot(ws) == before
-    assert "2 versions, all as they were made" in call("verify", "-w", ws, code=0)
-    assert "promoted" in call("update", "save_steps=1", "-w", ws, code=0)
-    assert "3 versions, all as they were made" in call("verify", "-w", ws, code=0)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import typer
 
+from tests.bench.test_bench_quality import InProcess
 from treering import Workspace, figures, registry
 from treering.automate.children import Answer
 from treering.calibrate import Estimate
@@ -305,10 +306,13 @@ def test_ingest_counts(cli: Runner, shop: Path, tmp_path: Path) -> None:
     assert (found["accepted"], found["held_out"], found["duplicates"]) == (10, 4, 4)
 
 
-def test_plan_says_what_update_then_does(cli: Runner, shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_says_what_update_then_does(
+    cli: Runner, shop: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     out, _ = cli.text("plan", "-w", shop)
     assert out.startswith("an update of v2\n  hats: 9 new rows\n2 steps, ")
     assert "\nneeds: " in out and "\nfree: " in out
+    request.getfixturevalue("no_children")  # From here on; the first was planned by a process of its own.
     monkeypatch.setattr("treering.room.room", lambda _: {"memory_mb": 100.0, "disk_mb": 1e6})
     planned = cli.json("plan", "-w", shop, code=1)
     assert planned["problems"][0].startswith("memory: ")
@@ -537,13 +541,15 @@ def test_bench_speed(cli: Runner, tmp_path: Path, model_folder: Path) -> None:
     assert "treering ended" in cli.text("bench", "speed", *wrong, "--model", model_folder, "--peers", "", code=1)[1]
 
 
-def test_bench_quality(cli: Runner, tmp_path: Path, model_folder: Path) -> None:
-    """In processes of their own; what comes of runs in detail is tested in tests/bench."""
+def test_bench_quality(cli: Runner, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first method in a process of its own; what comes of runs in detail is tested in tests/bench."""
     for task in ("pens", "cups"):
         write_rows(tmp_path / "data" / task / "train.jsonl", toy_rows(task, 16))
         write_rows(tmp_path / "data" / task / "test.jsonl", toy_rows(task, 24)[16:])
     quick = ["bf16=false", "max_steps=1", "eval.max_new_tokens=4"]
     options = [*quick, "--data", tmp_path / "data", "--model", model_folder, "--work", tmp_path / "work"]
+    assert list(cli.json("bench", "quality", *options, "--methods", "naive")["methods"]) == ["naive"]
+    monkeypatch.setattr("treering.bench.runs.multiprocessing.get_context", InProcess)
     wanted = ["--methods", "naive,replay:memory.size=4", "--baseline", "naive", "--out", tmp_path / "out"]
     found = cli.json("bench", "quality", *options, *wanted)
     assert list(found["methods"]) == ["naive", "replay:memory.size=4"]

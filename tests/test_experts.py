@@ -127,6 +127,7 @@ def test_a_task_that_returns_goes_on_with_its_expert(copied: Workspace) -> None:
     assert one.read_bytes() != (version(ws, "v2").folder / "experts" / "e1" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.usefixtures("no_children")
 def test_it_is_planned_as_any_other(copied: Workspace) -> None:
     copied.ingest(unlike(toy_rows("hats", 40)), task="hats")
     planned = forecast(copied, quiet=True).estimate

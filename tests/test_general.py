@@ -84,10 +84,10 @@ def test_each_epoch_has_its_share(share: float, each: int) -> None:
     assert steps == plan_steps(new, Memory(), Methods(config), lengths, config, texts)
 
 
+@pytest.mark.usefixtures("no_children")
 def test_a_version_says_which_text_and_learns_it_as_no_ones(
     workspace: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     ws = workspace(
         learning_rate=1e-2,
         num_train_epochs=2,

@@ -54,6 +54,16 @@ def three(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Works
     return ws
 
 
+@pytest.fixture(scope="module")
+def whole(three: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Version:
+    """What comes of `mixed` rows where nothing interrupts it."""
+    root = tmp_path_factory.mktemp("whole") / "ws"
+    shutil.copytree(three.root, root, symlinks=True)
+    made = mixed(Workspace(root)).update(promote=False)
+    assert made is not None
+    return made
+
+
 def hats(count: int) -> list[dict[str, str]]:
     return other(toy_rows("hats", count))
 
@@ -131,20 +141,17 @@ def test_a_mixed_update_teaches_those_whose_rows_it_has(copied: Workspace) -> No
 
 
 def test_the_order_of_lessons_does_not_matter(
-    copied: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    copied: Workspace, whole: Version, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mixed(copied)
-    shutil.copytree(copied.root, tmp_path / "other", symlinks=True)
     split = experts.split
-    one = copied.update(promote=False)
     monkeypatch.setattr(experts, "split", lambda *given: split(*given)[::-1])
-    another = Workspace(tmp_path / "other").update(promote=False)
-    assert one is not None and another is not None
-    assert expert(another)["value"] == "e2, e3"
+    another = mixed(copied).update(promote=False)
+    assert another is not None
+    assert (expert(whole)["value"], expert(another)["value"]) == ("e3, e2", "e2, e3")
     for name in ("e1", "e2", "e3"):
-        assert of_expert(one, name) == of_expert(another, name)
+        assert of_expert(whole, name) == of_expert(another, name)
     for name in ("router.safetensors", "memory.json"):
-        assert (one.folder / name).read_bytes() == (another.folder / name).read_bytes()
+        assert (whole.folder / name).read_bytes() == (another.folder / name).read_bytes()
 
 
 def test_each_lesson_replays_the_rows_of_its_expert(copied: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,12 +184,10 @@ def test_a_task_that_returns_with_a_few_new_labels_stays_with_its_expert(copied:
 
 @pytest.mark.parametrize("looks", [0, 100, 900])
 def test_killed_in_the_second_lesson_it_ends_in_the_same_bytes(
-    copied: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: int
+    copied: Workspace, whole: Version, monkeypatch: pytest.MonkeyPatch, looks: int
 ) -> None:
     """With no look it dies between the lessons."""
     mixed(copied)
-    shutil.copytree(copied.root, tmp_path / "whole", symlinks=True)
-    whole = Workspace(tmp_path / "whole").update(promote=False)
     learn: Learn = Lesson.learn
     begun: list[str] = []
 
@@ -206,7 +211,7 @@ def test_killed_in_the_second_lesson_it_ends_in_the_same_bytes(
     follow = Candidate.learn
     monkeypatch.setattr(Candidate, "learn", lambda self, track=None: follow(self, told.append))
     made = copied.update(promote=False)
-    assert made is not None and whole is not None
+    assert made is not None
     first = len(json.loads((made.folder / "manifest.json").read_text())["rows"]["pens"])
     assert told[0]["step"] > first / 8  # Nothing of the first lesson was learned again.
     assert [entry["step"] for entry in told] == steps(made)[-len(told) :]
@@ -216,6 +221,7 @@ def test_killed_in_the_second_lesson_it_ends_in_the_same_bytes(
     assert made.manifest["choices"] == whole.manifest["choices"]
 
 
+@pytest.mark.usefixtures("no_children")
 def test_a_lesson_has_a_range_test_an_end_and_a_mix_of_its_own(copied: Workspace) -> None:
     mixed(copied)
     settings = ("learning_rate=auto", "early_stopping_steps=1", "eval_steps=2", "memory.mix=interference")
@@ -232,6 +238,7 @@ def test_a_lesson_has_a_range_test_an_end_and_a_mix_of_its_own(copied: Workspace
     assert len(set(made.manifest["aside"])) == 16 and set(made.manifest["aside"]) < {*rows["pens"], *rows["hats"]}
 
 
+@pytest.mark.usefixtures("no_children")
 def test_its_steps_are_planned(copied: Workspace) -> None:
     mixed(copied)
     planned = forecast(copied, quiet=True).estimate

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,44 +163,6 @@ def test_all_that_is_read(model_folder: Path, little_memory: Callable[[int], lis
     for id, teacher in whole[2].items():
         assert torch.equal(halved[2][id].ids, teacher.ids)
         torch.testing.assert_close(halved[2][id].logits, teacher.logits, rtol=1e-3, atol=1e-3)
-
-
-LIMITED = """
-import resource, sys
-from pathlib import Path
-import torch
-from tests.test_readings import long_rows, scored
-from treering import passes
-
-passes.TOKENS = 2**14
-torch.set_num_threads(1)
-run, pairs = long_rows(Path(sys.argv[1]))
-scored(run, pairs[:2])  # What torch takes once.
-now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (now + 50 * 2**20, resource.RLIM_INFINITY))
-print([result.loss for result in scored(run, pairs)])
-"""
-
-
-def long_rows(folder: Path) -> tuple[Run, list[tuple[Example, str]]]:
-    """Rows that take 110 MB where all of them go together."""
-    found = [chat(("user", f"{number:02}" + "x" * 100), ("assistant", "y" * 200)) for number in range(32)]
-    return Run(folder, settings(folder, eval={"max_new_tokens": 2}), found), [(row, "task") for row in found]
-
-
-def scored(run: Run, pairs: Sequence[tuple[Example, str]]) -> list[Result]:
-    return evaluate(run.model, run.tokenizer, pairs, {"task": "exact_match"}, run.config, quiet=True)
-
-
-def test_a_process_with_a_limit_of_its_own(model_folder: Path) -> None:
-    """The allocator's real error, in real passes; what a failed pass took is there again for the next."""
-    program = [sys.executable, "-c", LIMITED, str(model_folder)]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(program, capture_output=True, text=True, check=False, cwd=root)
-    assert done.returncode == 0, done.stderr
-    assert "out of memory when reading rows ([enforce fail" in done.stderr
-    whole = [result.loss for result in scored(*long_rows(model_folder))]
-    assert json.loads(done.stdout) == pytest.approx(whole, rel=1e-4)
 
 
 def test_rows_kept_aside(

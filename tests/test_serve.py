@@ -270,31 +270,23 @@ def test_a_changed_version_does_not_serve(served: Served) -> None:
         weights.write_bytes(kept)
 
 
-def test_a_dead_worker_is_replaced(served: Served) -> None:
-    stream = served.ask(messages=LONG, model="base", max_tokens=1900, stream=True)
-    next(stream)
-    dead = served.worker()
-    os.kill(dead, signal.SIGKILL)
-    with pytest.raises(openai.APIError, match="ended while it wrote"):
-        list(stream)
-    answer = served.ask(max_tokens=3)  # Sent while there is no worker: it waits for the next one.
+def test_a_dead_worker_is_replaced_and_whole_answers_outlive_it(served: Served) -> None:
+    long: dict[str, Any] = {"model": "base", "messages": LONG, "max_tokens": 800, "logit_bias": {257: -100}}
+    asked = [long, {**long, "temperature": 1.0, "seed": 3}]
+    with ThreadPoolExecutor(2) as threads:
+        answers = [threads.submit(served.ask, **settings) for settings in asked]
+        served.eventually(lambda: "treering_answers_under_way 2.0" in served.get("/metrics"))
+        stream = served.ask(**long, stream=True)
+        next(stream)  # All are being written.
+        dead = served.worker()
+        os.kill(dead, signal.SIGKILL)
+        with pytest.raises(openai.APIError, match="ended while it wrote"):
+            list(stream)
+        answer = served.ask(max_tokens=3)  # Sent while there is no worker: it waits for the next one.
     assert answer.system_fingerprint == "v2" and served.worker() != dead
-
-
-def test_a_whole_answer_outlives_the_worker(served: Served) -> None:
-    answers: list[Any] = []
-    asking = threading.Thread(
-        target=lambda: answers.append(served.ask("base", messages=LONG, max_tokens=1500, logit_bias={257: -100}))
-    )
-    asking.start()
-    served.eventually(lambda: "treering_answers_under_way 1.0" in served.get("/metrics"))
-    stream = served.ask("base", max_tokens=1500, stream=True, logit_bias={257: -100})
-    next(stream)  # Both are being written.
-    os.kill(served.worker(), signal.SIGKILL)
-    with pytest.raises(openai.APIError, match="ended while it wrote"):
-        list(stream)
-    asking.join()
-    assert answers[0].usage.completion_tokens == 1500
+    for settings, whole in zip(asked, answers, strict=True):
+        assert whole.result().usage.completion_tokens == 800
+        assert whole.result().choices[0].message.content == served.ask(**settings).choices[0].message.content
 
 
 def test_a_client_that_leaves_makes_room(served: Served) -> None:
@@ -396,18 +388,8 @@ def test_keys_scopes_and_limits(served: Served) -> None:
     assert served.ask().system_fingerprint == "v2"
 
 
-def test_sigterm_finishes_what_is_under_way(trained: Workspace, tmp_path: Path) -> None:
-    running = Served(trained, tmp_path / "serve.log")
-    stream = running.ask("base", messages=LONG, max_tokens=300, stream=True)
-    events = [next(stream)]
-    running.process.send_signal(signal.SIGTERM)
-    events += list(stream)
-    assert events[-1].choices[0].finish_reason in ("stop", "length")
-    assert running.process.wait(60) == 0
-    assert "Traceback" not in running.log.read_text()
-
-
-def test_a_dropped_file_becomes_a_version_that_answers(tmp_path: Path, model_folder: Path) -> None:
+@pytest.mark.parametrize("tasks", ["a", pytest.param("ab", marks=pytest.mark.soak)])
+def test_a_dropped_file_becomes_a_version_that_answers(tmp_path: Path, model_folder: Path, tasks: str) -> None:
     """`treering run` closes the loop: nobody calls anything, the server answers all along."""
     settings: dict[str, Any] = {"learning_rate": 0.01, "num_train_epochs": 2, "per_device_train_batch_size": 8}
     ws = Workspace.create(
@@ -421,12 +403,13 @@ def test_a_dropped_file_becomes_a_version_that_answers(tmp_path: Path, model_fol
     running = Served(ws, tmp_path / "run.log", "run")
     try:
         assert running.ask(max_tokens=1).system_fingerprint == "base"
-        for number, task in enumerate("ab", start=1):
+        for number, task in enumerate(tasks, start=1):
             folder = ws.inbox / task
             folder.mkdir()
             lines = "".join(json.dumps(row) + "\n" for row in toy_rows(task))
             (folder / "rows.jsonl").write_text(lines)
-            running.eventually(lambda: running.ask(max_tokens=1).system_fingerprint == f"v{number}", seconds=300)  # noqa: B023
+            learned = f"v{number}"
+            running.eventually(lambda: running.ask(max_tokens=1).system_fingerprint == learned, 300, pause=0.2)  # noqa: B023
     finally:
         assert running.stop() == 0
     assert "Traceback" not in running.log.read_text()
@@ -456,7 +439,10 @@ def test_a_missing_model_ends_with_its_reason(tmp_path: Path, capfd: pytest.Capt
 
 
 def test_a_version_of_all_weights_and_a_template_with_tools(tmp_path: Path) -> None:
-    """Full weights serve too; tools are shown to the model; contents are logged where that was asked for."""
+    """Full weights serve too; tools are shown to the model; contents are logged where that was asked for.
+
+    And SIGTERM finishes what is under way.
+    """
     folder = tiny_model(tmp_path / "model")
     template = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHAT_TEMPLATE
     (folder / "chat_template.jinja").write_text(template)
@@ -474,8 +460,14 @@ def test_a_version_of_all_weights_and_a_template_with_tools(tmp_path: Path) -> N
         assert running.ask(tools=tools).usage.prompt_tokens > answer.usage.prompt_tokens
         assert running.ask(tools=tools, tool_choice="none").usage == answer.usage
         assert "sort d" in running.log.read_text()
+        stream = running.ask("base", messages=LONG, max_tokens=300, stream=True)
+        events = [next(stream)]
     finally:
-        assert running.stop() == 0
+        running.process.send_signal(signal.SIGTERM)
+    events += list(stream)
+    assert events[-1].choices[0].finish_reason in ("stop", "length")
+    assert running.process.wait(60) == 0
+    assert "Traceback" not in running.log.read_text()
 
 
 def test_a_written_call_comes_back_as_a_tool_call() -> None:

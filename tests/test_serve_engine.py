@@ -292,6 +292,7 @@ def test_what_no_json_can_carry_is_refused(run: Run) -> None:
     run(test)
 
 
+@pytest.mark.soak  # `test_serve.py` kills one below the server.
 def test_the_real_worker_starts_an_answer_over(trained: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtin, "LINE_BYTES", 2**20)
 

@@ -22,13 +22,14 @@ import openai
 import pytest
 
 from tests.fake_vllm import is_zero
-from tests.serving import LONG, Served
+from tests.serving import LONG, MAIN, Served
 from treering import Workspace
+from treering.cli import run
 from treering.config import Config
 from treering.errors import ConfigError
 from treering.model import fingerprint
 from treering.serve.engine import EngineError, Job, Piece
-from treering.serve.vllm import engine, wire
+from treering.serve.vllm import base, engine, wire
 from treering.serve.vllm.adapters import rank, stand_in
 from treering.serve.vllm.base import Base, is_base
 from treering.serve.vllm.child import command
@@ -36,6 +37,13 @@ from treering.testing import tiny_model, toy_rows
 
 FAKE = Path(__file__).with_name("fake_vllm.py")
 BASE = Base(name=None, folder="/m", sha256="0" * 64, bf16=False, tools=True)
+TOLD = """
+import asyncio
+from treering.serve.vllm import base, engine
+told = base.Base.model_validate_json({!r})
+engine.find = lambda _: asyncio.sleep(0, told)
+"""
+"""A server that knows the base model; the process that tells of it is met by the server that `attached` is."""
 HELLO: list[Any] = [{"role": "user", "content": "hello you"}]
 
 
@@ -87,6 +95,29 @@ def copied(trained: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 def base_of(ws: Workspace) -> Path:
     return Path(str(ws.config().model_name_or_path))
+
+
+@pytest.fixture(scope="module")
+def known(trained: Workspace) -> Base:
+    """What there is to know of the base model."""
+    folder = base_of(trained)
+    return Base(name=str(folder), folder=str(folder), sha256=fingerprint(folder), bf16=False, tools=False)
+
+
+@pytest.fixture
+def start(known: Base, tmp_path: Path) -> Iterator[Callable[[Workspace], Served]]:
+    """Starts servers that know the base model."""
+    program = TOLD.format(known.model_dump_json()) + MAIN
+    made: list[Served] = []
+
+    def serve(ws: Workspace) -> Served:
+        made.append(Served(ws, tmp_path / f"serve{len(made)}.log", program=program))
+        return made[-1]
+
+    yield serve
+    for served in made:
+        served.process.kill()
+        served.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -221,36 +252,32 @@ def test_a_client_that_leaves_ends_the_answer_at_vllm(attached: Served, fake: Fa
 
 
 def test_a_dead_server_is_told_and_one_that_comes_back_gets_its_adapters(
-    copied: Callable[..., Workspace], trained: Workspace, tmp_path: Path
+    copied: Callable[..., Workspace], trained: Workspace, start: Callable[[Workspace], Served]
 ) -> None:
     first = Fake(base_of(trained))
-    served = Served(copied(vllm_url=first.url), tmp_path / "serve.log")
-    try:
-        assert said(served) == "v2 heard hello you"
-        stream = served.ask(messages=LONG, max_tokens=1900, stream=True)
-        next(stream)
-        first.kill()
-        with pytest.raises(openai.APIError, match="does not answer"):
-            list(stream)
-        served.eventually(lambda: not ready(served), 10)
-        with pytest.raises(openai.APIStatusError) as found:
-            served.ask()
-        assert found.value.status_code == 503
-        served.ws.promote("v1", force=True)  # It waits for the server, and is not refused.
-        second = Fake(base_of(trained), port=first.port)
-        served.eventually(lambda: ready(served), 20)
-        served.eventually(lambda: said(served) == "v1 heard hello you", 10)
-        second.kill()  # So fast that nobody notices but by what is missing.
-        third = Fake(base_of(trained), port=first.port)
-        served.eventually(lambda: ready(served), 20)
-        assert said(served) == "v1 heard hello you" and said(served, "base") == "base heard hello you"
-        assert served.stop() == 0
-        assert "/health" not in served.log.read_text()
-        assert third.seen()["adapters"] == {}  # Left as it was found.
-        third.kill()
-    finally:
-        served.process.kill()
-        served.process.wait()
+    served = start(copied(vllm_url=first.url))
+    assert said(served) == "v2 heard hello you"
+    stream = served.ask(messages=LONG, max_tokens=1900, stream=True)
+    next(stream)
+    first.kill()
+    with pytest.raises(openai.APIError, match="does not answer"):
+        list(stream)
+    served.eventually(lambda: not ready(served), 10)
+    with pytest.raises(openai.APIStatusError) as found:
+        served.ask()
+    assert found.value.status_code == 503
+    served.ws.promote("v1", force=True)  # It waits for the server, and is not refused.
+    second = Fake(base_of(trained), port=first.port)
+    served.eventually(lambda: ready(served), 20)
+    served.eventually(lambda: said(served) == "v1 heard hello you", 10)
+    second.kill()  # So fast that nobody notices but by what is missing.
+    third = Fake(base_of(trained), port=first.port)
+    served.eventually(lambda: ready(served), 20)
+    assert said(served) == "v1 heard hello you" and said(served, "base") == "base heard hello you"
+    assert served.stop() == 0
+    assert "/health" not in served.log.read_text()
+    assert third.seen()["adapters"] == {}  # Left as it was found.
+    third.kill()
 
 
 def ready(served: Served) -> bool:
@@ -264,17 +291,17 @@ def ready(served: Served) -> bool:
 def test_a_server_that_does_not_fit_is_refused_at_once(
     case: str,
     copied: Callable[..., Workspace],
-    trained: Workspace,
+    known: Base,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    base = tiny_model(tmp_path / "other", seed=1) if case == "other model" else base_of(trained)
-    fake = Fake(base, key="sesame" if case == "no key" else None)
+    served = tiny_model(tmp_path / "other", seed=1) if case == "other model" else Path(known.folder)
+    fake = Fake(served, key="sesame" if case == "no key" else None)
     if case == "nobody":
         fake.kill()
     ws = copied(vllm_url=fake.url)
-    known = BASE.model_copy(update={"folder": str(base_of(trained))})
     monkeypatch.setattr(engine, "find", lambda _: asyncio.sleep(0, known))
+    monkeypatch.setattr(base, "_ask", lambda *asked: asyncio.sleep(0, base._tell(*asked)))  # In this process.
     words = {
         "nobody": "does not answer",
         "other model": "is not the workspace's base model",
@@ -288,10 +315,10 @@ def test_a_server_that_does_not_fit_is_refused_at_once(
 
 
 def test_a_server_that_loads_nothing_is_told(
-    copied: Callable[..., Workspace], trained: Workspace, tmp_path: Path
+    copied: Callable[..., Workspace], trained: Workspace, start: Callable[[Workspace], Served]
 ) -> None:
     fake = Fake(base_of(trained), updates=False)
-    served = Served(copied(vllm_url=fake.url), tmp_path / "serve.log")
+    served = start(copied(vllm_url=fake.url))
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in problem(served)
     with pytest.raises(openai.APIStatusError, match="nothing answers to `current`"):
         said(served)
@@ -307,29 +334,28 @@ def test_the_same_model_in_another_folder_is_the_base(trained: Workspace, tmp_pa
     assert asyncio.run(is_base(base, "owner/name")) and not asyncio.run(is_base(base, "owner/other"))
 
 
-@pytest.mark.parametrize(
-    ("values", "told"),
-    [
-        ({"finetuning_type": "full"}, "holds all weights"),
-        ({"finetuning_type": "adapter"}, "is a bottleneck adapter, and vLLM loads LoRA adapters only"),
-        ({"use_dora": True}, "is more than plain LoRA"),
-    ],
-)
 def test_what_is_more_than_plain_lora_does_not_serve(
-    fake: Fake, workspace: Callable[..., Workspace], tmp_path: Path, values: dict[str, Any], told: str
+    fake: Fake, known: Base, workspace: Callable[..., Workspace], tmp_path: Path, start: Callable[[Workspace], Served]
 ) -> None:
     (tmp_path / "vllm.key").write_text("sesame")
     serve = {"engine": "vllm", "vllm_url": fake.url, "vllm_key_file": str(tmp_path / "vllm.key")}
-    ws = workspace(model_name_or_path=str(tiny_model(tmp_path / "model")), serve=serve, **values)
-    ws.ingest(toy_rows("a"), task="a")
-    version = ws.update(max_steps=1)
-    assert version is not None
-    ws.promote(version.name, force=True)
-    served = Served(ws, tmp_path / "serve.log")
-    assert told in problem(served)
+    ws = workspace(model_name_or_path=known.folder, serve=serve, max_steps=1)
+    ws.ingest(toy_rows("a", 20), task="a")
+    told = {
+        "v1": "holds all weights",
+        "v2": "is a bottleneck adapter, and vLLM loads LoRA adapters only",
+        "v3": "is more than plain LoRA",
+    }
+    for values in ({"finetuning_type": "full"}, {"finetuning_type": "adapter"}, {"use_dora": True}):
+        assert ws.update(promote=False, **values) is not None
+    ws.promote("v1", force=True)
+    served = start(ws)
+    for name, words in told.items():
+        ws.promote(name, force=True)
+        served.eventually(lambda words=words: words in problem(served))  # type: ignore[misc]
+        with pytest.raises(openai.APIStatusError, match="engine: builtin"):
+            served.ask(name)
     assert served.ask("base", messages=HELLO).system_fingerprint == "base"
-    with pytest.raises(openai.APIStatusError, match="engine: builtin"):
-        served.ask("v1")
     assert served.stop() == 0
 
 
@@ -368,10 +394,9 @@ def gone(pids: list[int]) -> bool:
 
 
 def test_a_server_of_ours_is_started_replaced_and_ended(
-    copied: Callable[..., Workspace], starter: Path, tmp_path: Path
+    copied: Callable[..., Workspace], starter: Path, start: Callable[[Workspace], Served]
 ) -> None:
-    ws = copied(vllm_python=str(starter), vllm_arguments="--tensor-parallel-size 2")
-    served = Served(ws, tmp_path / "serve.log")
+    served = start(copied(vllm_python=str(starter), vllm_arguments="--tensor-parallel-size 2"))
     assert said(served) == "v2 heard hello you"
     lifeline, server = children(served.process.pid)
     arguments = Path(f"/proc/{server}/cmdline").read_text().split("\0")
@@ -399,10 +424,13 @@ def test_the_lifeline_takes_all_processes_along() -> None:
     assert gone(below)
 
 
-def test_a_server_that_cannot_start_is_told(copied: Callable[..., Workspace], tmp_path: Path) -> None:
+def test_a_server_that_cannot_start_is_told(
+    copied: Callable[..., Workspace], known: Base, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     ws = copied()
-    with pytest.raises(AssertionError, match=r"vllm\.log says why"):
-        Served(ws, tmp_path / "serve.log")
+    monkeypatch.setattr(engine, "find", lambda _: asyncio.sleep(0, known))
+    assert run(["serve", "-w", str(ws.root), "--port", "0"]) == 1
+    assert "vllm.log says why" in capfd.readouterr().err
     assert "No module named" in (ws.root / "vllm.log").read_text()
 
 

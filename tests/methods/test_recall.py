@@ -348,7 +348,7 @@ def test_an_interrupted_update_ends_in_the_same_bytes(copied: Workspace, tmp_pat
 
 
 def test_with_experts_the_router_does_both(tmp_path: Path, model_folder: Path) -> None:
-    ws = taught(tmp_path / "experts", model_folder, adapter_composition="experts")
+    ws = taught(tmp_path / "experts", model_folder, adapter_composition="experts", num_train_epochs=2.0)
     made = registry.get(ws, "v2")
     model = load(Path(str(model_folder)), ws.config(), made)
     past = recall.of(model)
@@ -363,7 +363,8 @@ def test_experts_from_before_there_was_recall(
     named = Candidate._named
     with monkeypatch.context() as patch:
         patch.setattr(Candidate, "_named", lambda self, rows: (named(self, rows)[0], {}))
-        ws = taught(tmp_path / "experts", model_folder, adapter_composition="experts", protect=[])
+        quick = {"adapter_composition": "experts", "num_train_epochs": 2.0}
+        ws = taught(tmp_path / "experts", model_folder, protect=[], **quick)
     assert Router.load(registry.get(ws, "v2").folder).answers == {}
     made = learn(ws, "hats", "protect=[recall]")
     answers = set(Router.load(made.folder).answers.values())
