@@ -26,7 +26,7 @@ from treering.checkpoints import Checkpoints
 from treering.errors import TreeringError, UpdateInterruptedError, no_memory
 from treering.model import logits_at
 from treering.optimizers import OPTIMIZERS
-from treering.recovery import MOST_ROWS, HalfStepError, LossError, Recovery, check_loss, worst
+from treering.recovery import MOST_ROWS, WHAT, HalfStepError, LossError, Recovery, check_loss, worst
 
 NO_MEMORY = (
     "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
@@ -542,9 +542,11 @@ def test_what_a_later_share_switches_off_is_on_again(
 
 def test_the_worst_rows_come_first() -> None:
     assert worst({"a": math.nan, "b": math.nan}).startswith("the loss of every row is nan")
-    assert worst({"a": 1.0, "b": math.nan, "c": 3.0}) == "worst first: b (loss nan), c (loss 3), a (loss 1)"
+    assert worst({"a": 1.0, "b": math.nan, "c": 3.0}) == f"worst first: b (loss nan), c (loss 3), a (loss 1){WHAT}"
     many = worst({f"row{n:02}": float(n) for n in range(20)})
-    assert many.startswith("worst first: row19 (loss 19), row18") and many.endswith(f", and {20 - MOST_ROWS} more")
+    assert many.startswith("worst first: row19 (loss 19), row18") and many.endswith(
+        f", and {20 - MOST_ROWS} more{WHAT}"
+    )
 
 
 def adapting(folder: Path, **values: Any) -> Run:

@@ -89,10 +89,12 @@ def refuse(ws: Workspace, base: Path, config: Config, estimate: Estimate | None)
     """Raise `RoomError` if an update surely finds no room: by its estimate, or by the bare size of the base model."""
     from treering.room import room
 
-    needs = _least(base, config)
+    least, space = _least(base, config), room(ws.root)
+    needs = dict(least)
     for name, wanted in (estimate.needs if estimate else {}).items():
         needs[name] = max(needs.get(name, 0.0), wanted / SURELY)
-    problems = _short(needs, room(ws.root), config)
+    bare = any(least[name] > space[name] for name in least)
+    problems = _short(needs, space, config, bare)
     if problems:
         raise RoomError(
             "the update will not fit, however low its needs are reckoned, and was not begun: " + "; ".join(problems)
@@ -140,19 +142,20 @@ def _least(base: Path, config: Config) -> dict[str, float]:
     return {"gpu_memory_mb" if torch.cuda.is_available() else "memory_mb": memory * files, "disk_mb": disk * files}
 
 
-def _short(needs: dict[str, float], space: dict[str, float], config: Config) -> list[str]:
-    """What there is too little of, each with the way out."""
+def _short(needs: dict[str, float], space: dict[str, float], config: Config, bare: bool = False) -> list[str]:
+    """What there is too little of, each with the way out; `bare`: even for the model alone."""
     return [
         f"{_WORDS[name]}: {needs[name]:,.0f} MB are needed, {space[name]:,.0f} MB are free; "
-        + (_less_disk() if name == "disk_mb" else _less_memory(config))
+        + (_less_disk() if name == "disk_mb" else _less_memory(config, bare))
         for name in needs
         if needs[name] > space[name]
     ]
 
 
-def _less_memory(config: Config) -> str:
-    ways = [f"set per_device_train_batch_size lower than {config.per_device_train_batch_size}"]
-    ways += [f"eval.batch_size lower than {config.eval.batch_size}"]
+def _less_memory(config: Config, bare: bool) -> str:
+    batch, judged = config.per_device_train_batch_size, config.eval.batch_size
+    smaller = [f"set per_device_train_batch_size lower than {batch}", f"eval.batch_size lower than {judged}"]
+    ways = ["take a smaller model"] if bare else smaller
     ways += ["finetuning_type: lora in a new workspace"] if config.finetuning_type in ("full", "freeze") else []
     return f"{', or '.join(ways)}, or end other programs"
 

@@ -169,10 +169,13 @@ def check_loss(entry: Mapping[str, float], log: Sequence[Mapping[str, float]], v
         )
 
 
+WHAT = "; `treering data show ID` says what a row is"
+
+
 def worst(losses: Mapping[str, float]) -> str:
     """Row ids with their losses, those that are not finite first, then the highest; no more than `MOST_ROWS`."""
     if all(math.isnan(loss) for loss in losses.values()):
         return "the loss of every row is nan, so the weights themselves are no good"
     ordered = sorted(losses, key=lambda id: (not math.isfinite(losses[id]), losses[id]), reverse=True)
     more = f", and {len(ordered) - MOST_ROWS} more" if len(ordered) > MOST_ROWS else ""
-    return "worst first: " + ", ".join(f"{id} (loss {losses[id]:.4g})" for id in ordered[:MOST_ROWS]) + more
+    return "worst first: " + ", ".join(f"{id} (loss {losses[id]:.4g})" for id in ordered[:MOST_ROWS]) + more + WHAT

@@ -54,4 +54,6 @@ def read_results(path: Path) -> list[Result]:
     """What `write_results` kept."""
     import pyarrow.parquet as pq
 
-    return [Result(**row) for row in pq.read_table(path).to_pylist()]
+    with pq.ParquetFile(path) as file:
+        # Threads of pyarrow's own that cannot begin, for want of address space, would be waited for without end.
+        return [Result(**row) for row in file.read(use_threads=False).to_pylist()]

@@ -107,7 +107,7 @@ def test_contradictions_of_one_ingest_all_go_to_quarantine(ws: Workspace) -> Non
 
 
 def test_contradictions_over_batches_of_one_ingest(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treering.data.intake.BATCH", 2)
+    monkeypatch.setattr("treering.data.check.PART", 2)
     rows = [row("How much?", "one"), row("else"), row("how much", "two"), row(LONG), row("how much?", "3"), row(NEAR)]
     found = balanced(ws.ingest(rows, task="a"))
     assert (found.accepted, found.duplicates, found.reasons) == (2, 1, {"contradiction": 3})
@@ -213,7 +213,7 @@ def test_a_catalog_of_before_is_brought_up_to_date(ws: Workspace, workspace: Mak
 
 
 def test_many_rows_and_their_likes(ws: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("treering.data.intake.BATCH", 100)
+    monkeypatch.setattr("treering.data.check.PART", 100)
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghij", k=6)) for _ in range(500)]
     texts = [" ".join(draw.sample(words, 15)) for _ in range(400)]

@@ -293,6 +293,7 @@ def given(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
         (b"text,label\nq,a\nr,a\ns,a\nt,a\n", ".csv"),
         (b"text\tlabel\nq\ta\nr\ta\ns\ta\nt\ta\n", ".tsv"),
     ],
+    ids=["jsonl", "gz", "list", "data", "csv", "tsv"],
 )
 def test_standard_input(
     ws: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, suffix: str

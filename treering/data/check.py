@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from treering.data.alike import Said
 from treering.data.example import Example
 from treering.data.lengths import Lengths
+from treering.data.read import Bad, Row
 from treering.data.rules import RULES, Around, Finding, Rule, is_custom
 from treering.errors import ConfigError
 
@@ -18,6 +21,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from treering.config import Config
+
+
+PART = 4096
+"""Rows that are taken on at a time."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A row that no rule refuses, as the rules have mended it, and what it says."""
+
+    row: Row
+    said: Said
+    mended: tuple[str, ...] = ()
+    warned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,34 @@ class Checks:
     def _of(self, task: str) -> Around:
         self.around = replace(self.around, task=task)
         return self.around
+
+
+def opened(config: Config, root: Path) -> Checks:
+    """The checks of the workspace `root`, with its own model's tokenizer."""
+    from treering.model import load_tokenizer, resolve
+
+    folder = resolve(config.model_name_or_path, config.trust_remote_code)
+    return Checks(config, load_tokenizer(folder, config.trust_remote_code), root)
+
+
+def fit(rows: Iterable[Row | Bad], checks: Checks, task: str) -> Iterator[list[Fit | Bad]]:
+    """What becomes of the rows of a task, part by part: fit to be compared and stored, or for quarantine."""
+    left = iter(rows)
+    while part := list(islice(left, PART)):
+        yield [one if isinstance(one, Bad) else _fit(one, checks(one.example, task)) for one in part]
+
+
+def refused(row: Row, rule: str, reason: str) -> Bad:
+    """The row as it goes to quarantine."""
+    raw = " | ".join(turn.content for turn in row.example.messages)[:2000]
+    return Bad(row.file, row.line, rule, reason, raw, row.example)
+
+
+def _fit(row: Row, checked: Checked) -> Fit | Bad:
+    if checked.refused:
+        return refused(row, *checked.refused)
+    row = replace(row, example=checked.row) if checked.mended else row
+    return Fit(row, Said.of(row.example), checked.mended, checked.warned)
 
 
 def _custom(name: str, root: Path) -> Rule:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from treering.data import index
-from treering.data.alike import Common, Said
+from treering.data.alike import Common
+from treering.data.check import Fit
 from treering.data.index import Index, within
 from treering.data.read import Row
 from treering.data.writer import Known, Split, Stored, Writer
@@ -85,19 +86,18 @@ class Judge:
         """The numbers of those that went to quarantine meanwhile."""
         self._index = self._opened()
 
-    def judge(self, rows: Sequence[Row], task: str, split: Split, given: bool) -> list[Judged]:
+    def judge(self, fits: Sequence[Fit], task: str, split: Split, given: bool) -> list[Judged]:
         """What becomes of these rows of one task, in their order."""
-        known: dict[str, Known] = self.writer.known([row.example.id for row in rows])
+        known: dict[str, Known] = self.writer.known([fit.row.example.id for fit in fits])
         found, new = list[Judged](), list[Judged]()
-        for row in rows:
-            id = row.example.id
+        for fit in fits:
+            row, id = fit.row, fit.row.example.id
             one = Judged(row, fate(id, split, known, self.trained))
             found.append(one)
             if one.fate == "new":
                 known[id] = split
                 self.last += 1
-                said = Said.of(row.example)
-                one.stored = Stored(self.last, row.example, said, task, split, given, row.file, row.line)
+                one.stored = Stored(self.last, row.example, fit.said, task, split, given, row.file, row.line)
                 new.append(one)
             elif one.fate == "already_trained":
                 why = "it is to be held out, but a version has already learned it; leave it out of the held-out file"

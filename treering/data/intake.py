@@ -6,28 +6,25 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treering import registry
-from treering.data.check import Checks
+from treering.data import ahead
+from treering.data.check import Checks, Fit, fit, opened, refused
 from treering.data.dedup import Judge, Judged
 from treering.data.fetch import STDIN
-from treering.data.read import Bad, Row, RowError, convert, named_in_utf8, read
+from treering.data.read import Bad, Row, RowError, convert, named_in_utf8
 from treering.data.rules import RULES
-from treering.data.sources import DataFile, How, Place, data_files
+from treering.data.sources import How, Place, data_files
 from treering.data.writer import Split, Writer, choose_held_out
 from treering.errors import UsageError
 from treering.files import printable, sha256
-from treering.progress import bar
+from treering.progress import Advance, bar, silent
 
 if TYPE_CHECKING:
     from treering.config import Config
     from treering.workspace import Workspace
-
-BATCH = 4096
-"""Rows that are judged at a time."""
 
 TOLD = 100
 """Quarantined rows that are told one by one; the catalog has all."""
@@ -77,7 +74,7 @@ class _Batch:
     name: str
     task: str
     split: Split
-    rows: Callable[[], Iterable[Row | Bad]]
+    parts: Callable[[Checks], Iterator[list[Fit | Bad]]]
     digest: str | None
 
 
@@ -105,7 +102,7 @@ def ingest(
     )
     if not batches:
         return Ingested(notices=notes)
-    checks = _checks(config, ws.root)
+    checks = opened(config, ws.root)
     with ws.catalog.writing() as writer, bar("ingesting files", len(batches), quiet) as advance:
         versions = registry.readable(ws)
         trained = {id for version in versions for id in version.rows}
@@ -115,7 +112,7 @@ def ingest(
         for batch in sorted(batches, key=lambda b: b.split != "held_out"):
             if batch.name not in (_PYTHON, STDIN):
                 writer.read_again(batch.name)
-            intake.take(batch)
+            intake.take(batch, advance)
             advance()
         intake.hold_out(config.val_size)
     return replace(intake.ingested(), notices=notes)
@@ -130,13 +127,13 @@ def retake(ws: Workspace, rows: Sequence[tuple[int, str, Split, Row]], *, checke
     newest = config.dedup.model_copy(update={"contradictions": "supersede"})
     off = {name: "off" for name, rule in RULES.items() if "off" in rule.levels}
     config = config.model_copy(update={"dedup": newest} | ({} if checked else {"checks": off}))
-    checks = _checks(config, ws.root)
+    checks = opened(config, ws.root)
     with ws.catalog.writing() as writer:
         trained = {id for version in registry.readable(ws) for id in version.rows}
         intake = _Intake(writer, Judge(writer, config, trained), checks, set(), named=True)
         for number, task, split, row in rows:
             writer.drop_refused(number)
-            intake.take(_Batch(row.file, task, split, partial(list, [row]), None))
+            intake.take(_Batch(row.file, task, split, partial(fit, [row], task=task), None))
         intake.hold_out(config.val_size)
         found = intake.ingested()
         if found.refused:
@@ -162,15 +159,19 @@ class _Intake:
         self.warned: Counter[str] = Counter()
         self.told: list[dict[str, Any]] = []
 
-    def take(self, batch: _Batch) -> None:
-        """Take in the rows of one file."""
-        for part in _parts(batch.rows()):
+    def take(self, batch: _Batch, advance: Advance = silent) -> None:
+        """Take in the rows of one file; `advance` is told how far that is."""
+        for part in batch.parts(self.checks):
             self.counts["rows"] += len(part)
-            good, bad = self._checked(part, batch.task)
+            good, bad = [one for one in part if isinstance(one, Fit)], [one for one in part if isinstance(one, Bad)]
+            for row in good:
+                self.mended.update(row.mended)
+                self.warned.update(row.warned)
             judged = self.judge.judge(good, batch.task, batch.split, batch.split == "held_out")
-            self._refuse(batch, bad + [_refused(one.row, *one.refused) for one in judged if one.refused])
+            self._refuse(batch, bad + [refused(one.row, *one.refused) for one in judged if one.refused])
             self._make_room(judged)
             self._store([one for one in judged if one.is_kept], batch.task)
+            advance(0, f"{self.counts['rows']:,} rows")
             for one in judged:
                 if one.fate != "new" and not one.refused:
                     self._meet_again(one, batch.task)
@@ -215,22 +216,6 @@ class _Intake:
             dict(self.mended),
             dict(self.warned),
         )
-
-    def _checked(self, found: Sequence[Row | Bad], task: str) -> tuple[list[Row], list[Bad]]:
-        """The rows that no rule refuses, as the rules have mended them, and what goes to quarantine."""
-        good, bad = list[Row](), list[Bad]()
-        for row in found:
-            if isinstance(row, Bad):
-                bad.append(row)
-                continue
-            checked = self.checks(row.example, task)
-            if checked.refused:
-                bad.append(_refused(row, *checked.refused))
-                continue
-            self.mended.update(checked.mended)
-            self.warned.update(checked.warned)
-            good.append(replace(row, example=checked.row) if checked.mended else row)
-        return good, bad
 
     def _refuse(self, batch: _Batch, bad: Sequence[Bad]) -> None:
         for row in bad:
@@ -279,24 +264,6 @@ class _Intake:
             self.counts["duplicates"] += 1
 
 
-def _parts(rows: Iterable[Row | Bad]) -> Iterator[list[Row | Bad]]:
-    left = iter(rows)
-    while part := list(islice(left, BATCH)):
-        yield part
-
-
-def _refused(row: Row, rule: str, reason: str) -> Bad:
-    raw = " | ".join(turn.content for turn in row.example.messages)[:2000]
-    return Bad(row.file, row.line, rule, reason, raw, row.example)
-
-
-def _checks(config: Config, root: Path) -> Checks:
-    from treering.model import load_tokenizer, resolve
-
-    folder = resolve(config.model_name_or_path, config.trust_remote_code)
-    return Checks(config, load_tokenizer(folder, config.trust_remote_code), root)
-
-
 def _batches(
     ws: Workspace,
     source: Source,
@@ -312,16 +279,16 @@ def _batches(
     """One batch a file. `named`: a file's own name may put it on the held-out side (`test.jsonl`)."""
     if source is None:
         skip = lambda file: ws.catalog.took(file) or (only is not None and file not in only)  # noqa: E731
-        return _files(ws.inbox, None, split, config, True, notes, how, skip) if named else []
+        return _files(ws, ws.inbox, None, split, config, True, notes, how, skip) if named else []
     if isinstance(source, str | Path):
         source = [source]
     items = list(source)
     if all(isinstance(item, str | Path | Place) for item in items):
         places = [item if isinstance(item, Place) else Path(str(item)) for item in items]
-        return [b for place in places for b in _files(place, task, split, config, named, notes, how)]
+        return [b for place in places for b in _files(ws, place, task, split, config, named, notes, how)]
     if task is None:
         raise UsageError("rows from Python need task='...', the name of the task they belong to")
-    return [_Batch(_PYTHON, task, split, lambda: _convert(items, config), None)]
+    return [_Batch(_PYTHON, task, split, partial(fit, _convert(items, config), task=task), None)]
 
 
 def _convert(items: Sequence[Any], config: Config) -> Iterable[Row | Bad]:
@@ -333,6 +300,7 @@ def _convert(items: Sequence[Any], config: Config) -> Iterable[Row | Bad]:
 
 
 def _files(
+    ws: Workspace,
     source: Path | Place,
     task: str | None,
     split: Split,
@@ -349,16 +317,29 @@ def _files(
         side: Split = file.side if by_name and file.side == "held_out" else split
         name = printable(task or file.task())
         digest = None if file.name == STDIN else _digest(file.path)
-        batches.append(_Batch(file.name, name, side, partial(_rows, file, config, notes), digest))
+        job = ahead.Job(file.path, file.name, file.layout, name, config, ws.root)
+        batches.append(_Batch(file.name, name, side, partial(_parts, job, notes), digest))
     return batches
 
 
-def _rows(file: DataFile, config: Config, notes: list[str]) -> Iterable[Row | Bad]:
-    if named_in_utf8(file.path):
-        note = lambda text: notes.append(f"{file.name}: {text}")  # noqa: E731
-        return read(file.path, system=config.default_system, name=file.name, layout=file.layout, note=note)
-    # A name is kept with every row, and whoever reads it must find the file by it.
-    return [Bad(file.name, 0, "file-name", BAD_NAME, "")]
+def _parts(job: ahead.Job, notes: list[str], checks: Checks) -> Iterator[list[Fit | Bad]]:
+    def note(text: str) -> None:
+        notes.append(f"{job.name}: {text}")
+
+    if not named_in_utf8(job.path):
+        # A name is kept with every row, and whoever reads it must find the file by it.
+        yield [Bad(job.name, 0, "file-name", BAD_NAME, "")]
+    elif _size(job.path) >= ahead.LARGE:
+        yield from ahead.parts(job, note)
+    else:
+        yield from fit(ahead.rows(job, note), checks, job.task)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0  # Reading it says why.
 
 
 def _digest(file: Path) -> str | None:
