@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def test_a_reader_that_ends_too_soon_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(ahead, "LARGE", 0)
     ws = workspace()
-    started = ahead.subprocess.Popen
+    started = subprocess.Popen
 
     def killed(*arguments: Any, **options: Any) -> Any:
         child = started(*arguments, **options)
@@ -78,7 +79,7 @@ def test_a_reader_that_ends_too_soon_leaves_nothing(
         return child
 
     if how == "killed":
-        monkeypatch.setattr(ahead.subprocess, "Popen", killed)
+        monkeypatch.setattr(subprocess, "Popen", killed)
     else:
         plain = ahead.Job.plain.fget  # type: ignore[attr-defined]
         monkeypatch.setattr(ahead.Job, "plain", property(lambda job: {**plain(job), "config": {"lora_rank": "many"}}))
@@ -94,7 +95,7 @@ def test_a_reader_ends_with_who_asked_for_its_rows(
     monkeypatch.setattr(ahead, "LARGE", 0)
     ws = workspace()
     children: list[Any] = []
-    started = ahead.subprocess.Popen
+    started = subprocess.Popen
 
     def noted(*arguments: Any, **options: Any) -> Any:
         children.append(started(*arguments, **options))
@@ -103,7 +104,7 @@ def test_a_reader_ends_with_who_asked_for_its_rows(
     def fail(*_: Any) -> Iterator[Any]:
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(ahead.subprocess, "Popen", noted)
+    monkeypatch.setattr(subprocess, "Popen", noted)
     monkeypatch.setattr("treering.data.dedup.Judge.judge", fail)
     with pytest.raises(RuntimeError, match="power cut"):
         taken(ws, file)
