@@ -219,7 +219,7 @@ def test_a_miniature_that_finds_no_room_says_so(
     ws = workspace()
     monkeypatch.setattr("treering.data.catalog.Catalog", full)
     with pytest.raises(TreeringError, match=said):
-        perform(ws, {"step": "calibrate", "folder": str(ws.root), "overrides": []})
+        perform(ws, {"step": "calibrate", "folder": str(ws.root), "overrides": [], "quiet": True})
 
 
 @pytest.mark.usefixtures("no_children")

@@ -65,14 +65,14 @@ class Estimate:
         return found if gpu is None else {**found, "gpu_memory_mb": gpu}
 
 
-def calibrate(ws: Workspace, plan: Plan, config: Config, folder: Path) -> Estimate:
+def calibrate(ws: Workspace, plan: Plan, config: Config, folder: Path, quiet: bool = True) -> Estimate:
     """Run `plan` on a few of its steps and held-out rows, as an update that works in `folder` (empty; MBs to GBs).
 
-    Nothing outside of `folder` is changed. Raises what an update raises that cannot begin.
+    Nothing outside of `folder` is changed. `quiet`: no bars are shown. Raises what an update raises that cannot begin.
     """
     parent = registry.get(ws, plan.parent) if plan.parent else None
     base = resolve(config.model_name_or_path, config.trust_remote_code)
-    candidate = Candidate(ws, plan, parent, base, config, folder, quiet=True)
+    candidate = Candidate(ws, plan, parent, base, config, folder, quiet=quiet)
     to_score = len(candidate.unmeasured()) + sum(map(len, candidate.held_out.values()))
     tried = _typical_rows(candidate)
     candidate.held_out = {task: [id for id in ids if id in tried] for task, ids in candidate.held_out.items()}

@@ -69,7 +69,7 @@ def forecast(ws: Workspace, overrides: Iterable[str] = (), *, quiet: bool = Fals
         write_json(folder / registry.PLAN, asdict(plan))
         if not quiet:
             say("trying a few steps of the update")
-        estimate = _measured(ws, overrides, folder)
+        estimate = _measured(ws, overrides, folder, quiet)
         write_json(ws.root / ESTIMATE, {"plan": plan.digest, "machine": plan.machine, "estimate": asdict(estimate)})
         return Forecast(plan, taken, estimate, space, _short(estimate.needs, space, config))
 
@@ -110,11 +110,17 @@ def _trial(ws: Workspace) -> Iterator[tuple[Workspace, Path]]:
         yield trial, Path(scratch)
 
 
-def _measured(ws: Workspace, overrides: list[str], folder: Path) -> Estimate:
+def _measured(ws: Workspace, overrides: list[str], folder: Path, quiet: bool) -> Estimate:
     from treering.automate import children
     from treering.calibrate import Estimate
 
-    order = {"workspace": str(ws.root), "step": "calibrate", "overrides": overrides, "folder": str(folder)}
+    order = {
+        "workspace": str(ws.root),
+        "step": "calibrate",
+        "overrides": overrides,
+        "folder": str(folder),
+        "quiet": quiet,
+    }
     with stop_on_signals() as stop:
         answer = children.run(order, lambda: "asked to stop" if stop.asked else None)
     if stop.asked:

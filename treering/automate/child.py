@@ -37,7 +37,7 @@ def perform(ws: Workspace, order: dict[str, Any]) -> dict[str, Any]:
             taken = ingest(ws, only={Path(file) for file in order["files"]}, quiet=False).as_dict()
         return {key: taken[key] for key in COUNTS}
     if order["step"] == "calibrate":
-        return _calibrated(ws, Path(order["folder"]), order["overrides"])
+        return _calibrated(ws, Path(order["folder"]), order["overrides"], order["quiet"])
     from treering import pipeline
 
     settings = culprit.careful(ws, order["file"]) if order["careful"] else ()
@@ -48,7 +48,7 @@ def perform(ws: Workspace, order: dict[str, Any]) -> dict[str, Any]:
     return {"status": outcome.status, "reason": outcome.reason, "version": version}
 
 
-def _calibrated(ws: Workspace, folder: Path, overrides: list[str]) -> dict[str, Any]:
+def _calibrated(ws: Workspace, folder: Path, overrides: list[str], quiet: bool) -> dict[str, Any]:
     """Run the plan in `folder` in miniature, on the catalog there."""
     from treering.calibrate import calibrate
     from treering.data.catalog import Catalog
@@ -57,7 +57,7 @@ def _calibrated(ws: Workspace, folder: Path, overrides: list[str]) -> dict[str, 
     with full_disk_is_clear(ws.root), short_memory_is_clear():
         ws.catalog = Catalog(folder / "treering.db")
         plan = Plan(**json.loads((folder / PLAN).read_text(encoding="utf-8")))
-        return asdict(calibrate(ws, plan, ws.config(overrides), folder))
+        return asdict(calibrate(ws, plan, ws.config(overrides), folder, quiet))
 
 
 def main() -> None:
