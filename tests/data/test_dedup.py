@@ -166,6 +166,22 @@ def test_what_is_superseded_leaves_memory_and_scores(workspace: MakeWorkspace) -
     assert all(line in memory for line in second.rows)
 
 
+def test_where_the_catalog_was_lost_what_versions_know_is_kept(workspace: MakeWorkspace) -> None:
+    rows = [row("How much?", "one"), row("How much?", "two"), row(LONG), row(NEAR), *toy_rows("a", 8)]
+    ws = workspace(val_size=0.3, dedup={"near": "keep", "contradictions": "keep-both"})
+    ws.ingest(rows, task="a")
+    version = ws.update(max_steps=1, gate={"floor": 1.0, "margin": 1.0})
+    assert version is not None and version.promote
+    for file in ws.root.glob("treering.db*"):
+        file.unlink()
+    (ws.root / "treering.yaml").write_text((ws.root / "treering.yaml").read_text().partition("dedup")[0])
+    ws = Workspace(ws.root)
+    found = balanced(ws.ingest([*rows, row("How much?", "three")], task="a"))
+    assert found.reasons == {"contradiction": 1} and found.accepted == 12
+    needed = [*version.rows, *version.manifest["held_out"]["a"]]
+    assert len(ws.catalog.examples(needed)) == 12
+
+
 @pytest.mark.parametrize("lost", ["index", "run", "file"])
 def test_a_lost_index_is_made_again(ws: Workspace, lost: str) -> None:
     ws.ingest([row(LONG), row("something else")], task="a")

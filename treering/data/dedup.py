@@ -65,13 +65,16 @@ class Judged:
 
 
 class Judge:
-    """Judges the rows of one ingest, batch by batch; `trained` are the ids that a version has learned.
+    """Judges the rows of one ingest, batch by batch.
 
-    What is kept has to be stored before the next batch comes.
+    `trained` are the ids that a version has learned, `judged` those that one was judged by: where a catalog was lost,
+    such rows come in as new, and all of them are kept, for the versions need them. What is kept has to be stored before
+    the next batch comes.
     """
 
-    def __init__(self, writer: Writer, config: Config, trained: Set[str]) -> None:
+    def __init__(self, writer: Writer, config: Config, trained: Set[str], judged: Set[str] = frozenset()) -> None:
         self.writer, self.config, self.trained = writer, config, trained
+        self.needed = trained | judged
         self.threshold = config.dedup.threshold
         self.first = self.last = max(writer.last(), writer.runs()[1])  # No number comes again: the index may know it.
         """The highest numbers of rows that were there before, and that were given until now."""
@@ -138,6 +141,8 @@ class Judge:
 
     def _settle(self, one: Judged, row: Stored, others: Sequence[Stored], common: Common) -> None:
         """What `row` is to others that came before it."""
+        if row.example.id in self.needed:
+            return
         alike = [other for other in others if row.said.like(other.said, common, self.threshold)]
         if row.split == "train":
             self._train(one, row, alike)
@@ -189,6 +194,8 @@ class Judge:
 
     def _remove(self, one: Judged, other: Stored, rule: str, reason: str) -> None:
         """Have `other` go to quarantine because of `one`: from the same batch, or from among stored rows."""
+        if other.example.id in self.needed:
+            return
         self._gone.add(other.seq)
         if other.seq in self._batch:
             self._batch[other.seq].refused = (rule, reason)

@@ -107,7 +107,7 @@ def ingest(
         versions = registry.readable(ws)
         trained = {id for version in versions for id in version.rows}
         judged = {id for version in versions for id in registry.measured(version)}
-        intake = _Intake(writer, Judge(writer, config, trained), checks, judged, named=source is not None)
+        intake = _Intake(writer, Judge(writer, config, trained, judged), checks, judged, named=source is not None)
         # Held-out files first, so that a row in both is held out.
         for batch in sorted(batches, key=lambda b: b.split != "held_out"):
             if batch.name not in (_PYTHON, STDIN):
