@@ -72,6 +72,8 @@ def test_what_all_rows_of_a_task_have_tells_none_apart() -> None:
     common.learn(said(f"{head}: {messages[at % 5]}").words for at in range(ENOUGH))
     assert not one.like(other, common, 0.7)
     assert common.without(words("the label")) == words("the label")  # Nothing else would be left.
+    short = [said(f"{head}: {word}") for word in ("adventure", "cheesy")]
+    assert not short[0].like(short[1], common, 0.75) and short[0].like(short[0], common, 0.75)
     kept = Common.of(common.rows, common.kept())
     assert kept.without(one.words) == common.without(one.words) == words(messages[0])
     assert COMMON < 1

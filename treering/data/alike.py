@@ -26,9 +26,6 @@ COMMON, ENOUGH = 0.3, 20
 RARE = 0.02
 """Share of a task's rows below which a count is not kept."""
 
-FEW = 3
-"""Where fewer words would be left, the common ones count too."""
-
 LONG = 8
 """Words from which on an answer need not be the very same."""
 
@@ -103,9 +100,8 @@ class Common:
             self._words = self._above(COMMON)
 
     def without(self, words: frozenset[str]) -> frozenset[str]:
-        """Those that tell rows apart; all of them, where hardly any do."""
-        left = words - self._words
-        return left if len(left) >= FEW else words
+        """Those that tell rows apart; all of them, where none does."""
+        return words - self._words or words
 
     def kept(self) -> dict[str, int]:
         """The counts worth keeping for later."""
