@@ -117,7 +117,9 @@ def test_each_expert_is_a_plain_peft_folder(two: Workspace) -> None:
 
 def test_a_task_that_returns_goes_on_with_its_expert(copied: Workspace) -> None:
     ws = copied
-    ws.ingest([{**row, "text": row["text"] + " again"} for row in toy_rows("pens", 40)], task="pens")
+    ws.ingest(
+        [{**row, "text": row["text"].replace("item ", "again item 100")} for row in toy_rows("pens", 40)], task="pens"
+    )
     made = ws.update()
     assert made is not None
     assert expert(made)["value"] == "e1"

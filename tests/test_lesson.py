@@ -38,7 +38,7 @@ def other(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def again(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{**row, "text": f"{row['text']} again"} for row in rows]
+    return [{**row, "text": row["text"].replace("item ", "again item 100")} for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -397,7 +397,9 @@ def test_a_rollback_brings_both_back(merged: Workspace, tmp_path: Path) -> None:
 
 def test_what_comes_after_a_merge_is_taught_the_one(merged: Workspace, tmp_path: Path) -> None:
     ws = copy(merged, tmp_path / "on")
-    ws.ingest([{**row, "text": f"{row['text']} again"} for row in toy_rows("pens", 40)], task="pens")
+    ws.ingest(
+        [{**row, "text": row["text"].replace("item ", "again item 100")} for row in toy_rows("pens", 40)], task="pens"
+    )
     ws.ingest(cups(40, start=120), task="cups")
     made = ws.update(GENTLY, "max_steps=2", promote=False)
     assert made is not None and made.manifest["choices"]["expert"]["value"] == "e1"

@@ -325,7 +325,9 @@ def test_what_was_learned_before_there_was_recall_is_recalled(tmp_path: Path, mo
 def test_rows_are_counted_once(copied: Workspace) -> None:
     ws = copied
     before = Router.load(registry.get(ws, "v2").folder)
-    ws.ingest([{**row, "text": row["text"] + " again"} for row in toy_rows("pens", 40)], task="pens")
+    ws.ingest(
+        [{**row, "text": row["text"].replace("item ", "again item 100")} for row in toy_rows("pens", 40)], task="pens"
+    )
     made = ws.update()
     assert made is not None
     after = Router.load(made.folder)
