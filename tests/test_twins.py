@@ -238,7 +238,10 @@ def copy(ws: Workspace, target: Path) -> Workspace:
 
 def cups(count: int = 80, start: int = 0) -> list[dict[str, str]]:
     """Rows of other letters with the answers that pens have."""
-    return unlike(toy_rows("pens", start + count))[start:]
+    return [
+        {**row, "text": row["text"].replace("item ", "item 200")}
+        for row in unlike(toy_rows("pens", start + count))[start:]
+    ]
 
 
 def updated(ws: Workspace, *overrides: str, **options: Any) -> Version:
