@@ -449,7 +449,7 @@ def test_held_out_files_of_the_users_own(workspace: MakeWorkspace, tmp_path: Pat
 
 
 def test_a_new_slice_joins_its_task(copied: Workspace) -> None:
-    rows = [{**row, "text": "now and then again " + row["text"]} for row in toy_rows("pens", 20)]
+    rows = [{**row, "text": row["text"].replace("item ", "again item 100")} for row in toy_rows("pens", 20)]
     copied.ingest(rows, task="pens")
     version = copied.update("max_steps=1", "gate.floor=1")
     assert version is not None

@@ -379,7 +379,9 @@ def test_each_lesson_has_rows_of_its_own_expert(workspace: Callable[..., Workspa
     first = ws.update()
     assert first is not None
     ws.promote(first.name, force=True)
-    ws.ingest([{**row, "text": f"{row['text']} now and then again"} for row in toy_rows("pens", 20)], task="pens")
+    ws.ingest(
+        [{**row, "text": row["text"].replace("item ", "again item 100")} for row in toy_rows("pens", 20)], task="pens"
+    )
     ws.ingest(unlike(toy_rows("cups", 40)), task="cups")
     made = ws.update(promote=False)
     assert made is not None
