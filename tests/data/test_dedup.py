@@ -92,6 +92,7 @@ def test_a_held_out_row_whose_like_was_learned_is_refused(ws: Workspace) -> None
     ws.update(max_steps=1, gate={"floor": 1.0, "margin": 1.0})
     found = balanced(ws.ingest([], task="a", held_out=[row(LONG), row("another")]))
     assert (found.accepted, found.reasons) == (1, {"held-out-was-trained": 1})
+    assert ", line 1, which says nearly the same" in found.refused[0]["reason"]
     assert NEAR in sides(ws)["train"]
 
 

@@ -68,15 +68,16 @@ class Judge:
     """Judges the rows of one ingest, batch by batch.
 
     `trained` are the ids that a version has learned, `judged` those that one was judged by: where a catalog was lost,
-    such rows come in as new, and all of them are kept, for the versions need them. What is kept has to be stored before
-    the next batch comes.
+    such rows come in as new, and all of them are kept on their side, for the versions need them. What is kept has to be
+    stored before the next batch comes.
     """
 
     def __init__(self, writer: Writer, config: Config, trained: Set[str], judged: Set[str] = frozenset()) -> None:
-        self.writer, self.config, self.trained = writer, config, trained
+        self.writer, self.config, self.trained, self.judged = writer, config, trained, judged
         self.needed = trained | judged
         self.threshold = config.dedup.threshold
-        self.first = self.last = max(writer.last(), writer.runs()[1])  # No number comes again: the index may know it.
+        names, upto = writer.runs()
+        self.first = self.last = max(writer.last(), upto)  # No number comes again: the index may know it.
         """The highest numbers of rows that were there before, and that were given until now."""
         self.tied: set[str] = set()
         """Rows of which one that says the same is kept: as a pair they stay on the training side."""
@@ -87,7 +88,7 @@ class Judge:
         """The rows that are being judged by their numbers."""
         self._gone: set[int] = set()
         """The numbers of those that went to quarantine meanwhile."""
-        self._index = self._opened()
+        self._index = self._opened(names, upto)
 
     def judge(self, fits: Sequence[Fit], task: str, split: Split, given: bool) -> list[Judged]:
         """What becomes of these rows of one task, in their order."""
@@ -100,7 +101,8 @@ class Judge:
             if one.fate == "new":
                 known[id] = split
                 self.last += 1
-                one.stored = Stored(self.last, row.example, fit.said, task, split, given, row.file, row.line)
+                side: Split = "held_out" if id in self.judged else split
+                one.stored = Stored(self.last, row.example, fit.said, task, side, given, row.file, row.line)
                 new.append(one)
             elif one.fate == "already_trained":
                 why = "it is to be held out, but a version has already learned it; leave it out of the held-out file"
@@ -171,7 +173,7 @@ class Judge:
         if learned:
             one.refused = (
                 TRAINED,
-                f"a version has learned {_where(learned)}, which says nearly the same; leave it out",
+                f"a version has learned {_where(learned)} which says nearly the same; leave it out",
             )
             return
         for other in trained:
@@ -217,9 +219,8 @@ class Judge:
             self._common[task] = self.writer.common(task)
         return self._common[task]
 
-    def _opened(self) -> Index:
-        """The index, with all rows that it does not know yet; made anew where it is lost or damaged."""
-        names, upto = self.writer.runs()
+    def _opened(self, names: Sequence[str], upto: int) -> Index:
+        """The index of these runs, with all rows after `upto`; made anew where it is lost or damaged."""
         index.clear(self.writer.index, names)
         try:
             opened = Index(self.writer.index, names)

@@ -39,26 +39,13 @@ def export(ws: Workspace, target: Path, format: str, task: str | None = None, sp
         tasks = ", ".join(map(repr, found)) or "none"
         raise UsageError(f"no {split} rows{of} are stored; tasks with such rows: {tasks}")
     left: dict[str, int] = {}
-    written = _counted(_converted(ws, ids, FORMATS[format], left))
     write = {".parquet": _write_parquet, ".json": _write_json, ".jsonl": _write_lines}[ending]
     with full_disk_is_clear(target.parent), replacing(target) as file:
-        write(file, written)
-        if not written.count:
+        write(file, _converted(ws, ids, FORMATS[format], left))
+        written = len(ids) - sum(left.values())
+        if not written:
             raise UsageError(f"none of the {len(ids)} rows can be said in {format}: {', '.join(left)}")
-    return {"rows": written.count, "left_out": left, "format": format, "split": split, "out": str(target)}
-
-
-class _counted(Iterable[dict[str, Any]]):  # noqa: N801  # Reads as a function.
-    """Rows, and how many there were."""
-
-    def __init__(self, rows: Iterator[dict[str, Any]]) -> None:
-        self._rows = rows
-        self.count = 0
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for row in self._rows:
-            self.count += 1
-            yield row
+    return {"rows": written, "left_out": left, "format": format, "split": split, "out": str(target)}
 
 
 def _converted(

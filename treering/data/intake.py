@@ -17,7 +17,7 @@ from treering.data.fetch import STDIN
 from treering.data.read import Bad, Row, RowError, convert, named_in_utf8
 from treering.data.rules import RULES
 from treering.data.sources import How, Place, data_files
-from treering.data.writer import Split, Writer, choose_held_out
+from treering.data.writer import Split, Stored, Writer, choose_held_out
 from treering.errors import UsageError
 from treering.files import printable, sha256
 from treering.progress import Advance, bar, silent
@@ -104,18 +104,15 @@ def ingest(
         return Ingested(notices=notes)
     checks = opened(config, ws.root)
     with ws.catalog.writing() as writer, bar("ingesting files", len(batches), quiet) as advance:
-        versions = registry.readable(ws)
-        trained = {id for version in versions for id in version.rows}
-        judged = {id for version in versions for id in registry.measured(version)}
-        intake = _Intake(writer, Judge(writer, config, trained, judged), checks, judged, named=source is not None)
+        intake = _Intake(ws, writer, config, checks, named=source is not None)
         # Held-out files first, so that a row in both is held out.
         for batch in sorted(batches, key=lambda b: b.split != "held_out"):
             if batch.name not in (_PYTHON, STDIN):
                 writer.read_again(batch.name)
             intake.take(batch, advance)
             advance()
-        intake.hold_out(config.val_size)
-    return replace(intake.ingested(), notices=notes)
+        found = intake.finish()
+    return replace(found, notices=notes)
 
 
 def retake(ws: Workspace, rows: Sequence[tuple[int, str, Split, Row]], *, checked: bool) -> Ingested:
@@ -129,13 +126,11 @@ def retake(ws: Workspace, rows: Sequence[tuple[int, str, Split, Row]], *, checke
     config = config.model_copy(update={"dedup": newest} | ({} if checked else {"checks": off}))
     checks = opened(config, ws.root)
     with ws.catalog.writing() as writer:
-        trained = {id for version in registry.readable(ws) for id in version.rows}
-        intake = _Intake(writer, Judge(writer, config, trained), checks, set(), named=True)
+        intake = _Intake(ws, writer, config, checks, named=True)
         for number, task, split, row in rows:
             writer.drop_refused(number)
             intake.take(_Batch(row.file, task, split, partial(fit, [row], task=task), None))
-        intake.hold_out(config.val_size)
-        found = intake.ingested()
+        found = intake.finish()
         if found.refused:
             first = found.refused[0]
             raise UsageError(f"it is refused, {first['rule']}: {first['reason']}")
@@ -145,13 +140,15 @@ def retake(ws: Workspace, rows: Sequence[tuple[int, str, Split, Row]], *, checke
 class _Intake:
     """One ingest: takes its batches in, and counts what becomes of their rows.
 
-    `judged` are the ids that a version was judged by. `named`: the user named the files, which takes back rows that a
-    hold set aside.
+    `named`: the user named the files, which takes back rows that a hold set aside.
     """
 
-    def __init__(self, writer: Writer, judge: Judge, checks: Checks, judged: set[str], named: bool) -> None:
-        self.writer, self.judge, self.checks = writer, judge, checks
-        self.judged, self.named = judged, named
+    def __init__(self, ws: Workspace, writer: Writer, config: Config, checks: Checks, named: bool) -> None:
+        versions = registry.readable(ws)
+        trained = {id for version in versions for id in version.rows}
+        judged = {id for version in versions for id in registry.measured(version)}
+        self.writer, self.checks, self.named = writer, checks, named
+        self.judge, self.share = Judge(writer, config, trained, judged), config.val_size
         self.counts: Counter[str] = Counter()
         self.tasks: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
@@ -164,44 +161,28 @@ class _Intake:
         for part in batch.parts(self.checks):
             self.counts["rows"] += len(part)
             good, bad = [one for one in part if isinstance(one, Fit)], [one for one in part if isinstance(one, Bad)]
-            for row in good:
-                self.mended.update(row.mended)
-                self.warned.update(row.warned)
             judged = self.judge.judge(good, batch.task, batch.split, batch.split == "held_out")
             self._refuse(batch, bad + [refused(one.row, *one.refused) for one in judged if one.refused])
             self._make_room(judged)
-            self._store([one for one in judged if one.is_kept], batch.task)
-            advance(0, f"{self.counts['rows']:,} rows")
-            for one in judged:
-                if one.fate != "new" and not one.refused:
+            self._store([one.stored for one in judged if one.stored and one.is_kept], batch.task)
+            for row, one in zip(good, judged, strict=True):
+                if one.is_kept:
+                    self.mended.update(row.mended)
+                    self.warned.update(row.warned)
+                elif one.fate != "new" and not one.refused:
                     self._meet_again(one, batch.task)
-            same = {one.row.example.id: one for one in judged if one.like and not one.refused}
-            self.counts["duplicates"] += len(same)
-            self.counts["near"] += len(same)
-            self.writer.leave_out(
-                {id: (one.like or "", batch.task, one.row.file, one.row.line) for id, one in same.items()}
-            )
+            left_out = [(one.row, one.like) for one in judged if one.like]
+            self.counts["duplicates"] += len(left_out)
+            self.counts["near"] += len(left_out)
+            self.writer.leave_out(batch.task, left_out)
+            advance(0, f"{self.counts['rows']:,} rows")
         if batch.digest is not None:
             self.writer.remember_file(batch.name, batch.digest)
 
-    def hold_out(self, share: float) -> None:
-        """Hold out a share of the new rows of each task that has no held-out rows of the user's own.
-
-        What a version has learned, or was judged by, keeps its side: a catalog that was lost and made again cannot know
-        it.
-        """
+    def finish(self) -> Ingested:
+        """Settle the sides of all rows that were taken in; returns what became of them."""
         self.judge.close()
-        for task, ids in self.writer.trained_since(self.judge.first).items():
-            if self.writer.has_given_held_out(task):
-                continue
-            free = [id for id in ids if id not in self.judge.trained and id not in self.judge.tied]
-            stored, held_out = self.writer.sizes(task)
-            chosen = sorted(choose_held_out(free, share, stored - len(free), held_out))
-            self.writer.to_held_out(chosen)
-            self.counts["held_out"] += len(chosen)
-
-    def ingested(self) -> Ingested:
-        """What became of all rows."""
+        self._hold_out()
         return Ingested(
             self.counts["rows"],
             self.tasks.total(),
@@ -216,6 +197,20 @@ class _Intake:
             dict(self.mended),
             dict(self.warned),
         )
+
+    def _hold_out(self) -> None:
+        """Hold out a share of the new rows of each task that has no held-out rows of the user's own.
+
+        What a version has learned keeps its side: a catalog that was lost and made again cannot know it.
+        """
+        for task, ids in self.writer.trained_since(self.judge.first).items():
+            if self.writer.has_given_held_out(task):
+                continue
+            free = [id for id in ids if id not in self.judge.trained and id not in self.judge.tied]
+            stored, held_out = self.writer.sizes(task)
+            chosen = sorted(choose_held_out(free, self.share, stored - len(free), held_out))
+            self.writer.to_held_out(chosen)
+            self.counts["held_out"] += len(chosen)
 
     def _refuse(self, batch: _Batch, bad: Sequence[Bad]) -> None:
         for row in bad:
@@ -240,12 +235,7 @@ class _Intake:
         self.counts["superseded"] += len(replaced)
         self.writer.supersede(replaced)
 
-    def _store(self, kept: Sequence[Judged], task: str) -> None:
-        rows = []
-        for one in kept:
-            assert one.stored is not None
-            judged = one.row.example.id in self.judged
-            rows.append(replace(one.stored, split="held_out") if judged else one.stored)
+    def _store(self, rows: Sequence[Stored], task: str) -> None:
         self.writer.add(rows)
         self.tasks[task] += len(rows)
         self.counts["held_out"] += sum(row.split == "held_out" for row in rows)

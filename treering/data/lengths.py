@@ -57,9 +57,8 @@ class Lengths:
             try:
                 text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
                 self._templates[roles] = len(text.encode()), None
-            except (
-                Exception
-            ) as error:  # Templates raise whatever they like; some want turns to alternate, or no system.
+            # Templates raise whatever they like; some want turns to alternate, or no system.
+            except Exception as error:
                 self._templates[roles] = 0, str(error)
         return self._templates[roles]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,18 +46,23 @@ def listed(ws: Workspace, rule: str | None = None, task: str | None = None) -> l
 
 def get(ws: Workspace, number: int) -> dict[str, Any]:
     """The row with that number, as `listed`. Raises `UsageError` if there is none."""
-    found = next((entry for entry in listed(ws) if entry["number"] == number), None)
-    if found is None:
-        raise UsageError(f"there is no row {number} in quarantine; `treering quarantine list` has the numbers")
-    return found
+    return _several(ws, [number])[0]
 
 
-def release(ws: Workspace, numbers: Iterable[int]) -> Ingested:
+def _several(ws: Workspace, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    found = {entry["number"]: entry for entry in listed(ws)}
+    for number in numbers:
+        if number not in found:
+            raise UsageError(f"there is no row {number} in quarantine; `treering quarantine list` has the numbers")
+    return [found[number] for number in dict.fromkeys(numbers)]
+
+
+def release(ws: Workspace, numbers: Sequence[int]) -> Ingested:
     """Take rows in as they are, past the rules that refused them; they count as the newest.
 
     Raises `UsageError`, and takes none, where one cannot be: it is no row, or its rule is one that nobody may waive.
     """
-    entries = [get(ws, number) for number in numbers]
+    entries = _several(ws, numbers)
     for entry in entries:
         number, rule = entry["number"], entry["rule"]
         if rule in _FINAL:
@@ -105,7 +111,4 @@ def _written(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def rules(entries: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """How many there are of each rule, most first."""
-    counts: dict[str, int] = {}
-    for entry in entries:
-        counts[entry["rule"]] = counts.get(entry["rule"], 0) + 1
-    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+    return dict(Counter(entry["rule"] for entry in entries).most_common())

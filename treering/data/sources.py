@@ -80,7 +80,7 @@ def _described(info: Path, place: Place, how: How, note: Callable[[str, str], No
             root = Place(info.parent, str(Path(place.name).parent)) if info == place.path else place
             one = _by_place(file, root, told)
             if info.parent == root.path:
-                one = replace(one, task=partial(printable, title))
+                one = replace(one, task=partial(str, title))
             # A file that two entries name is read twice.
             one = one if one.name not in found else replace(one, name=f"{one.name} ({title})")
             found[one.name] = one
@@ -96,10 +96,6 @@ def _by_place(file: Path, place: Place, layout: Layout) -> DataFile:
 
 
 def _task_of(file: Path, root: Path, split: Path | None) -> str:
-    return printable(_place_of(file, root, split))
-
-
-def _place_of(file: Path, root: Path, split: Path | None) -> str:
     """The first folder below `root`, or else `root`'s own name, or a lone file's name without its suffix."""
     if file == root:
         return root.parent.name if split_of(file) != "train" or stem(file).lower() == "train" else stem(file)

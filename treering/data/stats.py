@@ -36,8 +36,7 @@ class Of:
 
     `labels` are the most frequent with their counts, empty where answers are open; `slips` pairs a rare label with the
     frequent one it looks like; `imbalance` is the count of the most frequent label over that of the rarest, if that is
-    much.
-    `drift` compares what waits with what was learned, in bits (Jensen-Shannon): of words and of labels.
+    much. `drift` compares what waits with what was learned, in bits (Jensen-Shannon): of words and of labels.
     """
 
     rows: dict[str, int] = field(default_factory=dict)
@@ -65,8 +64,8 @@ def _of(ws: Workspace, task: str, counts: Mapping[str, int], waiting: Sequence[s
     examples = ws.catalog.examples(sorted(ids)[:SAMPLE])
     new = set(waiting)
     found = Of({**counts, "waiting": len(waiting)}, _characters(examples.values()))
-    if metric_for([example.label for example in examples.values()]) == "exact_match":
-        labels = Counter(example.label for example in examples.values())
+    labels = Counter(example.label for example in examples.values())
+    if labels and metric_for(list(labels.elements())) == "exact_match":
         found.labels, found.label_count = dict(labels.most_common(SHOWN)), len(labels)
         found.slips = slips(labels)
         ratio = max(labels.values()) / min(labels.values())

@@ -50,7 +50,7 @@ def _whole(ws: Workspace, id: str) -> str:
     ids = ws.catalog.beginning(id) if len(id) >= SHORTEST else []
     if len(ids) != 1:
         why = f"{len(ids)} rows begin so" if ids else "no row has it" if len(id) >= SHORTEST else "it is too short"
-        raise UsageError(f"{id} names no row: {why}; `treering data trace` and --json of `quarantine` have ids")
+        raise UsageError(f"{id} names no row: {why}; `treering data trace vN --json` has ids")
     return ids[0]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from treering.data.alike import Common, Said
 from treering.data.example import Example
-from treering.data.read import Bad
+from treering.data.read import Bad, Row
 from treering.data.schema import duplicates as _duplicates
 from treering.data.schema import files as _files
 from treering.data.schema import quarantine as _quarantine
@@ -143,11 +143,11 @@ class Writer:
         if values:
             self.db.execute(_rows.insert(), values)
 
-    def leave_out(self, rows: Mapping[str, tuple[str, str, str, int]]) -> None:
-        """Note rows by id that are not stored, for another says the same: its id, their task, file and line."""
+    def leave_out(self, task: str, rows: Sequence[tuple[Row, str]]) -> None:
+        """Note rows that are not stored, for another says the same; its id stands beside each."""
         values = [
-            {"id": id, "like": like, "task": task, "file": file, "line": line, "added": self.added}
-            for id, (like, task, file, line) in rows.items()
+            {"id": row.example.id, "like": like, "task": task, "file": row.file, "line": row.line, "added": self.added}
+            for row, like in rows
         ]
         if values:
             self.db.execute(_duplicates.insert(), values)
