@@ -114,9 +114,9 @@ def by_hand(files: list[Path], count: int) -> dict[str, Any]:
 
     started = time.perf_counter()
     data = Dataset.from_generator(texts).select(range(count)).map(sign)
-    index, kept = MinHashLSH(threshold=0.8, num_perm=64), 0
+    index, scheme, kept = MinHashLSH(threshold=0.8, num_perm=64), MinHash(num_perm=64).scheme, 0
     for number, row in enumerate(data):
-        signature = MinHash(num_perm=64, hashvalues=row["signature"])
+        signature = MinHash(num_perm=64, hashvalues=row["signature"], scheme=scheme)
         if not index.query(signature):
             index.insert(str(number), signature)
             kept += 1
