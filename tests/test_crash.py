@@ -540,3 +540,30 @@ def test_a_full_disk_does_not_keep_from_looking(done: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "pwrite", full)
     assert registry.current(Workspace(done)) is not None
+
+
+def test_a_deletion_that_was_begun_is_finished(whole: Whole, tmp_path: Path) -> None:
+    """Killed before its tombstones are set it leaves all as it was; after that the next command finishes it."""
+    server = whole.restore("done")
+    memory = json.loads((server.root / "versions" / "v2" / "memory.json").read_text())
+    gone = next(id for id, task, _ in memory["rows"] if task == "pens")
+    (tmp_path / "ids").write_text(gone)
+    command = ("forget", "--ids", str(tmp_path / "ids"), "--yes")
+    before, changes = server.json("status"), server.run(*command).changes
+    after = server.json("status")
+    assert after["rows"] == {**before["rows"], "train": before["rows"]["train"] - 1}
+    decided = next(n for n, change in enumerate(changes, start=1) if re.match(r"fsync .*/deleted\.jsonl$", change))
+    moves = [n for n, change in enumerate(changes, start=1) if re.match(r"os\.rename .*/v\d$", change)]
+    rng = random.Random("forget")
+    others = [n for n in range(1, len(changes) + 1) if n not in moves]
+    for number in [*(m for n in moves[:2] for m in (n, n + 1)), *rng.sample(others, 6), *rng.sample(others[-40:], 3)]:
+        whole.restore("done")
+        assert server.start(*command, kill_at=number).wait() == -signal.SIGKILL
+        found = server.json("status")
+        assert found == (before if number <= decided else after) or (number <= decided and found == after), changes[
+            number - 1
+        ]
+        assert look(server) == (2, "v2")
+        left = {path.name for path in server.root.rglob("*") if path.is_file() and gone.encode() in path.read_bytes()}
+        assert bool(left) == (found == before), (changes[number - 1], left)
+        assert not (server.root / ".deleting").exists()

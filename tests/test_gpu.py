@@ -16,12 +16,11 @@ import torch
 from tests.test_serve_batch import read_all, take
 from tests.training import Counted, Run, StopAt, same_bits, settings
 from treering import Workspace, registry
-from treering.candidate import RESULTS
 from treering.data.example import Message
 from treering.errors import UpdateInterruptedError
 from treering.greedy import generate
 from treering.model import encode_prompt
-from treering.results import read_results
+from treering.results import RESULTS, read_results
 from treering.serve.batch import Batch, Row
 from treering.testing import tiny_model, toy_rows
 

@@ -30,7 +30,7 @@ from treering.passes import losses
 from treering.progress import bar
 from treering.readings import Readings
 from treering.registry import Version
-from treering.results import Result, read_results, write_results
+from treering.results import PARENT_RESULTS, RESULTS, Result, read_results, write_results
 from treering.room import keep_to_limit, peak_gpu_memory_mb, peak_memory_mb
 from treering.router import Router, Shown
 from treering.train import teach
@@ -45,9 +45,6 @@ if TYPE_CHECKING:
     from treering.schedule import Step
     from treering.stop import Stop
     from treering.workspace import Workspace
-
-RESULTS = "results.parquet"
-PARENT_RESULTS = "parent.parquet"
 
 
 class Candidate:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,6 +45,9 @@ ROUTER = "router.json"
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
+REPLACED = ".replaced-"
+"""Before the name of a version's folder that is about to go, for another takes its place (`treering/redact.py`)."""
+
 BOTTLENECK_FILES = ("bottleneck.json", "bottleneck.safetensors")
 """What a version of bottleneck adapters has (`treering/bottleneck.py`), where others have PEFT's files."""
 
@@ -123,6 +126,11 @@ class Version:
     def rows(self) -> list[str]:
         """Ids of the rows that this version's own update consumed."""
         return [id for ids in self.manifest["rows"].values() for id in ids]
+
+    @property
+    def deleted_rows(self) -> set[str]:
+        """Tombstones of the rows that its own update consumed, and that were deleted on request since."""
+        return {stone for redaction in self.manifest.get("redactions", ()) for stone in redaction["rows"]}
 
     @property
     def experts(self) -> dict[str, Path]:
@@ -258,15 +266,20 @@ def measured(version: Version | None) -> set[str]:
 def commit(ws: Workspace, staging: Path, manifest: dict[str, Any]) -> Version:
     """Turn a finished staging folder into the next version: hash, write the manifest last, fsync, rename."""
     fsync_tree(staging)
-    files = {str(p.relative_to(staging)): sha256(p) for p in sorted(staging.rglob("*")) if p.is_file()}
     name = next_name(ws)
-    whole = {"format": FORMAT, "name": name, **manifest, "files": files}
-    write_json(staging / MANIFEST, {**whole, "digest": _digest(whole)})
+    seal(staging, {"format": FORMAT, "name": name, **manifest})
     folder = ws.versions / name
     staging.rename(folder)
     fsync_folder(ws.versions)
     _note_highest(ws)
     return Version(name, folder)
+
+
+def seal(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write `manifest` into a folder that has all else, with the hashes of its files and its own."""
+    files = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    whole = {**manifest, "files": files}
+    write_json(folder / MANIFEST, {**whole, "digest": _digest(whole)})
 
 
 def staging_folder(ws: Workspace, plan: str) -> Path:
@@ -290,13 +303,14 @@ def promote(ws: Workspace, version: Version, *, forced: bool = False) -> None:
 def rollback(ws: Workspace, name: str | None) -> Version | None:
     """Make the version promoted before `current`, or the one named, current.
 
-    Before the first promoted version there is the base model: then nothing is current, and None is returned. Raises
-    `UsageError` if no version is current, or if the one named never was: the gate has its say in `promote` alone.
+    Before the first promoted version there is the base model, whose name is `base`: then nothing is current, and None
+    is returned. Raises `UsageError` if no version is current, or if the one named never was: the gate has its say in
+    `promote` alone.
     """
     stack = _promoted(ws)
     if not stack:
         raise UsageError(f"{ws.root} has no current version, so there is nothing to roll back")
-    if name is None and len(stack) == 1:
+    if name == "base" or (name is None and len(stack) == 1):
         _move(ws, "rollback", None)
         return None
     version = get(ws, name or stack[-2])
@@ -305,6 +319,11 @@ def rollback(ws: Workspace, name: str | None) -> Version | None:
     version.check()
     _move(ws, "rollback", version.name)
     return version
+
+
+def unlearned(ws: Workspace, version: Version) -> bool:
+    """Whether rows that the version or an ancestor learned were deleted on request since."""
+    return any(ancestor.deleted_rows for ancestor in lineage(ws, version))
 
 
 def history(ws: Workspace) -> list[dict[str, Any]]:
@@ -328,6 +347,12 @@ def recover(ws: Workspace) -> None:
     """
     for scratch in ws.versions.glob(".link-*"):
         scratch.unlink()
+    for replaced in ws.versions.glob(f"{REPLACED}*"):
+        folder = ws.versions / replaced.name.removeprefix(REPLACED)
+        if folder.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(folder)
     _note_highest(ws)
     events = history(ws)
     if events and not ws.consumed.exists():
@@ -404,6 +429,14 @@ def _once_consumed(ws: Workspace) -> set[str]:
             with suppress(VersionError):
                 found |= _brought(version)
     return found
+
+
+def forget_rows(ws: Workspace, is_gone: Callable[[str], bool]) -> None:
+    """Take the ids that are gone out of `consumed.jsonl`: no version brings them any more."""
+    notes = [_note(json.loads(line)) for _, line in whole_lines(ws.consumed)]
+    if any(is_gone(id) for _, rows in notes for id in rows):
+        left = [{"version": name, "rows": [id for id in rows if not is_gone(id)]} for name, rows in notes]
+        write_file(ws.consumed, b"".join(map(json_line, left)))
 
 
 def _noted(ws: Workspace, of: Set[str | None] | None = None) -> set[str]:

@@ -9,6 +9,9 @@ from typing import Any
 
 from treering.files import write_file
 
+RESULTS, PARENT_RESULTS = "results.parquet", "parent.parquet"
+"""In the folder of a version: what it scored, and its parent on the same rows."""
+
 
 @dataclass(frozen=True)
 class Result:

@@ -23,8 +23,12 @@ from treering.registry import Version
 if TYPE_CHECKING:
     from treering.data.catalog import Catalog
     from treering.data.intake import Ingested
+    from treering.forget import Forgotten
 
 SETTINGS = "treering.yaml"
+
+DELETING = ".deleting"
+"""This file is there while a deletion that was decided is not finished."""
 
 
 class Workspace:
@@ -36,6 +40,10 @@ class Workspace:
             raise UsageError(f"{self.root} is no workspace (it has no {SETTINGS}); make one with `treering init DIR`")
         with self.changing("recovery"):
             pass
+        if (self.root / DELETING).exists():
+            from treering.forget import finish
+
+            finish(self)
 
     def _lay_out(self, root: Path) -> None:
         self.root = root.resolve()
@@ -122,6 +130,16 @@ class Workspace:
         with full_disk_is_clear(self.root), local(source, task) as here, local(held_out, task) as judged:
             return ingest(self, here, task=task, held_out=judged, how=how, quiet=quiet)
 
+    def forget(self, ids: Iterable[str] | None = None, *, where: str | Sequence[str] = ()) -> Forgotten:
+        """Delete rows for good: those with these ids, and of them, or of all, those for which all conditions hold.
+
+        A condition is `task=coffee`, `text~jane@example.com`, `added<2026-01-31` and the like (docs/data.md).
+        """
+        from treering import forget
+
+        texts = [where] if isinstance(where, str) else where
+        return forget.forget(self, forget.find(self, None if ids is None else list(ids), texts))
+
     def update(self, *overrides: str, promote: bool = True, quiet: bool = True, **settings: Any) -> Version | None:
         """Run one update over everything new; returns the new version, or None if nothing was new.
 
@@ -140,6 +158,8 @@ class Workspace:
             version = registry.get(self, name)
             against = [] if version.promote else [f"{name} was held by the gate: {version.summary}"]
             against += [f"{name} did worse when it was on trial: {words}" for words in figures.worse(self, name)]
+            if registry.unlearned(self, version):
+                against.append(f"{name} has learned rows that were deleted on request since")
             if against and not force:
                 raise UsageError(f"{'; '.join(against)}. Use --force to promote it anyway")
             registry.promote(self, version, forced=bool(against))

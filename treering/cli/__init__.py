@@ -7,7 +7,7 @@ import sys
 
 # Importing them adds their commands to the program, in the order in which `--help` lists them.
 # isort: off
-from treering.cli import updates, data, quarantine, versions, answers, serving, bench  # noqa: F401
+from treering.cli import updates, data, quarantine, forgetting, versions, answers, serving, bench  # noqa: F401
 
 # isort: on
 from treering.cli.common import app

@@ -99,6 +99,15 @@ class Common:
         if self.rows >= ENOUGH:
             self._words = self._above(COMMON)
 
+    def unlearn(self, rows: Iterable[Set[str]]) -> None:
+        """Take rows out again, and with them words that fewer than `ENOUGH` others have: these could tell of them."""
+        for row in rows:
+            self.rows -= 1
+            for word in row & self.counts.keys():
+                self.counts[word] -= 1
+                if self.counts[word] < ENOUGH:
+                    del self.counts[word]
+
     def without(self, words: frozenset[str]) -> frozenset[str]:
         """Those that tell rows apart; all of them, where none does."""
         return words - self._words or words

@@ -172,6 +172,21 @@ class Catalog:
                     found.append((row["seq"], {**kept, "where": where, "messages": json.loads(row["messages"])}))
         return [row for _, row in sorted(found, key=lambda pair: pair[0])]
 
+    def every(self) -> Iterator[dict[str, Any]]:
+        """All rows, as `rows` has them, in the order they came."""
+        seq = 0
+        with self.engine.connect() as db:
+            while ids := db.execute(
+                sa.select(_rows.c.seq, _rows.c.id).where(_rows.c.seq > seq).order_by(_rows.c.seq).limit(CHUNK)
+            ).all():
+                seq = ids[-1].seq
+                yield from self.rows([id for _, id in ids])
+
+    def flush(self) -> None:
+        """Have the file hold all that was written, and the log beside it nothing, unless somebody reads just now."""
+        with self.engine.connect() as db:
+            db.execute(sa.text("PRAGMA wal_checkpoint(TRUNCATE)"))
+
     def beginning(self, prefix: str) -> list[str]:
         """Ids of rows that begin so, ten at most."""
         query = sa.select(_rows.c.id).where(_rows.c.id >= prefix, _rows.c.id < prefix + "g").limit(10)  # Hex digits.
@@ -229,5 +244,6 @@ def _durable(connection: Any, _: Any) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute("PRAGMA secure_delete=ON")  # What is deleted on request must not be readable in free pages.
     cursor.execute("PRAGMA cache_size=-65536")  # KiB: the index of ids is met in random order.
     cursor.close()

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from treering.data.example import Example
+from treering.data.read import Row, read
 from treering.data.writer import Split
 from treering.errors import UsageError, full_disk_is_clear
-from treering.files import replacing
+from treering.files import append_line, replacing, sha256, timestamp, whole_lines
 
 if TYPE_CHECKING:
     from treering.workspace import Workspace
@@ -18,11 +19,15 @@ if TYPE_CHECKING:
 _SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 _CHUNK = 500
 
+NOTES = "exports.jsonl"
+"""What was exported, in the workspace: a line a file."""
+
 
 def export(ws: Workspace, target: Path, format: str, task: str | None = None, split: Split = "train") -> dict[str, Any]:
     """Write the rows of `split` (of `task`) to `target`, all or nothing; what the format cannot say is counted.
 
-    Raises `UsageError` where there is nothing to write, or no place for it.
+    It is noted, so that rows which are deleted later can be taken out of the file again. Raises `UsageError` where
+    there is nothing to write, or no place for it.
     """
     ending = target.suffix.lower()
     known = (".parquet",) if format == "parquet" else (".json", ".jsonl")
@@ -39,27 +44,65 @@ def export(ws: Workspace, target: Path, format: str, task: str | None = None, sp
         tasks = ", ".join(map(repr, found)) or "none"
         raise UsageError(f"no {split} rows{of} are stored; tasks with such rows: {tasks}")
     left: dict[str, int] = {}
-    write = {".parquet": _write_parquet, ".json": _write_json, ".jsonl": _write_lines}[ending]
-    with full_disk_is_clear(target.parent), replacing(target) as file:
-        write(file, _converted(ws, ids, FORMATS[format], left))
-        written = len(ids) - sum(left.values())
-        if not written:
-            raise UsageError(f"none of the {len(ids)} rows can be said in {format}: {', '.join(left)}")
+    with full_disk_is_clear(target.parent), full_disk_is_clear(ws.root):
+        with replacing(target) as file:
+            _WRITERS[ending](file, _converted(_stored(ws, ids), format, left))
+            written = len(ids) - sum(left.values())
+            if not written:
+                raise UsageError(f"none of the {len(ids)} rows can be said in {format}: {', '.join(left)}")
+        _note(ws, target.resolve(), format)
     return {"rows": written, "left_out": left, "format": format, "split": split, "out": str(target)}
 
 
-def _converted(
-    ws: Workspace, ids: list[str], convert: Callable[[Example], dict[str, Any] | str], left: dict[str, int]
-) -> Iterator[dict[str, Any]]:
+def without(ws: Workspace, is_gone: Callable[[str], bool]) -> tuple[list[str], dict[str, str]]:
+    """Take rows whose ids are gone out of all files that `export` wrote.
+
+    Returns the files that were written anew, and those that may still have such rows, each with the reason.
+    """
+    notes = {note["path"]: note for note in (json.loads(line) for _, line in whole_lines(ws.root / NOTES))}
+    done, kept = list[str](), dict[str, str]()
+    for name, note in notes.items():
+        path = Path(name)
+        try:
+            if not path.exists() or not any(is_gone(example.id) for example in _read(path)):
+                continue
+            if sha256(path) != note["sha256"]:
+                kept[name] = "it was changed since it was exported; delete the rows, or the file, by hand"
+                continue
+            with replacing(path) as file:
+                left = (example for example in _read(path) if not is_gone(example.id))
+                _WRITERS[path.suffix.lower()](file, _converted(left, note["format"], {}))
+            _note(ws, path, note["format"])
+        except OSError as error:
+            kept[name] = f"it cannot be written anew ({error.strerror}); delete the rows, or the file, by hand"
+        else:
+            done.append(name)
+    return done, kept
+
+
+def _note(ws: Workspace, path: Path, format: str) -> None:
+    append_line(ws.root / NOTES, {"time": timestamp(), "path": str(path), "format": format, "sha256": sha256(path)})
+
+
+def _read(path: Path) -> Iterator[Example]:
+    return (row.example for row in read(path, note=lambda _: None) if isinstance(row, Row))
+
+
+def _stored(ws: Workspace, ids: list[str]) -> Iterator[Example]:
     for start in range(0, len(ids), _CHUNK):
         part = ids[start : start + _CHUNK]
         examples = ws.catalog.examples(part)
-        for id in part:
-            row = convert(examples[id])
-            if isinstance(row, str):
-                left[row] = left.get(row, 0) + 1
-            else:
-                yield row
+        yield from (examples[id] for id in part)
+
+
+def _converted(examples: Iterable[Example], format: str, left: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """The rows in that format; `left` counts those it cannot say, by the reason."""
+    for example in examples:
+        row = FORMATS[format](example)
+        if isinstance(row, str):
+            left[row] = left.get(row, 0) + 1
+        else:
+            yield row
 
 
 def openai(example: Example) -> dict[str, Any]:
@@ -121,6 +164,9 @@ def _write_parquet(file: BinaryIO, rows: Iterable[dict[str, Any]]) -> None:
                 writer.write_table(pa.Table.from_pylist(waiting, schema))
                 waiting.clear()
         writer.write_table(pa.Table.from_pylist(waiting, schema))
+
+
+_WRITERS = {".parquet": _write_parquet, ".json": _write_json, ".jsonl": _write_lines}
 
 
 def _as_json(row: dict[str, Any]) -> bytes:

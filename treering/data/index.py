@@ -65,6 +65,11 @@ class Run:
         rows, sketches = (np.concatenate([getattr(one, key), getattr(later, key)]) for key in ("rows", "sketches"))
         return cls._sorted(keys, owners, rows, sketches)
 
+    def without(self, rows: Sequence[int]) -> Run:
+        """What is left when these rows go."""
+        others, left = ~np.isin(self.owners, rows), ~np.isin(self.rows, rows)
+        return Run(self.keys[others], self.owners[others], self.rows[left], self.sketches[left])
+
     @classmethod
     def _sorted(
         cls,
@@ -142,6 +147,11 @@ class Index:
         while len(self.runs) > 1 and len(self.runs[-2].rows) <= 2 * len(self.runs[-1].rows):
             later, one = self.runs.pop(), self.runs.pop()
             self.runs.append(Run.merged(one, later))
+
+    def drop(self, rows: Sequence[int]) -> None:
+        """Let go of these rows."""
+        left = [run.without(rows) if np.isin(run.rows, rows).any() else run for run in self.runs]
+        self.runs = [run for run in left if len(run.rows)]
 
     def save(self) -> list[str]:
         """Write what is in memory only; returns the names of all runs, of which none ever comes again."""

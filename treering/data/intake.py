@@ -17,6 +17,7 @@ from treering.data.fetch import STDIN
 from treering.data.read import Bad, Row, RowError, convert, named_in_utf8
 from treering.data.rules import RULES
 from treering.data.sources import How, Place, data_files
+from treering.data.tombstones import Tombstones
 from treering.data.writer import Split, Stored, Writer, choose_held_out
 from treering.errors import UsageError
 from treering.files import printable, sha256
@@ -30,6 +31,9 @@ TOLD = 100
 """Quarantined rows that are told one by one; the catalog has all."""
 
 BAD_NAME = "its name, or that of a folder it lies in, is not UTF-8; rename it"
+
+DELETED, DELETED_REASON = "deleted", "it was deleted on request (`treering forget`), so it never comes in again"
+"""The rule of such a row, and why; its text is not kept."""
 
 _PYTHON = "<python>"
 """Stands for the file of rows that came from Python."""
@@ -147,7 +151,7 @@ class _Intake:
         versions = registry.readable(ws)
         trained = {id for version in versions for id in version.rows}
         judged = {id for version in versions for id in registry.measured(version)}
-        self.writer, self.checks, self.named = writer, checks, named
+        self.writer, self.checks, self.named, self.stones = writer, checks, named, Tombstones(ws.root)
         self.judge, self.share = Judge(writer, config, trained, judged), config.val_size
         self.counts: Counter[str] = Counter()
         self.tasks: Counter[str] = Counter()
@@ -158,7 +162,8 @@ class _Intake:
 
     def take(self, batch: _Batch, advance: Advance = silent) -> None:
         """Take in the rows of one file; `advance` is told how far that is."""
-        for part in batch.parts(self.checks):
+        for found in batch.parts(self.checks):
+            part = [self._deleted(one) for one in found] if self.stones else found
             self.counts["rows"] += len(part)
             good, bad = [one for one in part if isinstance(one, Fit)], [one for one in part if isinstance(one, Bad)]
             judged = self.judge.judge(good, batch.task, batch.split, batch.split == "held_out")
@@ -211,6 +216,13 @@ class _Intake:
             chosen = sorted(choose_held_out(free, self.share, stored - len(free), held_out))
             self.writer.to_held_out(chosen)
             self.counts["held_out"] += len(chosen)
+
+    def _deleted(self, one: Fit | Bad) -> Fit | Bad:
+        """The row, or where it was deleted on request what may be said of it."""
+        row = one.row if isinstance(one, Fit) else one
+        if row.example is None or row.example.id not in self.stones:
+            return one
+        return Bad(row.file, row.line, DELETED, DELETED_REASON, "")
 
     def _refuse(self, batch: _Batch, bad: Sequence[Bad]) -> None:
         for row in bad:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from treering.data.dedup import LEAKAGE, TRAINED
 from treering.data.example import Example
-from treering.data.intake import Ingested, retake
+from treering.data.intake import DELETED, Ingested, retake
 from treering.data.read import Row, RowError, convert
 from treering.data.rules import RULES
 from treering.data.writer import HELD
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _FINAL = {
     LEAKAGE: "a held-out row says nearly the same, and what judges is never learned",
     TRAINED: "a version has learned it, so it cannot judge",
+    DELETED: "nothing of it is kept",
     **dict.fromkeys(
         (name for name, rule in RULES.items() if "off" not in rule.levels), "the model cannot take it as it is"
     ),
