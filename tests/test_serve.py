@@ -167,7 +167,6 @@ def test_embeddings(served: Served) -> None:
         ({"messages": [{"role": "user", "content": "x" * 4000}]}, 400, "this model reads 2048"),
         ({"messages": [{"role": "user", "content": "x" * 30_000}]}, 413, "larger than 20000 bytes"),
         ({"extra_body": {"best_of": 3}}, 400, "best_of"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "takes no tools"),
         ({"top_logprobs": 2}, 400, "needs logprobs"),
         ({"n": 9}, 400, "more than the 8 that there is room for"),
     ],
@@ -178,6 +177,20 @@ def test_a_wrong_request_is_told_so(served: Served, settings: dict[str, Any], st
     assert found.value.status_code == status
     assert isinstance(found.value.body, dict) and words in found.value.body["message"]
     assert served.ask().system_fingerprint == "v2"
+
+
+def test_no_text_speaks_for_somebody_else(served: Served) -> None:
+    """A mark of the chat format in a client's text is read as the letters it is made of."""
+
+    def read(text: str) -> int:
+        return int(served.ask(messages=[{"role": "user", "content": text}], max_tokens=1).usage.prompt_tokens)
+
+    assert read("a<|im_end|>b") == read("a< |im_end|>b") > read("ab") + 5
+
+
+def test_tools_are_said_as_text_where_the_template_has_no_place_for_them(served: Served) -> None:
+    tools = [{"type": "function", "function": {"name": "weather_of_the_town"}}]
+    assert served.ask(tools=tools, max_tokens=1).usage.prompt_tokens > served.ask(max_tokens=1).usage.prompt_tokens + 50
 
 
 def test_a_full_queue_says_when_to_come_back(served: Served) -> None:

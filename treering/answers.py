@@ -92,7 +92,7 @@ def predict(ws: Workspace, version: Version | None, source: Path, target: Path, 
         answers = loaded.answer([prompt for prompt, _ in asked], advance)
     lines = [
         {
-            "messages": [{"role": m.role, "content": m.content} for m in prompt],
+            "messages": [turn.as_dict() for turn in prompt],
             "prediction": answer,
             **({"answer": wanted} if wanted is not None else {}),
             "version": loaded.name,

@@ -30,6 +30,7 @@ from treering.data.example import Example, Message
 from treering.errors import SWITCHED_OFF, ModelError, VersionError
 from treering.extras import needed
 from treering.files import fsync_tree, sha256, write_file
+from treering.rendering import rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -383,8 +384,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message])
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], open_answer: bool) -> list[int]:
-    messages = [{"role": m.role, "content": m.content} for m in turns]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_answer)
+    text = rendered(tokenizer, [turn.as_dict() for turn in turns], open_answer=open_answer)
     return cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -280,7 +280,7 @@ class Writer:
 
     def _opening(self) -> tuple[list[int], int]:
         """The token ids before what the user says first, and the one that ends it."""
-        turns = [{"role": turn.role, "content": turn.content} for turn in self._prompt(_MARK)]
+        turns = [turn.as_dict() for turn in self._prompt(_MARK)]
         before, said, after = str(self.tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(_MARK)
         behind = cast("list[int]", self.tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"])
         if not said or not behind or not self._is_mark(behind[0]):

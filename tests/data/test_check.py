@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from treering.config import Config
 from treering.data.check import Checked, Checks
 from treering.data.example import Example
 from treering.data.rules import RULES
+from treering.data.shapes import convert
 from treering.errors import ConfigError
 from treering.model import load_tokenizer
 
@@ -173,6 +175,15 @@ def test_personal_data_is_masked_or_refused(tokenizer: Any) -> None:
         "personal-data",
         "it holds EMAIL_ADDRESS, PHONE_NUMBER; take it out",
     )
+
+
+def test_personal_data_is_masked_in_calls_too(tokenizer: Any) -> None:
+    call = {"name": "mail", "arguments": {"to": ["anna@example.com"], "times": 12125550175}}
+    row = convert(
+        {"messages": [{"role": "user", "content": "do it"}, {"role": "tool_call", "content": json.dumps(call)}]}
+    )
+    found = checked(tokenizer, row, checks={"personal-data": "repair"})
+    assert '{"to": ["<EMAIL_ADDRESS>"], "times": 12125550175}' in found.row.answer
 
 
 def test_a_rule_of_the_users_own(tokenizer: Any, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class Said:
     @classmethod
     def of(cls, example: Example) -> Said:
         """Of a row that ends with its answer."""
-        turns = [(turn.role, normalise(turn.content)) for turn in example.prompt]
+        turns = [(turn.role, normalise(turn.text)) for turn in example.prompt]
         label = example.label or example.answer  # An answer of nothing but punctuation has no normal form.
         return cls(
             _hash("\x1f".join(f"{role}\x1e{text}" for role, text in turns)),

@@ -75,7 +75,7 @@ class Checks:
                 continue
             if level == "warn":
                 warned.append(name)
-            elif level == "repair" and found.mended is not None and found.mended.messages[-1].content:
+            elif level == "repair" and found.mended is not None and found.mended.answer:
                 row = found.mended
                 mended.append(name)
             else:
@@ -104,7 +104,7 @@ def fit(rows: Iterable[Row | Bad], checks: Checks, task: str) -> Iterator[list[F
 
 def refused(row: Row, rule: str, reason: str) -> Bad:
     """The row as it goes to quarantine."""
-    raw = " | ".join(turn.content for turn in row.example.messages)[:2000]
+    raw = " | ".join(turn.text for turn in row.example.messages)[:2000]
     return Bad(row.file, row.line, rule, reason, raw, row.example)
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
+
+from treering.data.tools import CALLED, OFFERED, calls_as_text, compact, offer_as_text, strings
 
 ROLES = ("system", "user", "assistant", "tool")
+EXTRA = (OFFERED, CALLED, "name", "tool_call_id")
 
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode  # `dumps` would make an encoder for each row.
@@ -17,10 +21,39 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode  # `dumps` would make an e
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `role` is one of `ROLES`; `content` is its text."""
+    """One turn. `role` is one of `ROLES`; `content` is its text.
+
+    `extra` is what else OpenAI's format has of it, as JSON: `tools` that a system turn offers,
+    `tool_calls` of an assistant's, `name` and `tool_call_id` of a tool's.
+    """
 
     role: str
     content: str
+    extra: str = ""
+
+    @classmethod
+    def of(cls, turn: Mapping[str, Any]) -> Message:
+        """Build from an OpenAI-style dictionary."""
+        extra = {key: turn[key] for key in EXTRA if turn.get(key)} if len(turn) > 2 else {}
+        return cls(turn["role"], turn["content"], compact(extra) if extra else "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The turn as an OpenAI-style dictionary."""
+        return {"role": self.role, "content": self.content} | (json.loads(self.extra) if self.extra else {})
+
+    def said(self, how: Callable[[str], str]) -> Message:
+        """The turn with every text of it, in tools and calls too, said so."""
+        extra = compact(strings(json.loads(self.extra), how)) if self.extra else ""
+        return Message(self.role, how(self.content), extra)
+
+    @property
+    def text(self) -> str:
+        """All that it says as plain text, tools and calls included."""
+        if not self.extra:
+            return self.content
+        extra = json.loads(self.extra)
+        parts = [self.content, offer_as_text(extra.get(OFFERED, ())) if OFFERED in extra else ""]
+        return "\n".join(filter(None, [*parts, calls_as_text(extra.get(CALLED, ()))]))
 
 
 @dataclass(frozen=True)
@@ -33,15 +66,23 @@ class Example:
     messages: tuple[Message, ...]
 
     @classmethod
-    def of(cls, messages: Sequence[Mapping[str, str]]) -> Example:
+    def of(cls, messages: Sequence[Mapping[str, Any]]) -> Example:
         """Build from OpenAI-style dictionaries with `role` and `content`."""
-        return cls(tuple(Message(m["role"], m["content"]) for m in messages))
+        return cls(tuple(map(Message.of, messages)))
 
     @cached_property
     def id(self) -> str:
         """32 hex digits of the content; the task is left out, so a row is the same row in every task."""
-        turns = [[m.role, unicodedata.normalize("NFC", m.content).strip()] for m in self.messages]
+        turns = [
+            [m.role, unicodedata.normalize("NFC", m.content).strip(), *((m.extra,) if m.extra else ())]
+            for m in self.messages
+        ]
         return hashlib.blake2b(_encode(turns).encode(), digest_size=16).hexdigest()
+
+    @property
+    def tells_more(self) -> bool:
+        """Whether some turn offers tools, calls one, or gives a result by name."""
+        return any(message.extra for message in self.messages)
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -51,16 +92,16 @@ class Example:
     @property
     def answer(self) -> str:
         """The text of the last turn."""
-        return self.messages[-1].content
+        return self.messages[-1].text
 
     @property
     def label(self) -> str:
         """The answer as scores compare it: NFKC, case folded, white space collapsed, end punctuation dropped."""
         return normalise(self.answer)
 
-    def as_dicts(self) -> list[dict[str, str]]:
+    def as_dicts(self) -> list[dict[str, Any]]:
         """The messages as OpenAI-style dictionaries."""
-        return [{"role": m.role, "content": m.content} for m in self.messages]
+        return [message.as_dict() for message in self.messages]
 
 
 def normalise(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from treering.data.example import Example
 from treering.data.read import Row, read
+from treering.data.tools import CALLED, OFFERED, compact
 from treering.data.writer import Split
 from treering.errors import UsageError, full_disk_is_clear
 from treering.files import append_line, replacing, sha256, timestamp, whole_lines
@@ -106,13 +107,37 @@ def _converted(examples: Iterable[Example], format: str, left: dict[str, int]) -
 
 
 def openai(example: Example) -> dict[str, Any]:
-    """The row as `messages`."""
-    return {"messages": example.as_dicts()}
+    """The row as `messages`, with its `tools` beside them."""
+    turns, tools = _apart(example)
+    return {"messages": turns, **({OFFERED: tools} if tools else {})}
 
 
-def sharegpt(example: Example) -> dict[str, Any]:
-    """The row as `conversations`."""
-    return {"conversations": [{"from": _SHAREGPT[m.role], "value": m.content} for m in example.messages]}
+def sharegpt(example: Example) -> dict[str, Any] | str:
+    """The row as `conversations`, with its `tools` as JSON; or why that is not possible."""
+    turns, tools = _apart(example)
+    if any(CALLED in turn and turn["content"] for turn in turns):
+        return "a turn has a call beside its text"
+    said = [
+        {"from": "function_call", "value": compact([call["function"] for call in turn[CALLED]])}
+        if CALLED in turn
+        else {"from": _SHAREGPT[turn["role"]], "value": turn["content"]}
+        for turn in turns
+    ]
+    return {"conversations": said, **({OFFERED: compact([tool["function"] for tool in tools])} if tools else {})}
+
+
+def parquet(example: Example) -> dict[str, Any]:
+    """As `openai`, with calls and tools as JSON, so that all rows have the same columns."""
+    turns, tools = _apart(example)
+    said = [{**turn, **({CALLED: compact(turn[CALLED])} if CALLED in turn else {})} for turn in turns]
+    return {"messages": said, OFFERED: compact(tools) if tools else None}
+
+
+def _apart(example: Example) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The turns, and the tools that they may call."""
+    turns = example.as_dicts()
+    tools = turns[0].pop(OFFERED, [])
+    return (turns[1:] if tools and not turns[0]["content"] else turns), tools
 
 
 def alpaca(example: Example) -> dict[str, Any] | str:
@@ -120,7 +145,7 @@ def alpaca(example: Example) -> dict[str, Any] | str:
     turns = list(example.messages)
     system = turns.pop(0).content if turns[0].role == "system" else ""
     roles = [turn.role for turn in turns]
-    if "tool" in roles:
+    if "tool" in roles or example.tells_more:
         return "it has a tool's turn"
     if roles != ["user", "assistant"] * (len(turns) // 2):
         return "user and assistant do not take turns"
@@ -133,7 +158,7 @@ FORMATS: dict[str, Callable[[Example], dict[str, Any] | str]] = {
     "alpaca": alpaca,
     "sharegpt": sharegpt,
     "openai": openai,
-    "parquet": openai,
+    "parquet": parquet,
 }
 
 
@@ -154,8 +179,8 @@ def _write_parquet(file: BinaryIO, rows: Iterable[dict[str, Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    turn = pa.struct([("role", pa.string()), ("content", pa.string())])
-    schema = pa.schema([("messages", pa.list_(turn))])
+    turn = pa.struct([(key, pa.string()) for key in ("role", "content", CALLED, "tool_call_id", "name")])
+    schema = pa.schema([("messages", pa.list_(turn)), (OFFERED, pa.string())])
     waiting: list[dict[str, Any]] = []
     with pq.ParquetWriter(file, schema) as writer:
         for row in rows:

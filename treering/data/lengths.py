@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from treering.data.example import Example, Message
+from treering.rendering import rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +28,8 @@ class Lengths:
 
     def fits(self, row: Example) -> bool:
         """Whether it has at most as many as it may."""
+        if row.tells_more:
+            return self.of(row) <= self.most
         size = sum(len(turn.content.encode("utf-8", "surrogatepass")) for turn in row.messages)
         around, _ = self._template(row)
         # No token is shorter than a byte, so most rows need not be tokenised to know.
@@ -51,16 +55,19 @@ class Lengths:
 
     def _template(self, row: Example) -> tuple[int, str | None]:
         """The bytes that the template puts around such turns, and what it says against them."""
+        if row.tells_more:
+            return self._around(row.as_dicts())
         roles = tuple(turn.role for turn in row.messages)
         if roles not in self._templates:
-            turns = [{"role": role, "content": "x"} for role in roles]
-            try:
-                text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
-                self._templates[roles] = len(text.encode()), None
-            # Templates raise whatever they like; some want turns to alternate, or no system.
-            except Exception as error:
-                self._templates[roles] = 0, str(error)
+            self._templates[roles] = self._around([{"role": role, "content": "x"} for role in roles])
         return self._templates[roles]
+
+    def _around(self, turns: Sequence[Mapping[str, Any]]) -> tuple[int, str | None]:
+        try:
+            return len(rendered(self.tokenizer, turns, open_answer=False).encode()), None
+        # Templates raise whatever they like; some want turns to alternate, or no system.
+        except Exception as error:
+            return 0, str(error)
 
 
 def _cut(turns: list[Message], at: int, length: int) -> Example:

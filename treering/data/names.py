@@ -18,6 +18,8 @@ ROLES = {
     "bard": "assistant",
     "bing": "assistant",
     "claude": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
@@ -41,6 +43,9 @@ ROLES = {
     "觀察": "tool",
 }
 """Whose turn it is."""
+
+CALLING = ("function_call", "tool_call")
+"""The roles of turns whose text is a call of a tool, as ShareGPT has them."""
 
 ROW_KEYS = {
     "conversation": "conversations",

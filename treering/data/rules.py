@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from treering.data.example import Example, Message, normalise
+from treering.data.marks import marks_of, neutral
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,9 +46,7 @@ class Around:
     @cached_property
     def marks(self) -> re.Pattern[str] | None:
         """Texts that the tokenizer reads as a special token."""
-        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-        texts = {*self.tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
-        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True)))) if texts else None
+        return marks_of(self.tokenizer)
 
 
 Rule = Callable[[Example, Around], Finding | None]
@@ -88,11 +87,11 @@ def control_characters(row: Example, _: Around) -> Finding | None:
 
 def broken_encoding(row: Example, _: Around) -> Finding | None:
     """Text that was read in the wrong encoding once, such as `cafÃ©` (ftfy, Speer 2019)."""
-    if all(turn.content.isascii() for turn in row.messages):
+    if all(turn.content.isascii() and turn.extra.isascii() for turn in row.messages):
         return None
     import ftfy
 
-    turns = [replace(turn, content=ftfy.fix_encoding(turn.content)) for turn in row.messages]
+    turns = [turn.said(ftfy.fix_encoding) for turn in row.messages]
     number = next((at for at, (new, old) in enumerate(zip(turns, row.messages, strict=True), 1) if new != old), None)
     if number is None:
         return None
@@ -104,18 +103,14 @@ def special_tokens(row: Example, around: Around) -> Finding | None:
     """Text that the model would read as the mark of a turn, so that a row could speak for somebody else."""
     if around.marks is None:
         return None
+    marks = around.marks
     for number, turn in enumerate(row.messages, 1):
-        if found := around.marks.search(turn.content):
-            turns = [replace(turn, content=spaced(turn.content, around.marks)) for turn in row.messages]
+        if found := marks.search(turn.content) or marks.search(turn.extra):
+            turns = [neutral(turn, marks) for turn in row.messages]
             return Finding(
                 f"turn {number} holds {found[0]!r}, a mark of the chat format; write it otherwise", _of(turns)
             )
     return None
-
-
-def spaced(text: str, marks: re.Pattern[str]) -> str:
-    """`text` with a blank in each mark, so that it is read as plain text."""
-    return marks.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
 
 REPEATED, LOOP = 8, 0.5
@@ -188,11 +183,14 @@ def personal_data(row: Example, _: Around) -> Finding | None:
     """Addresses, numbers and the like that belong to a person (`pip install 'treering[personal]'`)."""
     from treering.data.personal import masked
 
-    kinds, turns = set[str](), list[Message]()
-    for turn in row.messages:
-        text, found = masked(turn.content)
-        kinds |= found
-        turns.append(replace(turn, content=text))
+    kinds = set[str]()
+
+    def mask(text: str) -> str:
+        text, found = masked(text)
+        kinds.update(found)
+        return text
+
+    turns = [turn.said(mask) for turn in row.messages]
     return Finding(f"it holds {', '.join(sorted(kinds))}; take it out", _of(turns)) if kinds else None
 
 

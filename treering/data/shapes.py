@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from treering.data.example import Example, Message
-from treering.data.names import ROLES, ROW_KEYS, TURN_KEYS
+from treering.data.names import CALLING, ROLES, ROW_KEYS, TURN_KEYS
+from treering.data.tools import CALLED, OFFERED, ToolError, called, offered
 
 
 class RowError(ValueError):
@@ -46,6 +47,8 @@ def convert(record: object, system: str | None = None, need_answer: bool = True,
     row = _with_chosen(_keyed(record.items(), ROW_KEYS))
     found = _shape_of(row, SHAPES if shape is None else (NAMED[shape],))
     turns = _with_system(found.build(row, found), system)
+    if found.build is not _labelled and not _is_blank(row.get(OFFERED)):
+        turns = _with_tools(turns, row[OFFERED])
     if not need_answer and turns and turns[-1] == Message("assistant", ""):
         turns.pop()
     _require_order(turns)
@@ -179,10 +182,10 @@ NAMED = dict(zip(("openai", "sharegpt", "alpaca", "prompt", "question", "label")
 """The shapes by the names that users have for them."""
 PAIR = frozenset({"chosen", "rejected"})
 KNOWN_KEYS = frozenset(
-    {"system", "input", "history", *PAIR}.union(*(shape.question + shape.answer for shape in SHAPES))
+    {"system", "input", "history", OFFERED, *PAIR}.union(*(shape.question + shape.answer for shape in SHAPES))
 )
 _OTHERS = {"role": ("speaker", "author"), "content": ("text",)}
-_TURN_KEYS = frozenset({"role", "from", "content", "value", "type", "tool_calls"})
+_TURN_KEYS = frozenset({"role", "from", "content", "value", "type", "name", "tool_call_id", CALLED})
 
 
 # Names that need no second look, which most have; those of pairs get one.
@@ -243,9 +246,28 @@ def _turn(turn: object, where: str) -> list[Message]:
             # Both sides of an exchange, by role.
             return [Message(role, _content(value, where)) for role, value in sorted(said, key=_first, reverse=True)]
     role = _role(_either(row, "role", "from"), where)
-    if row.get("tool_calls"):
-        raise RowError("bad-turns", f"{where} has tool_calls, which are not trained; write the call into its content")
-    return [Message(role, _content(_either(row, "content", "value"), where))]
+    content, extra = _either(row, "content", "value"), dict[str, object]()
+    try:
+        if plain(_either(row, "role", "from")) in CALLING and not row.get(CALLED):
+            extra, content = {CALLED: called(content)}, None  # ShareGPT: the text of such a turn is the call.
+        elif role == "assistant" and row.get(CALLED):
+            extra = {CALLED: called(row[CALLED])}
+    except ToolError as error:
+        raise RowError("bad-turns", f"{where}: {error}") from None
+    if role == "tool":
+        extra = {key: row[key] for key in ("name", "tool_call_id") if isinstance(row.get(key), str) and row[key]}
+    text = "" if extra and content is None else _content(content, where)
+    return [Message.of({"role": role, "content": text, **extra})]
+
+
+def _with_tools(turns: list[Message], tools: object) -> list[Message]:
+    """The tools stand with the system turn, so that whoever has a prompt has them too."""
+    try:
+        extra = {OFFERED: offered(tools)}
+    except ToolError as error:
+        raise RowError("bad-turns", str(error)) from None
+    first, *rest = turns if turns and turns[0].role == "system" else [Message("system", ""), *turns]
+    return [Message.of({**first.as_dict(), **extra}), *rest] if extra[OFFERED] else turns
 
 
 def _first(pair: tuple[str, object]) -> str:
@@ -321,7 +343,7 @@ def kind(value: object) -> str:
 
 
 def _with_system(turns: list[Message], system: str | None) -> list[Message]:
-    kept = [turn for turn in turns if turn.role != "system" or turn.content]
+    kept = [turn for turn in turns if turn.role != "system" or turn.text]
     if len(kept) > 1 and kept[0].role == "system" and kept[0] == kept[1]:
         del kept[0]  # said both beside the conversation and in it
     given = _text(system, "system")
@@ -337,13 +359,13 @@ def _require_order(turns: list[Message]) -> None:
         if turn.role == "system":
             raise RowError("bad-turns", f"turn {number} is a system turn; only the first may be")
     for number, turn in enumerate(turns[:-1], 1):
-        if turn.role == "assistant" and not turn.content:
+        if turn.role == "assistant" and not turn.text:
             raise RowError("bad-turns", f"turn {number}, an assistant's, is empty; every assistant turn is learned")
 
 
 def _require_answer(last: Message, shape: Shape) -> None:
     if last.role != "assistant":
         raise RowError("bad-turns", f"the last turn is the {last.role}'s; end with the assistant's answer")
-    if not last.content:
+    if not last.text:
         place = " or ".join(shape.answer) or f"the last turn of {shape.question[0]}"
         raise RowError("no-answer", f"{place} is missing or empty; write the answer or delete the row")

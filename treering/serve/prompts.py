@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+from treering.data.example import Message
+from treering.data.marks import marks_of, neutral
 from treering.features import last_turn
+from treering.rendering import rendered
 from treering.serve.engine import EngineError, Job
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ class Prompts:
         self._context = context
         self._vocabulary = vocabulary
         self._system = system
+        self._marks = marks_of(tokenizer)
         self._asked: object = None
         self._last: list[int] | EngineError = []
 
@@ -78,19 +82,18 @@ class Prompts:
         return self._ids(self._conversation(job, messages), add_special_tokens=False)
 
     def _conversation(self, job: Job, messages: list[dict[str, Any]]) -> str:
-        if job.tools and "tools" not in self._tokenizer.chat_template:
-            raise EngineError("the chat template of this model takes no tools", status=400, code="tools_not_supported")
-        if self._system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self._system}, *messages]
+        if messages[0]["role"] != "system" and (self._system is not None or job.tools):
+            messages = [{"role": "system", "content": self._system or ""}, *messages]
+        if job.tools:
+            messages = [{**messages[0], "tools": job.tools}, *messages[1:]]
+        if self._marks is not None:  # Else a client's text could speak for the assistant, or for the operator.
+            messages = [neutral(Message.of(turn), self._marks).as_dict() for turn in messages]
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tools=job.tools, tokenize=False, add_generation_prompt=True
-            )
+            return rendered(self._tokenizer, messages, open_answer=True)
         except Exception as error:  # Templates raise whatever they like for turns they do not take.
             raise EngineError(
                 f"the chat template refuses these messages: {error}", status=400, code="invalid_messages"
             ) from None
-        return cast(str, text)
 
     def _ids(self, text: str, **settings: Any) -> list[int]:
         try:

@@ -29,6 +29,8 @@ class Base(BaseModel):
     """Whether to compute in bfloat16 on this machine."""
     tools: bool
     """Whether its chat template shows tools to the model."""
+    marks: str | None = None
+    """What its tokenizer reads as special tokens, as a pattern."""
 
 
 async def find(root: Path) -> Base:
@@ -62,18 +64,21 @@ async def _ask(what: Asked, path: Path) -> dict[str, Any]:
 def _tell(what: str, path: Path) -> dict[str, Any]:
     from treering import model
     from treering.config import Config
+    from treering.data.marks import marks_of
 
     if what == "folder":
         return {"sha256": model.fingerprint(path)}
     config = Config.load(path / "treering.yaml")
     folder = model.resolve(config.model_name_or_path, config.trust_remote_code)
-    template = model.load_tokenizer(folder, config.trust_remote_code).chat_template
+    tokenizer = model.load_tokenizer(folder, config.trust_remote_code)
+    marks = marks_of(tokenizer)
     found = Base(
         name=config.model_name_or_path,
         folder=str(folder),
         sha256=model.fingerprint(folder),
         bf16=model.use_bf16(config)[0],
-        tools="tools" in str(template),
+        tools="tools" in str(tokenizer.chat_template),
+        marks=marks.pattern if marks else None,
     )
     return found.model_dump()
 

@@ -91,7 +91,7 @@ class VllmEngine:
         for again in (True, False):
             try:
                 async with self._adapters.using(job.version) as name:
-                    path, body = wire.request(job, name, self._config, self._context)
+                    path, body = wire.request(job, name, self._config, self._context, self._base.marks)
                     async with (
                         self._client.stream(path, body) as lines,
                         aclosing(wire.pieces(lines, job.logprobs)) as pieces,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+from treering.data.example import Message
+from treering.data.marks import neutral
 from treering.serve.engine import EngineError, Job, Piece, Token
 from treering.serve.grammars import checked
 from treering.serve.vllm.client import DownError, refusal
@@ -17,8 +20,11 @@ NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """Said aloud: otherwise the model's generation_config.json decides, which the gate does not follow."""
 
 
-def request(job: Job, name: str, config: Config, context: int) -> tuple[str, dict[str, Any]]:
-    """Path and body that ask the model `name` for one answer; `context` is the most tokens that vLLM reads."""
+def request(job: Job, name: str, config: Config, context: int, marks: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Path and body that ask the model `name` for one answer; `context` is the most tokens that vLLM reads.
+
+    `marks`: a pattern of what texts of a conversation must not say (`data/marks.py`).
+    """
     serve = config.serve
     body: dict[str, Any] = {
         **NEUTRAL,
@@ -45,6 +51,8 @@ def request(job: Job, name: str, config: Config, context: int) -> tuple[str, dic
     messages = job.messages
     if config.default_system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": config.default_system}, *messages]
+    if marks is not None:
+        messages = [neutral(Message.of(turn), re.compile(marks)).as_dict() for turn in messages]
     if job.tools:
         # The template shows them to the model; what it writes comes back as text, and is read by treering.
         body |= {"tools": job.tools, "tool_choice": "none"}
