@@ -72,13 +72,19 @@ def trace(
 @group.command()
 def stats(
     task: Annotated[str | None, typer.Option(help="This task alone.")] = None,
+    model: Annotated[bool, typer.Option("--model", help="Have models read new rows: how far, which labels.")] = False,
     workspace: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Say what the rows of each task are like, and how new ones differ from those learned."""
     from treering.data.stats import stats as figures
 
-    found = figures(opened(workspace), task)
+    ws, looks = opened(workspace), None
+    if model:
+        from treering.looks import Looks
+
+        looks = Looks(ws, quiet=as_json)
+    found = figures(ws, task, looks)
     lines = [line for name, of in found.items() for line in _told(name, of)]
     output(found, as_json, lines or ["no rows are stored"])
 
@@ -94,5 +100,13 @@ def _told(name: str, of: dict[str, Any]) -> list[str]:
         )
     lines += [f"  the rare label {rare!r} looks like {often!r}" for rare, often in of["slips"].items()]
     lines += [f"  out of balance: {of['imbalance']:.0f} to 1"] if of["imbalance"] else []
-    bits = ", ".join(f"{what} {value:.2f}" for what, value in (of["drift"] or {}).items())
-    return lines + ([f"  new rows differ from those learned, in bits: {bits}"] if bits else [])
+    drift = dict(of["drift"] or {})
+    distance = drift.pop("embedding", None)
+    bits = ", ".join(f"{what} {value:.2f}" for what, value in drift.items())
+    lines += [f"  new rows differ from those learned, in bits: {bits}"] if bits else []
+    lines += [] if distance is None else [f"  their means are {distance:.2f} standard deviations apart"]
+    lines += [f"  {len(of['doubts'])} new labels are doubted"] if of["doubts"] is not None else []
+    for doubt in of["doubts"] or ():
+        sure = f"{doubt['likely']!r} ({doubt['probability']:.2f})"
+        lines += [f"    {doubt['file']}, line {doubt['line']}: {doubt['label']!r}, or {sure}?"]
+    return lines

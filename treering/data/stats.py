@@ -14,6 +14,7 @@ from treering.data.example import Example
 from treering.metrics import metric_for
 
 if TYPE_CHECKING:
+    from treering.looks import Looks
     from treering.workspace import Workspace
 
 SAMPLE = 20_000
@@ -36,7 +37,9 @@ class Of:
 
     `labels` are the most frequent with their counts, empty where answers are open; `slips` pairs a rare label with the
     frequent one it looks like; `imbalance` is the count of the most frequent label over that of the rarest, if that is
-    much. `drift` compares what waits with what was learned, in bits (Jensen-Shannon): of words and of labels.
+    much. `drift` compares what waits with what was learned, in bits (Jensen-Shannon): of words and of labels. Where a
+    model was to look, `embedding` is there too (`Looks.distance`), and `doubts` are waiting rows whose label may be
+    wrong.
     """
 
     rows: dict[str, int] = field(default_factory=dict)
@@ -46,20 +49,28 @@ class Of:
     slips: dict[str, str] = field(default_factory=dict)
     imbalance: float | None = None
     drift: dict[str, float] | None = None
+    doubts: list[dict[str, Any]] | None = None
 
 
-def stats(ws: Workspace, task: str | None = None) -> dict[str, dict[str, Any]]:
-    """By task, or of one."""
+def stats(ws: Workspace, task: str | None = None, looks: Looks | None = None) -> dict[str, dict[str, Any]]:
+    """By task, or of one; with `looks` models read the rows as well."""
     learned = registry.consumed(ws, registry.current(ws))
     waiting = ws.catalog.waiting(learned)
     found = {}
     for name, counts in ws.catalog.tasks().items():
         if task is None or name == task:
-            found[name] = asdict(_of(ws, name, counts, waiting.get(name, []), learned))
+            found[name] = asdict(_of(ws, name, counts, waiting.get(name, []), learned, looks))
     return found
 
 
-def _of(ws: Workspace, task: str, counts: Mapping[str, int], waiting: Sequence[str], learned: set[str]) -> Of:
+def _of(
+    ws: Workspace,
+    task: str,
+    counts: Mapping[str, int],
+    waiting: Sequence[str],
+    learned: set[str],
+    looks: Looks | None,
+) -> Of:
     ids = ws.catalog.train_ids(task)
     examples = ws.catalog.examples(sorted(ids)[:SAMPLE])
     new = set(waiting)
@@ -75,6 +86,10 @@ def _of(ws: Workspace, task: str, counts: Mapping[str, int], waiting: Sequence[s
         sides = [Counter(e.label for id, e in examples.items() if (id in new) == side) for side in (True, False)]
         bits = {"words": drift(ws.catalog, waiting, known)}
         found.drift = bits | ({"labels": divergence(*sides)} if found.labels else {})
+        distance = looks.distance(waiting, known) if looks else None
+        found.drift |= {} if distance is None else {"embedding": distance}
+    if waiting and looks:
+        found.doubts = looks.doubts(task, waiting)
     return found
 
 
