@@ -8,7 +8,8 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests.training import Counted, KillAt, KilledError, Run, StopAt, same_bits,
 from treering import shares
 from treering.checkpoints import Checkpoints
 from treering.errors import TreeringError, UpdateInterruptedError, full_disk_is_clear
+from treering.recovery import Recovery
 
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "plain": (1, {"per_device_train_batch_size": 4}),
@@ -166,3 +168,24 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, model_folder: 
     last = Run(model_folder, config)
     last.train(checkpoints=folder)
     assert same_bits(whole.weights(), last.weights())
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_clock_runs_anew_in_each_process(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, index: int
+) -> None:
+    """Where one of several finds a checkpoint due, all make it; so one whose clock stands would ask for ever."""
+    now = [0.0]
+    monkeypatch.setattr("treering.checkpoints.time.monotonic", lambda: now[0])
+    run = Run(model_folder, settings(model_folder, save_steps=1000, save_minutes=1.0))
+    weights = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    ranks = cast(Any, SimpleNamespace(first=index == 0))
+    kept = Checkpoints(tmp_path, weights, torch.optim.AdamW(weights.values()), run.config, Recovery(None), ranks, {})
+    assert not kept.due(1)
+    now[0] = 61.0
+    assert kept.due(2)
+    kept.save([{"step": 1.0}, {"step": 2.0}])
+    assert steps(tmp_path) == ([2] if index == 0 else [])
+    assert not kept.due(3)
+    now[0] = 122.0
+    assert kept.due(4)

@@ -260,13 +260,47 @@ def test_a_signal_keeps_the_checkpoint(whole: Whole, number: signal.Signals) -> 
     process.kill(number)
     process.release()
     assert process.wait() == 1
-    assert "run `treering update` again to resume" in process.err
+    assert "run `treering update` again: it goes on from what was done" in process.err
     assert "Traceback" not in process.err
     assert {p.name for p in server.root.glob("versions/.staging-*/checkpoints/*")} == {"step-0", "step-2", "step-4"}
     assert server.json("status")["interrupted"]
     resumed = server.run("update")
     assert not any("step-2" in change.split("/") for change in resumed.changes)
     finish(whole)
+
+
+def test_a_signal_while_rows_are_taken_in_takes_in_none(whole: Whole) -> None:
+    server = whole.restore("second")
+    before = server.json("status")
+    process = server.start("update", pause_at="sql BEGIN")
+    process.until_paused()
+    process.kill(signal.SIGTERM)
+    process.release()
+    assert process.wait() == 1
+    assert "stopped as asked" in process.err
+    assert server.json("status") == before
+    finish(whole)
+
+
+def test_a_signal_while_methods_take_what_they_keep(whole: Whole) -> None:
+    """The weights are written by then; each row that the method asks for is a look."""
+    server = whole.restore("second")
+    process = server.start(
+        "update",
+        "protect=[replay,ewc]",
+        "gate.floor=1.0",
+        "gate.margin=1.0",
+        pause_at="version/adapter_model.safetensors",
+    )
+    process.until_paused()
+    process.kill(signal.SIGTERM)
+    process.release()
+    assert process.wait() == 1
+    assert look(server) == (1, "v1")
+    assert (
+        server.run("update", "protect=[replay,ewc]", "gate.floor=1.0", "gate.margin=1.0").passes == 0
+    )  # All steps were kept.
+    assert look(server) == (2, "v2")
 
 
 def test_two_updates_at_once(whole: Whole) -> None:

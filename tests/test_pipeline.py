@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ import torch
 from torch import Tensor
 
 from tests.training import Counted, StopAt
-from treering import Workspace, pipeline, registry
+from treering import Workspace, pipeline, plan, registry
 from treering.candidate import Candidate
 from treering.config import Config
 from treering.errors import ConfigError, LockError, ModelError, UpdateInterruptedError, UsageError, VersionError
 from treering.evaluate import evaluate
+from treering.files import write_json
 from treering.memory import Memory
 from treering.methods import PROTECT
-from treering.model import load, load_tokenizer
+from treering.model import fingerprint, load, load_tokenizer, resolve
 from treering.registry import Version
 from treering.results import Result, read_results
 from treering.testing import tiny_model, toy_rows
@@ -665,3 +667,17 @@ def test_a_task_that_was_not_learned_better_than_by_chance_is_held(workspace: Ma
     version = ws.update()
     assert version is not None and not version.promote
     assert [j["name"] for j in version.manifest["verdict"]["judgements"] if not j["passed"]] == ["pens against chance"]
+
+
+def test_what_a_plan_left_is_not_taken_up(workspace: MakeWorkspace) -> None:
+    """`treering plan` that was killed leaves a folder with a plan; nothing was learned by it."""
+    ws = workspace(max_steps=1)
+    ws.ingest(toy_rows("pens", 10), task="pens")
+    left = ws.versions / f"{plan.TRIED}killed"
+    left.mkdir()
+    made = plan.make_plan(ws, None, ws.config(), fingerprint(resolve(ws.config().model_name_or_path)))
+    write_json(left / "plan.json", asdict(made))
+    ws.ingest(toy_rows("cups", 10), task="cups")
+    version = ws.update()
+    assert version is not None and version.manifest["rows"].keys() == {"pens", "cups"}
+    assert not left.exists()

@@ -224,6 +224,7 @@ def test_a_version_says_which_rate_and_why(workspace: Callable[..., Workspace]) 
         assert said["reason"].startswith("range test of 0.0015, 0.003") and ("remembered" in said["reason"]) is (
             version is second
         )
+        assert version.manifest["cost"]["seconds"] > test["seconds"] > 0
         log = (version.folder / "log.jsonl").read_text()
         assert f'"lr": {said["value"]!r}' in log
         assert version.manifest["config"]["learning_rate"] == "auto"

@@ -397,6 +397,7 @@ def test_a_signal_asks_and_a_second_one_ends() -> None:
         assert not stop.asked
         stop.check()
         signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # Asked again, it is asked.
         assert stop.asked
         with pytest.raises(UpdateInterruptedError):
             stop.check()

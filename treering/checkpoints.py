@@ -87,6 +87,7 @@ class Checkpoints:
             tensors |= {f"{kind}.{name}": whole(tensor.detach()).cpu().contiguous() for name, tensor in kept.items()}
         state = {"step": step, "retries": len(self._recovery.retries), "log": log}
         state["optimizer"] = _packed(self._optimizer.state_dict(), tensors, {})
+        self._saved = time.monotonic()  # In each process: where one finds a checkpoint due, all make it.
         if not self._ranks.first:
             return
         partial = self._folder / f".step-{step}"
@@ -97,7 +98,6 @@ class Checkpoints:
         fsync_tree(partial)
         partial.rename(self._folder / f"step-{step}")
         fsync_folder(self._folder)
-        self._saved = time.monotonic()
         steps = self._steps()
         counted = [step for step in steps if step % self._every == 0]
         for other in set(steps) - {0, *counted[-2:], steps[-1]}:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from treering import errors, registry
 from treering.errors import RoomError, TreeringError, UpdateInterruptedError, full_disk_is_clear
 from treering.files import write_json
+from treering.plan import TRIED
 from treering.progress import say
 from treering.stop import stop_on_signals
 
@@ -104,7 +105,7 @@ def refuse(ws: Workspace, base: Path, config: Config, estimate: Estimate | None)
 @contextmanager
 def _trial(ws: Workspace) -> Iterator[tuple[Workspace, Path]]:
     """The workspace with a catalog of its own, to try things on, and a folder that goes away; an update clears it."""
-    with tempfile.TemporaryDirectory(dir=ws.versions, prefix=".staging-plan-") as scratch:
+    with tempfile.TemporaryDirectory(dir=ws.versions, prefix=TRIED) as scratch:
         trial = copy.copy(ws)
         trial.catalog = ws.catalog.copy(Path(scratch) / "treering.db")
         yield trial, Path(scratch)

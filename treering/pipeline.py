@@ -54,11 +54,11 @@ def update(
         from treering.candidate import Candidate
         from treering.data.intake import ingest
         from treering.model import fingerprint, resolve
-        from treering.plan import clear, make_plan, stage, taken_up
+        from treering.plan import clear, give_up, make_plan, stage, taken_up
 
         _check_surroundings(ws, config)
         base = resolve(config.model_name_or_path, config.trust_remote_code)
-        taken = ingest(ws, config=config, quiet=quiet) if inbox else None
+        taken = ingest(ws, config=config, stop=stop, quiet=quiet) if inbox else None
         with ws.changing("update"):
             parent = registry.current(ws)
         without = frozenset() if rolled_back else registry.given_back(ws)
@@ -78,7 +78,7 @@ def update(
             before = candidate.measure_parent()
             candidate.prepare()
         except (UsageError, ModelError, VersionError):
-            registry.discard(staging)  # It could not begin, so there is nothing to resume.
+            give_up(staging)
             raise
         candidate.choose_rate()
         with trackers.of_update(ws, plan, config) as tracked:

@@ -17,6 +17,9 @@ from treering.registry import PLAN, Version
 if TYPE_CHECKING:
     from treering.workspace import Workspace
 
+TRIED = ".staging-plan-"
+"""Before the name of a folder where `treering plan` tries an update: what a crash leaves of it is never taken up."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -111,7 +114,7 @@ def taken_up(ws: Workspace, plan: Plan) -> Plan:
     for the next update.
     """
     waiting = set(plan.row_ids)
-    for folder in sorted(ws.versions.glob(".staging-*")):
+    for folder in sorted(set(ws.versions.glob(".staging-*")) - set(ws.versions.glob(f"{TRIED}*"))):
         found = _read(folder / PLAN)
         if (
             found is not None
@@ -131,6 +134,12 @@ def stage(ws: Workspace, plan: Plan) -> Path:
         folder.mkdir()
         write_json(folder / PLAN, asdict(plan))
     return folder
+
+
+def give_up(staging: Path) -> None:
+    """Remove an update that could not begin; one with checkpoints goes on once what is wrong is mended."""
+    if not any(staging.glob("checkpoints/*")):
+        registry.discard(staging)
 
 
 def clear(ws: Workspace, keep: Path | None = None) -> None:

@@ -25,7 +25,7 @@ class Stop:
         """Raise `UpdateInterruptedError` if asked to stop."""
         if self.asked:
             raise UpdateInterruptedError(
-                "stopped as asked; the checkpoint is kept: run `treering update` again to resume"
+                "stopped as asked; run `treering update` again: it goes on from what was done, checkpoints included"
             )
 
 
@@ -47,4 +47,5 @@ def stop_on_signals() -> Iterator[Stop]:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # None: it was not set by Python, which cannot set it again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

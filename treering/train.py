@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _denormals_flushed() -> Iterator[None]:
-    """Numbers near zero become zero, which is many times faster; the caller's process goes on as it was."""
+    """Numbers near zero become zero, which is many times faster; after it they are numbers, as they usually are."""
     torch.set_flush_denormal(True)
     try:
         yield

@@ -175,7 +175,8 @@ def _sft_trainer(model: Any, tokenizer: Any, settings: dict[str, Any], config: C
     torch.manual_seed(config.seed)
     return SFTTrainer(
         model=get_peft_model(model, adapter(config)),
-        args=SFTConfig(**settings, completion_only_loss=True, max_length=None),
+        # Checkpointing, which it does unless it is told not to, computes much twice and is for memory.
+        args=SFTConfig(**settings, completion_only_loss=True, max_length=None, gradient_checkpointing=False),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )

@@ -14,19 +14,25 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from treering.config import Config
 from treering.data.alike import Said
-from treering.data.check import Fit, fit, opened
+from treering.data.check import PART, Fit, fit, opened
 from treering.data.example import Example
 from treering.data.layout import Layout, Tags
 from treering.data.read import Bad, Row, read
 from treering.errors import TreeringError
 from treering.pipes import own_output
 
+if TYPE_CHECKING:
+    from treering.stop import Stop
+
 LARGE = 16_000_000
 """Bytes of a file from which on a second process pays for its start."""
+
+SENT = 512
+"""Rows that are sent at once: some rules take milliseconds a row, and who waits for them looks between two parts."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +71,12 @@ def rows(job: Job, note: Callable[[str], None]) -> Iterator[Row | Bad]:
     return read(job.path, system=job.config.default_system, name=job.name, layout=job.layout, note=note)
 
 
-def parts(job: Job, note: Callable[[str], None]) -> Iterator[list[Fit | Bad]]:
+def parts(job: Job, note: Callable[[str], None], stop: Stop | None = None) -> Iterator[list[Fit | Bad]]:
     """The file's rows as `check.fit` gives them, part by part; `note` is told what a user should know of the file.
 
-    Raises `TreeringError` where the process does not end well.
+    Raises `TreeringError` where the process does not end well, `UpdateInterruptedError` once `stop` was asked.
     """
-    ended = False
+    ended, waiting = False, list[Fit | Bad]()
     command = [sys.executable, "-P", "-m", "treering.data.ahead"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8") as child:
         assert child.stdin is not None and child.stdout is not None
@@ -79,12 +85,16 @@ def parts(job: Job, note: Callable[[str], None]) -> Iterator[list[Fit | Bad]]:
                 child.stdin.write(json.dumps(job.plain))
                 child.stdin.close()
             for line in child.stdout:
+                if stop is not None:
+                    stop.check()
                 told = json.loads(line)
                 ended = "end" in told
                 if "note" in told:
                     note(told["note"])
-                elif not ended:
-                    yield [_read(one) for one in told["rows"]]
+                waiting += map(_read, told.get("rows", ()))
+                if waiting and (ended or len(waiting) >= PART):
+                    yield waiting
+                    waiting = []
             child.wait()
         finally:
             child.kill()  # It has ended, unless who asks for its rows has failed.
@@ -106,7 +116,7 @@ def main() -> None:
         out.flush()
 
     found = rows(job, lambda text: say({"note": text}))
-    for part in fit(found, opened(job.config, job.root), job.task):
+    for part in fit(found, opened(job.config, job.root), job.task, SENT):
         say({"rows": [_plain(one) for one in part]})
     say({"end": True})
 

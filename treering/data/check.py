@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from treering.config import Config
+    from treering.stop import Stop
 
 
 PART = 4096
@@ -95,11 +96,22 @@ def opened(config: Config, root: Path) -> Checks:
     return Checks(config, load_tokenizer(folder, config.trust_remote_code), root)
 
 
-def fit(rows: Iterable[Row | Bad], checks: Checks, task: str) -> Iterator[list[Fit | Bad]]:
-    """What becomes of the rows of a task, part by part: fit to be compared and stored, or for quarantine."""
+def fit(
+    rows: Iterable[Row | Bad], checks: Checks, task: str, size: int = PART, stop: Stop | None = None
+) -> Iterator[list[Fit | Bad]]:
+    """What becomes of the rows of a task, part by part: fit to be compared and stored, or for quarantine.
+
+    Raises `UpdateInterruptedError` once `stop` was asked; a row may take milliseconds, so each asks.
+    """
     left = iter(rows)
-    while part := list(islice(left, PART)):
-        yield [one if isinstance(one, Bad) else _fit(one, checks(one.example, task)) for one in part]
+
+    def judged(one: Row | Bad) -> Fit | Bad:
+        if stop is not None:
+            stop.check()
+        return one if isinstance(one, Bad) else _fit(one, checks(one.example, task))
+
+    while part := list(map(judged, islice(left, size))):
+        yield part
 
 
 def refused(row: Row, rule: str, reason: str) -> Bad:
