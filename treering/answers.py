@@ -131,4 +131,4 @@ def _read(ws: Workspace, path: Path, need_answer: bool = True) -> tuple[list[Row
 def _metric(ws: Workspace, task: str, scored: Sequence[Example]) -> str:
     """What an update would choose: by the task's training rows, or by the scored ones of a task that has none."""
     trained = ws.catalog.examples(ws.catalog.train_ids(task)).values()
-    return metric_for([example.label for example in trained or scored])
+    return metric_for(trained or scored)

@@ -88,7 +88,7 @@ class Candidate:
         self.examples: dict[str, Example] = ws.catalog.examples(wanted)
         self.metrics: dict[str, str] = dict(parent.manifest["metrics"]) if parent else {}
         for task, ids in plan.rows.items():
-            self.metrics.setdefault(task, metric_for([self.examples[id].label for id in ids]))
+            self.metrics.setdefault(task, metric_for([self.examples[id] for id in ids]))
         self.general = general.read(config, ws.root, self.tokenizer, plan.general)
         self.pupil = Pupil(
             load(base, config, parent),

@@ -17,7 +17,7 @@ from treering.experts import routed
 from treering.greedy import Answer, Known, after, text, watched, write
 from treering.guides import guides
 from treering.methods.recall import Recalled
-from treering.metrics import exact_match, token_f1
+from treering.metrics import TOKEN_ACCURACY, exact_match, token_f1
 from treering.model import encode
 from treering.passes import read_answers
 from treering.progress import bar
@@ -60,21 +60,27 @@ def evaluate(
     end, pad_id = cast(int, tokenizer.eos_token_id), cast(int, tokenizer.pad_token_id)
     tokens = [encode(tokenizer, example, last_only=True) for example, _ in rows]
     right = [[row.ids[place] for place in row.answers] for row in tokens]
-    judged = [metrics[task] == "exact_match" for _, task in rows]
+    named = [_metric(example, metrics[task]) for example, task in rows]
+    judged = [name == "exact_match" for name in named]
     known = Known(answer for answer, is_label in zip(right, judged, strict=True) if is_label)
     longest = config.eval.max_new_tokens
 
-    def score(part: Sequence[int]) -> Sequence[tuple[str, float]]:
+    def score(part: Sequence[int]) -> Sequence[tuple[str, float, float | None]]:
         now, recalled = [tokens[at] for at in part], [hints[at].recalled for at in part]
         tree = Tree(model, config, pad_id, watched=watched(recalled))
         logits = read_answers(tree, now)
         targets = torch.tensor([token for at in part for token in right[at]], device=logits.device)
         each = cross_entropy(logits, targets, reduction="none").split([len(right[at]) for at in part])
         losses = [loss.mean().item() for loss in each]
+        right_tokens = (logits.argmax(-1) == targets).float().split([len(right[at]) for at in part])
+        read = {at: found.mean().item() for at, found in zip(part, right_tokens, strict=True) if rows[at][0].is_text}
         del logits  # The largest of all, and no longer needed.
         answers: dict[int, Answer] = {}
         whole: dict[int, str] = {}
         for at, row, past in zip(part, now, recalled, strict=True):
+            if at in read:
+                whole[at] = ""  # Nothing is asked, so nothing is written.
+                continue
             path, long = tree.path(row.ids[:-1]), len(right[at])
             # An answer that is too long to be written whole (the end mark aside) is written after all.
             if long - 1 <= longest and _comes(right[at], path[-long:], past, tree):
@@ -86,16 +92,23 @@ def evaluate(
             answers[at] = Answer(row.ids[: row.answers[0]], path[: len(path) - long + 1], limit, past)
         write(tree, model, list(answers.values()), known, config, end, pad_id, stop)
         texts = whole | {at: text(tokenizer, answer) for at, answer in answers.items()}
-        return [(texts[at], loss) for at, loss in zip(part, losses, strict=True)]
+        return [(texts[at], loss, read.get(at)) for at, loss in zip(part, losses, strict=True)]
 
     with bar(title, len(rows), quiet) as advance:
         hints = guides(model, tokenizer, [example.prompt for example, _ in rows], config, stop, reading)
         chosen, read = [guide.expert for guide in hints], [row.ids for row in tokens]
         found = routed(model, chosen, read, score, config, advance, stop, reading and reading.next())
     return [
-        Result(example.id, task, metrics[task], METRICS[metrics[task]](written, example.answer), loss, written)
-        for (example, task), (written, loss) in zip(rows, found, strict=True)
+        Result(example.id, task, name, METRICS[name](written, example.answer) if read is None else read, loss, written)
+        for (example, task), name, (written, loss, read) in zip(rows, named, found, strict=True)
     ]
+
+
+def _metric(row: Example, of_task: str) -> str:
+    """A plain text has a metric of its own, and a row of a task of texts that is none the one of open answers."""
+    if row.is_text:
+        return TOKEN_ACCURACY
+    return "token_f1" if of_task == TOKEN_ACCURACY else of_task
 
 
 def _comes(right: Sequence[int], numbers: Sequence[int], recalled: Recalled | None, tree: Tree) -> bool:

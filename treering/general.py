@@ -6,14 +6,12 @@ is another update, and one that is resumed has the same.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from treering.data.records import records
-from treering.data.shapes import SHAPES, RowError, convert, plain
+from treering.data.shapes import PLAIN, RowError, convert, is_plain_text
 from treering.errors import ConfigError
 from treering.files import sha256
 
@@ -22,9 +20,6 @@ if TYPE_CHECKING:
 
     from treering.config import Config
     from treering.model import Tokens
-
-LABELS = {key for shape in SHAPES if "text" in shape.question for key in shape.answer}
-"""Keys that make a record with `text` a question and its answer."""
 
 
 def file(config: Config, root: Path) -> Path | None:
@@ -71,25 +66,14 @@ def read(config: Config, root: Path, tokenizer: PreTrainedTokenizerBase, wanted:
 
 
 def _tokens(record: object, tokenizer: PreTrainedTokenizerBase, config: Config) -> Tokens:
-    from treering.model import Tokens, encode, with_prompts
+    from treering.model import encode, with_prompts
 
-    text = _plain_text(record)
-    if text is None:
-        row = encode(tokenizer, convert(record, system=config.default_system))
-        row = with_prompts(row) if config.train_on_prompt else row
+    if is_plain_text(record):
+        row = encode(tokenizer, convert(record, shape=PLAIN))
         return replace(row, id=f"general:{row.id}")
-    ids = cast("list[int]", tokenizer(text)["input_ids"])
-    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    return Tokens(f"general:{digest}", ids, list(range(1, len(ids))))
-
-
-def _plain_text(record: object) -> str | None:
-    """The `text` of a record that has no label beside it."""
-    if not isinstance(record, Mapping):
-        return None
-    fields = {plain(key): value for key, value in record.items() if value is not None}
-    text = fields.get("text")
-    return text.strip() if isinstance(text, str) and not LABELS & fields.keys() else None
+    row = encode(tokenizer, convert(record, system=config.default_system))
+    row = with_prompts(row) if config.train_on_prompt else row
+    return replace(row, id=f"general:{row.id}")
 
 
 def _cut(row: Tokens, length: int) -> Tokens:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from treering.data.example import normalise
+from treering.data.example import Example, normalise
+
+TOKEN_ACCURACY = "token_accuracy"
+"""Of a plain text: the share of its tokens that are the likeliest after those before them."""
 
 Vector = NDArray[np.float64]
 
@@ -111,9 +114,11 @@ def token_f1(prediction: str, answer: str) -> float:
     return 2 * common / (len(got) + len(wanted))
 
 
-def metric_for(answers: Sequence[str]) -> str:
-    """The metric of a task with these (normalised) training answers."""
-    return "exact_match" if is_label_set(answers) else "token_f1"
+def metric_for(rows: Collection[Example]) -> str:
+    """The metric of a task with these training rows."""
+    if any(row.is_text for row in rows):
+        return TOKEN_ACCURACY
+    return "exact_match" if is_label_set([row.label for row in rows]) else "token_f1"
 
 
 def is_label_set(answers: Sequence[str]) -> bool:

@@ -352,8 +352,12 @@ def compute(bf16: bool, device: torch.device) -> AbstractContextManager[Any]:
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example, last_only: bool = False) -> Tokens:
     """Tokens of a whole conversation; `answers` covers every assistant turn with its end mark, or the last alone.
 
-    A greeting before the first question answers nothing, and is read but not learned.
+    A greeting before the first question answers nothing, and is read but not learned. Of a plain text
+    all tokens but the first are learned.
     """
+    if example.is_text:
+        read = _text_ids(tokenizer, example.answer)
+        return Tokens(example.id, read, list(range(1, len(read))))
     ids: list[int] = []
     answers: list[int] = []
     turns = example.messages
@@ -383,14 +387,21 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message])
     return _render(tokenizer, prompt, open_answer=True)
 
 
+def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """What the tokenizer makes of a plain text, whose end is no end of an answer."""
+    return cast("list[int]", tokenizer(text)["input_ids"])
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], open_answer: bool) -> list[int]:
     text = rendered(tokenizer, [turn.as_dict() for turn in turns], open_answer=open_answer)
     return cast("list[int]", tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def token_count(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message]) -> int:
-    """The tokens of a conversation as training sees it. Raises what the chat template does."""
-    return len(_render(tokenizer, turns, open_answer=False))
+def token_count(tokenizer: PreTrainedTokenizerBase, example: Example) -> int:
+    """The tokens of a row as training sees it. Raises what the chat template does."""
+    if example.is_text:
+        return len(_text_ids(tokenizer, example.answer))
+    return len(_render(tokenizer, example.messages, open_answer=False))
 
 
 _PLACES: ContextVar[Tensor | None] = ContextVar("_PLACES", default=None)

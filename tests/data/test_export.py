@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from treering import Workspace
 from treering.data.example import Example
-from treering.data.export import FORMATS, alpaca, export
+from treering.data.export import FORMATS, export
 from treering.data.shapes import convert
 from treering.errors import UsageError
 
@@ -133,6 +133,6 @@ def test_what_is_said_in_a_format_is_the_same_row(row: list[dict[str, str]], for
     example = Example.of(row)
     said = FORMATS[format](example)
     if isinstance(said, str):
-        assert FORMATS[format] is alpaca
+        assert format in ("alpaca", "text")
         return
     assert convert(json.loads(json.dumps(said))).id == example.id

@@ -268,4 +268,4 @@ def test_a_shape_that_is_told() -> None:
     assert [turn.content for turn in convert(both, shape="label").messages] == ["q", "a"]
     with pytest.raises(RowError, match="rename them to one of: messages"):
         convert(both, shape="openai")
-    assert set(NAMED) == {"openai", "sharegpt", "alpaca", "prompt", "question", "label"}
+    assert set(NAMED) == {"openai", "sharegpt", "alpaca", "prompt", "question", "label", "text"}

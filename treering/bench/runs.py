@@ -69,7 +69,7 @@ class Job:
     @classmethod
     def of(cls, name: str, kind: str, settings: Mapping[str, Any], draw: Draw, asked: Asked | None = None) -> Job:
         """The run of a method on a draw. What does not depend on the order is the same job in every order."""
-        names = {task: metrics.metric_for([row.label for row in rows]) for task, rows in draw.taught.items()}
+        names = {task: metrics.metric_for(rows) for task, rows in draw.taught.items()}
         settings, updates = dict(settings), draw.updates
         if kind == UNTOUCHED:
             updates, settings["seed"] = [], 0

@@ -18,7 +18,7 @@ app.add_typer(group, name="data")
 @group.command()
 def export(
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where to: .json, .jsonl, or .parquet for parquet.")],
-    format: Annotated[str, typer.Option(help="alpaca, sharegpt, openai or parquet.")],
+    format: Annotated[str, typer.Option(help="alpaca, sharegpt, openai, parquet or text.")],
     task: Annotated[str | None, typer.Option(help="Rows of this task alone.")] = None,
     split: Annotated[str, typer.Option(help="train or held_out.")] = "train",
     workspace: Folder = HERE,

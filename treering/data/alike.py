@@ -47,9 +47,12 @@ class Said:
 
     @classmethod
     def of(cls, example: Example) -> Said:
-        """Of a row that ends with its answer."""
-        turns = [(turn.role, normalise(turn.text)) for turn in example.prompt]
-        label = example.label or example.answer  # An answer of nothing but punctuation has no normal form.
+        """Of a row that ends with its answer, or of a plain text, which asks for itself and for no answer."""
+        asking = example.messages if example.is_text else example.prompt
+        turns = [(turn.role, normalise(turn.text)) for turn in asking]
+        label = (
+            "" if example.is_text else example.label or example.answer
+        )  # An answer of nothing but punctuation has no normal form.
         return cls(
             _hash("\x1f".join(f"{role}\x1e{text}" for role, text in turns)),
             _hash(label),

@@ -13,6 +13,8 @@ from typing import Any
 from treering.data.tools import CALLED, OFFERED, calls_as_text, compact, offer_as_text, strings
 
 ROLES = ("system", "user", "assistant", "tool")
+TEXT = "text"
+"""The role of the one turn of a plain text, which is no conversation: all of it is learned."""
 EXTRA = (OFFERED, CALLED, "name", "tool_call_id")
 
 
@@ -58,7 +60,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation whose last turn is the assistant's.
+    """A conversation whose last turn is the assistant's, or a plain text (`TEXT`).
 
     Every assistant turn is trained; the last one is the answer that is scored.
     """
@@ -85,9 +87,14 @@ class Example:
         return any(message.extra for message in self.messages)
 
     @property
+    def is_text(self) -> bool:
+        """Whether it is a plain text."""
+        return self.messages[0].role == TEXT
+
+    @property
     def prompt(self) -> tuple[Message, ...]:
-        """The turns before the answer."""
-        return self.messages[:-1]
+        """The turns before the answer; of a plain text itself, as somebody would ask about it."""
+        return (Message("user", self.messages[0].content),) if self.is_text else self.messages[:-1]
 
     @property
     def answer(self) -> str:

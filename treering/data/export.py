@@ -99,11 +99,16 @@ def _stored(ws: Workspace, ids: list[str]) -> Iterator[Example]:
 def _converted(examples: Iterable[Example], format: str, left: dict[str, int]) -> Iterator[dict[str, Any]]:
     """The rows in that format; `left` counts those it cannot say, by the reason."""
     for example in examples:
-        row = FORMATS[format](example)
+        row = "it is plain text" if example.is_text and format != "text" else FORMATS[format](example)
         if isinstance(row, str):
             left[row] = left.get(row, 0) + 1
         else:
             yield row
+
+
+def text(example: Example) -> dict[str, Any] | str:
+    """The row as `text`, or why that is not possible."""
+    return {"text": example.answer} if example.is_text else "it is no plain text"
 
 
 def openai(example: Example) -> dict[str, Any]:
@@ -155,6 +160,7 @@ def alpaca(example: Example) -> dict[str, Any] | str:
 
 
 FORMATS: dict[str, Callable[[Example], dict[str, Any] | str]] = {
+    "text": text,
     "alpaca": alpaca,
     "sharegpt": sharegpt,
     "openai": openai,

@@ -16,6 +16,7 @@ from treering.data.dedup import Judge, Judged
 from treering.data.fetch import STDIN
 from treering.data.read import Bad, Row, RowError, convert, named_in_utf8
 from treering.data.rules import RULES
+from treering.data.shapes import PLAIN, is_plain_text
 from treering.data.sources import How, Place, data_files
 from treering.data.tombstones import Tombstones
 from treering.data.writer import Split, Stored, Writer, choose_held_out
@@ -302,9 +303,10 @@ def _batches(
 
 
 def _convert(items: Sequence[Any], config: Config) -> Iterable[Row | Bad]:
+    shape = PLAIN if items and is_plain_text(items[0]) else None
     for number, item in enumerate(items, start=1):
         try:
-            yield Row(_PYTHON, number, convert(item, system=config.default_system))
+            yield Row(_PYTHON, number, convert(item, system=config.default_system, shape=shape))
         except RowError as error:
             yield Bad(_PYTHON, number, error.rule, error.reason, repr(item)[:2000])
 

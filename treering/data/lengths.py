@@ -24,7 +24,7 @@ class Lengths:
         """The tokens of a whole conversation. Raises what the chat template does."""
         from treering.model import token_count
 
-        return token_count(self.tokenizer, row.messages)
+        return token_count(self.tokenizer, row)
 
     def fits(self, row: Example) -> bool:
         """Whether it has at most as many as it may."""
@@ -55,6 +55,8 @@ class Lengths:
 
     def _template(self, row: Example) -> tuple[int, str | None]:
         """The bytes that the template puts around such turns, and what it says against them."""
+        if row.is_text:
+            return len(str(self.tokenizer.bos_token or "").encode()), None
         if row.tells_more:
             return self._around(row.as_dicts())
         roles = tuple(turn.role for turn in row.messages)

@@ -15,7 +15,7 @@ from treering.data.descriptions import is_description, is_spare
 from treering.data.example import Example
 from treering.data.layout import Layout
 from treering.data.records import DATA_SUFFIXES, Found, records
-from treering.data.shapes import RowError, convert, is_pair
+from treering.data.shapes import PLAIN, RowError, convert, is_pair, is_plain_text
 from treering.errors import UsageError
 from treering.files import printable
 from treering.progress import say
@@ -77,7 +77,8 @@ def read(
     file = printable(name or str(path))
     layout = layout or Layout()
     to_example = partial(convert, system=system, need_answer=need_answer, shape=layout.shape)
-    return _rows(path, file, layout, to_example, note or (lambda text: say(f"{file}: {text}")))
+    tell = note or (lambda text: say(f"{file}: {text}"))
+    return _rows(path, file, layout, to_example, tell, texts=need_answer)
 
 
 def find_files(path: Path) -> list[Path]:
@@ -124,15 +125,24 @@ def _belongs(file: Path, folder: Path) -> bool:
 
 
 def _rows(
-    path: Path, file: str, layout: Layout, to_example: Callable[[object], Example], note: Callable[[str], None]
+    path: Path,
+    file: str,
+    layout: Layout,
+    to_example: Callable[[object], Example],
+    note: Callable[[str], None],
+    texts: bool,
 ) -> Iterator[Row | Bad]:
+    """`texts`: whether the file may be one of plain texts, which its first row tells."""
     empty = True
-    pairs = 0
+    pairs = plain = 0
     try:
         for found in records(path, layout.container, layout.header, note):
+            if empty and texts and layout.shape is None and _is_text(found, layout):
+                to_example = partial(convert, shape=PLAIN)
             empty = False
             row = _row(file, found, layout, to_example)
             pairs += isinstance(row, Row) and is_pair(layout.record(found.value))
+            plain += isinstance(row, Row) and row.example.is_text
             yield row
         if empty:
             raise RowError("empty-file", "the file holds no rows; add some or delete it")
@@ -142,6 +152,15 @@ def _rows(
         yield _bad(file, 0, RowError("unreadable", f"{error}; make the file readable and add it again"), "")
     if pairs:
         note(f"{pairs} preference pairs: the chosen answers are learned, the rejected ones are not kept")
+    if plain:
+        note(f"{plain} plain texts: all of each is learned, as in pre-training; no row of the file has a label")
+
+
+def _is_text(found: Found, layout: Layout) -> bool:
+    try:
+        return found.error is None and is_plain_text(layout.record(found.value))
+    except RowError:
+        return False
 
 
 def _row(file: str, found: Found, layout: Layout, to_example: Callable[[object], Example]) -> Row | Bad:

@@ -10,6 +10,7 @@ from treering.data.containers import Found, Source
 from treering.data.containers.arrow import read_arrow, read_parquet
 from treering.data.containers.objects import read_json
 from treering.data.containers.packed import PACKINGS
+from treering.data.containers.passages import read_passages
 from treering.data.containers.tables import read_table
 from treering.data.shapes import RowError, known_columns
 from treering.progress import say
@@ -21,6 +22,7 @@ _PACKED: dict[str, Callable[[Source], Iterator[Found]]] = {
     "json": partial(read_json, lines=False),
     "csv": partial(read_table, delimiter=","),
     "tsv": partial(read_table, delimiter="\t"),
+    "txt": read_passages,
 }
 _READERS = {**_PACKED, "parquet": read_parquet, "arrow": read_arrow}
 _ENDINGS = {
@@ -29,6 +31,7 @@ _ENDINGS = {
     ".json": "json",
     ".csv": "csv",
     ".tsv": "tsv",
+    ".txt": "txt",
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",

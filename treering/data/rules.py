@@ -63,12 +63,14 @@ class Known:
 
 def empty_question(row: Example, _: Around) -> Finding | None:
     """Nothing is asked in the last user turn."""
-    return None if _question(row) else Finding("the last user turn is empty; write the question or delete the row")
+    if row.is_text or _question(row):
+        return None
+    return Finding("the last user turn is empty; write the question or delete the row")
 
 
 def answer_equals_question(row: Example, _: Around) -> Finding | None:
     """The answer only repeats the question, which a shifted or copied column does."""
-    if row.messages[-1].role != "assistant" or not row.label or row.label != normalise(_question(row)):
+    if row.is_text or row.messages[-1].role != "assistant" or not row.label or row.label != normalise(_question(row)):
         return None  # What is nothing but punctuation normalises to nothing, so "?" and "!" would count as equal.
     return Finding(f"the answer {row.answer[:80]!r} repeats the question; write the real answer")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from treering.data.example import Example, Message
+from treering.data.example import TEXT, Example, Message
 from treering.data.names import CALLING, ROLES, ROW_KEYS, TURN_KEYS
 from treering.data.tools import CALLED, OFFERED, ToolError, called, offered
 
@@ -45,6 +45,8 @@ def convert(record: object, system: str | None = None, need_answer: bool = True,
     if not isinstance(record, Mapping):
         raise RowError("not-an-object", f"the row is {kind(record)}; it must be an object with named values")
     row = _with_chosen(_keyed(record.items(), ROW_KEYS))
+    if shape == PLAIN:
+        return _plain_text(row)
     found = _shape_of(row, SHAPES if shape is None else (NAMED[shape],))
     turns = _with_system(found.build(row, found), system)
     if found.build is not _labelled and not _is_blank(row.get(OFFERED)):
@@ -60,6 +62,24 @@ def convert(record: object, system: str | None = None, need_answer: bool = True,
 def plain(key: object) -> str:
     """The form in which keys and roles are compared."""
     return str(key).strip().lower()
+
+
+def is_plain_text(record: object) -> bool:
+    """Whether it is a text without a label beside it, or anything else that rows have."""
+    if not isinstance(record, Mapping):
+        return False
+    filled = {_called(key, ROW_KEYS) for key, value in record.items() if not _is_blank(value)}
+    named = {_called(key, ROW_KEYS) for key in record}
+    return "text" in filled and not LABELS & named and not (KNOWN_KEYS - {"text"}) & filled
+
+
+def _plain_text(row: Fields) -> Example:
+    if any(not _is_blank(row.get(key)) for key in LABELS):
+        raise RowError("unknown-format", "the file is read as plain text, but this row has a label; use --format")
+    text = _text(row.get("text"), "text")
+    if not text:
+        raise RowError("no-answer", "text is missing or empty; write it or delete the row")
+    return Example((Message(TEXT, text),))
 
 
 def known_columns(names: Sequence[str], shape: str | None = None) -> list[str]:
@@ -178,8 +198,11 @@ SHAPES = (
     Shape(("question",), ("answer",), _pair),
     Shape(("text", "sentence", "utterance", "message", "query"), ("label", "category", "intent"), _labelled),
 )
+PLAIN = "text"
 NAMED = dict(zip(("openai", "sharegpt", "alpaca", "prompt", "question", "label"), SHAPES, strict=True))
-"""The shapes by the names that users have for them."""
+NAMED[PLAIN] = Shape(("text",), (), _labelled)
+"""The shapes by the names that users have for them. Plain text is no question and answer (`_plain_text`)."""
+LABELS = frozenset(SHAPES[5].answer)
 PAIR = frozenset({"chosen", "rejected"})
 KNOWN_KEYS = frozenset(
     {"system", "input", "history", OFFERED, *PAIR}.union(*(shape.question + shape.answer for shape in SHAPES))

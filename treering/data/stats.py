@@ -76,7 +76,7 @@ def _of(
     new = set(waiting)
     found = Of({**counts, "waiting": len(waiting)}, _characters(examples.values()))
     labels = Counter(example.label for example in examples.values())
-    if labels and metric_for(list(labels.elements())) == "exact_match":
+    if labels and metric_for(examples.values()) == "exact_match":
         found.labels, found.label_count = dict(labels.most_common(SHOWN)), len(labels)
         found.slips = slips(labels)
         ratio = max(labels.values()) / min(labels.values())
