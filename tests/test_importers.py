@@ -48,6 +48,7 @@ def test_llama_factory() -> None:
     assert imported.settings == {
         "model_name_or_path": "meta-llama/Meta-Llama-3-8B-Instruct",
         "trust_remote_code": True,
+        "stage": "sft",
         "finetuning_type": "lora",
         "lora_rank": 16,
         "lora_alpha": 32,
@@ -104,7 +105,7 @@ def test_short_form() -> None:
         ({"lora_rank": 8, "finetuning_type": "oft"}, {"finetuning_type": "unknown name"}),
         ({"lora_rank": 8, "save_steps": 0.1}, {"save_steps": "must be a valid integer"}),
         ({"lora_rank": 8, "lora_alpha": None}, {"lora_alpha": "it is empty"}),
-        ({"lora_rank": 8, "stage": "dpo"}, {"stage": "updates are supervised"}),
+        ({"lora_rank": 8, "stage": "ppo"}, {"stage": "must be 'sft' or 'dpo'"}),
         ({"lora_rank": 8, "adapter_name_or_path": None, 3: 4}, {"adapter_name_or_path": "it is empty", "3": "no"}),
         (
             {"batch_size": 8, "incremental_method": "magic"},

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from treering.memory import Teacher, stack
 from treering.model import Tokens, pad
+from treering.preference import Pairs, pairs_of, with_rejected
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Batch:
     `[tokens]`, of each row those of its answers and then those of its prompts, where these are trained; `of` is how
     many the whole optimiser step has, so that a sum over a batch, divided by it, is the batch's part of a mean over the
     step. `teacher`: what `distill` holds rows to. `parent`: what the version before makes of new rows. `noise`: what is
-    added to the embeddings.
+    added to the embeddings. `pairs`: those rows that are learned as such, behind all rows their rejected answers; their
+    targets are not in `plain`, the places of those whose cross entropy is learned (None: all), nor in `of`.
     """
 
     inputs: Inputs
@@ -70,6 +72,8 @@ class Batch:
     teacher: Taught | None = None
     parent: Taught | None = None
     noise: Noise | None = None
+    pairs: Pairs | None = None
+    plain: Tensor | None = None
 
 
 def make_batch(
@@ -81,18 +85,22 @@ def make_batch(
     parents: Mapping[str, Teacher] | None = None,
 ) -> Batch:
     """Collate `rows`, as a step of their own; their last token is only predicted, never read."""
-    inputs = pad([row.ids[:-1] for row in rows], pad_id)
+    pairs, read = pairs_of(rows, device), with_rejected(rows)
+    inputs = pad([row.ids[:-1] for row in read], pad_id)
     length = inputs["input_ids"].shape[1]
-    learned = [[*row.answers, *row.prompts] for row in rows]
+    learned = [[*row.answers, *row.prompts] for row in read]
     at = [n * length + position - 1 for n, places in enumerate(learned) for position in places]
-    targets = [row.ids[position] for row, places in zip(rows, learned, strict=True) for position in places]
+    targets = [row.ids[position] for row, places in zip(read, learned, strict=True) for position in places]
+    plain = None if pairs is None else _outside(pairs, len(targets))
     return Batch(
         {"ids": inputs["input_ids"].to(device), "mask": inputs["attention_mask"].to(device)},
         torch.tensor(at).to(device),
         torch.tensor(targets).to(device),
-        len(targets),
+        len(targets) if plain is None else len(plain),
         _taught(rows, teachers or {}, device),
         _taught(rows, parents or {}, device),
+        pairs=pairs,
+        plain=None if plain is None else torch.tensor(plain, dtype=torch.long).to(device),
     )
 
 
@@ -101,12 +109,14 @@ def as_step(batches: Sequence[Batch]) -> list[Batch]:
     of = sum(batch.of for batch in batches)
     teacher = sum(batch.teacher.of for batch in batches if batch.teacher)
     parent = sum(batch.parent.of for batch in batches if batch.parent)
+    pairs = sum(batch.pairs.of for batch in batches if batch.pairs)
     return [
         replace(
             batch,
             of=of,
             teacher=batch.teacher and replace(batch.teacher, of=teacher),
             parent=batch.parent and replace(batch.parent, of=parent),
+            pairs=batch.pairs and replace(batch.pairs, of=pairs),
         )
         for batch in batches
     ]
@@ -116,6 +126,12 @@ def with_noise(batches: Sequence[Batch], alpha: float, seed: str) -> list[Batch]
     """The same batches, each with noise of its own; the same for the same `seed`."""
     draw = random.Random(seed)
     return [replace(batch, noise=Noise(alpha, draw.getrandbits(63))) for batch in batches]
+
+
+def _outside(pairs: Pairs, count: int) -> list[int]:
+    """Which of `count` targets are of no pair."""
+    inside = {place for spans in (pairs.chosen, pairs.rejected) for start, end in spans for place in range(start, end)}
+    return [place for place in range(count) if place not in inside]
 
 
 def _taught(rows: Sequence[Tokens], teachers: Mapping[str, Teacher], device: torch.device | str) -> Taught | None:

@@ -134,6 +134,8 @@ class Candidate:
             self.classes = dict(zip(self.plan.row_ids, self.shown.classes, strict=True))
         self.lessons = self._by_expert() if self.config.adapter_composition == "experts" else [self._lesson()]
         self.pupil.rows = {id: self._tokens(id) for id in [*self.plan.row_ids, *self.memory.rows]} | self.general
+        if self.config.stage == "dpo":  # Remembered pairs are replayed by their chosen answers.
+            self.pupil.rows |= {id: self._pair(id) for id in self.plan.row_ids}
         for lesson in self.lessons:
             self.turn_to(lesson)
             written = write(
@@ -347,6 +349,13 @@ class Candidate:
 
     def _tokens(self, id: str) -> Tokens:
         return self._encoded(id, self.examples[id])
+
+    def _pair(self, id: str) -> Tokens:
+        """The row with its rejected answer, if it has one."""
+        row, rejected = encode(self.tokenizer, self.examples[id], last_only=True), self.examples[id].rejected
+        if rejected is None:
+            return self._tokens(id)
+        return replace(row, id=id, rejected=encode(self.tokenizer, rejected, last_only=True))
 
     def _encoded(self, id: str, example: Example) -> Tokens:
         row = replace(encode(self.tokenizer, example), id=id)

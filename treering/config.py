@@ -59,6 +59,14 @@ class Config(Section):
     trust_remote_code: bool = False
     """Run code that comes with a hub model."""
 
+    stage: Literal["sft", "dpo"] = "sft"
+    """How preference pairs are learned: their chosen answers like any others (`sft`), or against the rejected ones
+    (`dpo`, the sigmoid loss of TRL and LLaMA-Factory). Rows that are no pairs are learned as ever. Rejected answers are
+    kept of rows that are taken in under `dpo`."""
+
+    pref_beta: float = Field(0.1, gt=0)
+    """With `stage: dpo`: how strongly the model is held to what it was before the update."""
+
     finetuning_type: str = "lora"
     """What learns: lora, adapter (bottlenecks), norm (norms and biases), freeze (a few layers), full, or osf (full, in
     the directions that weights use least)."""

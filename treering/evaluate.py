@@ -17,7 +17,7 @@ from treering.experts import routed
 from treering.greedy import Answer, Known, after, text, watched, write
 from treering.guides import guides
 from treering.methods.recall import Recalled
-from treering.metrics import TOKEN_ACCURACY, exact_match, token_f1
+from treering.metrics import PREFERENCE, TOKEN_ACCURACY, exact_match, token_f1
 from treering.model import encode
 from treering.passes import read_answers
 from treering.progress import bar
@@ -57,15 +57,19 @@ def evaluate(
 ) -> list[Result]:
     """Score `rows` (example, task); `metrics` names each task's metric. The model is never told the task."""
     model.eval()
+    named = [_metric(example, metrics[task]) for example, task in rows]
+    pairs = [at for at, name in enumerate(named) if name == PREFERENCE]
+    count, written = len(rows), [name not in (TOKEN_ACCURACY, PREFERENCE) for name in named]
+    rows = [*rows, *((rows[at][0].rejected or rows[at][0], rows[at][1]) for at in pairs)]  # Only read.
+    written += [False] * len(pairs)
     end, pad_id = cast(int, tokenizer.eos_token_id), cast(int, tokenizer.pad_token_id)
     tokens = [encode(tokenizer, example, last_only=True) for example, _ in rows]
     right = [[row.ids[place] for place in row.answers] for row in tokens]
-    named = [_metric(example, metrics[task]) for example, task in rows]
-    judged = [name == "exact_match" for name in named]
+    judged = [name == "exact_match" for name in [*named, *(PREFERENCE for _ in pairs)]]
     known = Known(answer for answer, is_label in zip(right, judged, strict=True) if is_label)
     longest = config.eval.max_new_tokens
 
-    def score(part: Sequence[int]) -> Sequence[tuple[str, float, float | None]]:
+    def score(part: Sequence[int]) -> Sequence[tuple[str, float, float]]:
         now, recalled = [tokens[at] for at in part], [hints[at].recalled for at in part]
         tree = Tree(model, config, pad_id, watched=watched(recalled))
         logits = read_answers(tree, now)
@@ -73,13 +77,13 @@ def evaluate(
         each = cross_entropy(logits, targets, reduction="none").split([len(right[at]) for at in part])
         losses = [loss.mean().item() for loss in each]
         right_tokens = (logits.argmax(-1) == targets).float().split([len(right[at]) for at in part])
-        read = {at: found.mean().item() for at, found in zip(part, right_tokens, strict=True) if rows[at][0].is_text}
+        share = {at: found.mean().item() for at, found in zip(part, right_tokens, strict=True)}
         del logits  # The largest of all, and no longer needed.
         answers: dict[int, Answer] = {}
         whole: dict[int, str] = {}
         for at, row, past in zip(part, now, recalled, strict=True):
-            if at in read:
-                whole[at] = ""  # Nothing is asked, so nothing is written.
+            if not written[at]:
+                whole[at] = ""  # What counts is how likely its tokens are.
                 continue
             path, long = tree.path(row.ids[:-1]), len(right[at])
             # An answer that is too long to be written whole (the end mark aside) is written after all.
@@ -92,23 +96,32 @@ def evaluate(
             answers[at] = Answer(row.ids[: row.answers[0]], path[: len(path) - long + 1], limit, past)
         write(tree, model, list(answers.values()), known, config, end, pad_id, stop)
         texts = whole | {at: text(tokenizer, answer) for at, answer in answers.items()}
-        return [(texts[at], loss, read.get(at)) for at, loss in zip(part, losses, strict=True)]
+        return [(texts[at], loss, share[at]) for at, loss in zip(part, losses, strict=True)]
 
     with bar(title, len(rows), quiet) as advance:
         hints = guides(model, tokenizer, [example.prompt for example, _ in rows], config, stop, reading)
         chosen, read = [guide.expert for guide in hints], [row.ids for row in tokens]
         found = routed(model, chosen, read, score, config, advance, stop, reading and reading.next())
-    return [
-        Result(example.id, task, name, METRICS[name](written, example.answer) if read is None else read, loss, written)
-        for (example, task), name, (written, loss, read) in zip(rows, named, found, strict=True)
-    ]
+    rejected = {at: loss for at, (_, loss, _) in zip(pairs, found[count:], strict=True)}
+    results = []
+    for at, ((example, task), name, (said, loss, share)) in enumerate(zip(rows, named, found, strict=False)):
+        if name == TOKEN_ACCURACY:
+            points = share
+        elif name == PREFERENCE:
+            points = float(loss < rejected[at])
+        else:
+            points = METRICS[name](said, example.answer)
+        results.append(Result(example.id, task, name, points, loss, said))
+    return results
 
 
 def _metric(row: Example, of_task: str) -> str:
-    """A plain text has a metric of its own, and a row of a task of texts that is none the one of open answers."""
+    """The metric of a row: that of its task, but where only texts or pairs have it and the row is none, or is one."""
     if row.is_text:
         return TOKEN_ACCURACY
-    return "token_f1" if of_task == TOKEN_ACCURACY else of_task
+    if of_task == PREFERENCE and row.rejected is not None:
+        return PREFERENCE
+    return of_task if of_task in METRICS else "token_f1"
 
 
 def _comes(right: Sequence[int], numbers: Sequence[int], recalled: Recalled | None, tree: Tree) -> bool:

@@ -42,7 +42,7 @@ class Handover:
     def save(self, folder: Path) -> None:
         """Write it into `folder`. Steps name rows by their place there: ids are long, and come often."""
         places = {id: place for place, id in enumerate(self.rows)}
-        rows = "".join(json.dumps([row.id, row.ids, row.answers, row.prompts]) + "\n" for row in self.rows.values())
+        rows = "".join(json.dumps(_told(row)) + "\n" for row in self.rows.values())
         write_file(folder / "rows.jsonl", rows.encode())
         for name, teachers in (("teachers", self.teachers), ("parents", self.parents)):
             if teachers:
@@ -65,7 +65,7 @@ class Handover:
         """Read what `save` wrote."""
         about: dict[str, Any] = json.loads((folder / "handover.json").read_text(encoding="utf-8"))
         lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [Tokens(*row) for row in map(json.loads, lines)]
+        rows = [_row(json.loads(line)) for line in lines]
         return cls(
             config=Config.build(about["config"]),
             base=Path(about["base"]),
@@ -78,6 +78,15 @@ class Handover:
             teachers=_load_teachers(folder / "teachers.safetensors", about["teachers"]),
             parents=_load_teachers(folder / "parents.safetensors", about["parents"]),
         )
+
+
+def _told(row: Tokens) -> list[Any]:
+    return [row.id, row.ids, row.answers, row.prompts, row.rejected and _told(row.rejected), row.margin]
+
+
+def _row(told: Sequence[Any]) -> Tokens:
+    id, ids, answers, prompts, rejected, margin = told
+    return Tokens(id, ids, answers, prompts, rejected and _row(rejected), margin)
 
 
 def _save_teachers(path: Path, teachers: Mapping[str, Teacher]) -> None:

@@ -45,7 +45,6 @@ _ELSEWHERE = {
     "output_dir": "versions are kept in the workspace's versions/ folder",
     "packing": "rows of like length are batched, which leaves little padding",
     "previous_model": "it is empty",
-    "stage": "updates are supervised (sft)",
     "template": "the tokenizer's own chat template is used",
 }
 

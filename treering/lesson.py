@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from treering.methods import Losses, Methods
 from treering.methods.lwf import TOP_K
 from treering.model import Tokens, load, use_bf16
 from treering.passes import losses
+from treering.preference import with_rejected
 from treering.progress import bar
 from treering.readings import Readings
 from treering.recovery import Recovery
@@ -162,6 +163,7 @@ class Lesson:
         replayed = [id for id in self.memory.rows if id in drawn]
         teachers = self._teachers(self.new, replayed, "asking the teacher before training")
         parents = self._parents(self.new, "asking the parent before training")
+        self._ask_reference()
         if self.config.launcher != "local":
             self._learn_in_processes(teachers, parents, track)
             track = None  # It was told.
@@ -284,6 +286,26 @@ class Lesson:
         if self.pupil.parent is None or "lwf" not in self.config.protect:
             return None
         return self._answered(new, title)
+
+    def _ask_reference(self) -> None:
+        """Note of each new pair by how much the model finds its chosen answer likelier, before the first step."""
+        pairs = [self.pupil.rows[id] for id in self.new if self.pupil.rows[id].rejected is not None]
+        if not pairs:
+            return
+        read, title = with_rejected(pairs), "asking the reference before training"
+        with bar(title, len(read), self.pupil.quiet) as advance:
+            found = losses(
+                self.pupil.model,
+                read,
+                self.config,
+                self.pupil.pad_id,
+                self.pupil.stop,
+                self.readings.of(title),
+                advance,
+            )
+        sums = [-mean * len(row.answers) for mean, row in zip(found, read, strict=True)]
+        for place, row in enumerate(pairs):
+            self.pupil.rows[row.id] = replace(row, margin=sums[place] - sums[len(pairs) + place])
 
     def _answered(self, ids: Sequence[str], title: str, temperature: float | None = None) -> dict[str, Teacher]:
         pupil = self.pupil

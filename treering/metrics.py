@@ -20,6 +20,9 @@ from treering.data.example import Example, normalise
 TOKEN_ACCURACY = "token_accuracy"
 """Of a plain text: the share of its tokens that are the likeliest after those before them."""
 
+PREFERENCE = "preference"
+"""Of a preference pair: whether the chosen answer is likelier than the rejected one, by the mean of its tokens."""
+
 Vector = NDArray[np.float64]
 
 
@@ -118,6 +121,8 @@ def metric_for(rows: Collection[Example]) -> str:
     """The metric of a task with these training rows."""
     if any(row.is_text for row in rows):
         return TOKEN_ACCURACY
+    if rows and all(row.rejected for row in rows):
+        return PREFERENCE
     return "exact_match" if is_label_set([row.label for row in rows]) else "token_f1"
 
 

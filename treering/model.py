@@ -73,13 +73,16 @@ for library in ("huggingface_hub", "bitsandbytes"):
 class Tokens:
     """A row as the model reads it. `answers` are the positions in `ids` of the tokens that are trained or scored.
 
-    `prompts` are those of tokens that are trained besides, and scored nowhere (`train_on_prompt`).
+    `prompts` are those of tokens that are trained besides, and scored nowhere (`train_on_prompt`). A row with a
+    `rejected` answer is learned as a pair, whose `margin` is what the reference says of it (`preference.py`).
     """
 
     id: str
     ids: list[int]
     answers: list[int]
     prompts: list[int] = field(default_factory=list)
+    rejected: Tokens | None = None
+    margin: float = 0.0
 
 
 def resolve(name: str | None, trust_remote_code: bool = False) -> Path:
@@ -398,10 +401,11 @@ def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], open_a
 
 
 def token_count(tokenizer: PreTrainedTokenizerBase, example: Example) -> int:
-    """The tokens of a row as training sees it. Raises what the chat template does."""
+    """The tokens of a row as training sees it, of a pair with its longer answer. Raises what the chat template does."""
     if example.is_text:
         return len(_text_ids(tokenizer, example.answer))
-    return len(_render(tokenizer, example.messages, open_answer=False))
+    either = [example, example.rejected] if example.rejected else [example]
+    return max(len(_render(tokenizer, one.messages, open_answer=False)) for one in either)
 
 
 _PLACES: ContextVar[Tensor | None] = ContextVar("_PLACES", default=None)

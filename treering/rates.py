@@ -26,7 +26,7 @@ from treering.passes import losses
 from treering.progress import Advance
 from treering.readings import Readings
 from treering.recovery import HalfStepError, LossError, Recovery
-from treering.schedule import Step, peak_rate, plan_steps
+from treering.schedule import PREFERENCE, Step, peak_rate, plan_steps
 from treering.train import train
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ def given(config: Config, rate: float, sample: Sample, steps: Sequence[Step]) ->
     if config.learning_rate != "auto":
         return Choice(rate, "as set")
     default = f"default for {config.finetuning_type}"
+    if config.stage == "dpo":
+        return Choice(rate, f"{PREFERENCE:.0%} of the {default}, for preference pairs")
     if len(sample.new_measured) < LEAST:
         found = len(sample.new) + len(sample.new_measured)
         return Choice(rate, f"{default}; {found} new rows are too few for a range test")

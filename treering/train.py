@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 
-from treering import optimizers, sharding, shares
+from treering import optimizers, preference, sharding, shares
 from treering.attention import recomputed
 from treering.batches import Batch, as_step, make_batch, with_noise
 from treering.checkpoints import Checkpoints, Log, random_state, set_random_state
@@ -73,7 +73,8 @@ def train(
     """Train the weights that require gradients, in place, over `steps`; returns one log entry a step.
 
     Each is given to `track` when it is finished; those of steps that an earlier run did are not.
-    Loss: cross entropy averaged over the tokens of the optimiser step that are learned, plus what the methods add.
+    Loss: cross entropy averaged over the tokens of the optimiser step that are learned, that of its preference pairs
+    averaged over these, plus what the methods add.
     With `checkpoints` (a folder) the state is kept there now and then, and an earlier run is resumed to the same bits.
     Where memory runs out, the step is taken again in smaller pieces (which `recovery` remembers, else the checkpoints'
     folder), from the last checkpoint on if weights may have changed; where its loss is no good (`check_loss`), training
@@ -97,7 +98,7 @@ def train(
     parts = shares.count(config, accelerator.device)
     collate = partial(make_batch, pad_id=pad_id, device=accelerator.device, teachers=teachers, parents=parents)
     names, weights = ["loss", *methods.by_name], list(parameters.values())
-    losses_of = partial(_losses, model, methods, use_bf16(config)[0])
+    losses_of = partial(_losses, model, methods, use_bf16(config)[0], config.pref_beta)
     stop, sharded = stop or Stop(), sharding.asked()
     gradients_of = partial(sharding.gradients if sharded else partial(_gradients, stop), losses_of, weights)
     recovery = recovery or Recovery(checkpoints, writes=ranks.first)
@@ -137,7 +138,9 @@ def train(
                 continue
             seconds = time.perf_counter() - started
             # The last token of a row is only predicted.
-            entry["tokens_per_second"] = sum(len(row.ids) - 1 for piece in pieces for row in piece) / seconds
+            entry["tokens_per_second"] = (
+                sum(len(row.ids) - 1 for piece in pieces for row in preference.with_rejected(piece)) / seconds
+            )
             log.append(entry)
             if track is not None and ranks.first:
                 track(entry)
@@ -351,11 +354,15 @@ def _gradients(
     return {name: float(loss.detach()) for name, loss in losses.items()}, gradients
 
 
-def _losses(model: PreTrainedModel, methods: Methods, bf16: bool, batch: Batch) -> dict[str, Tensor]:
-    """What `batch` adds to the losses of its optimiser step: cross entropy, and those of the methods by name."""
+def _losses(model: PreTrainedModel, methods: Methods, bf16: bool, beta: float, batch: Batch) -> dict[str, Tensor]:
+    """What `batch` adds to the losses of its optimiser step: that of its rows and pairs, and those of the methods."""
     with compute(bf16, batch.targets.device):
         logits = logits_at(model, **batch.inputs, at=batch.at, noise=batch.noise)
-    losses = {"loss": cross_entropy(logits, batch.targets, reduction="sum") / batch.of}
+    plain = (logits, batch.targets) if batch.plain is None else (logits[batch.plain], batch.targets[batch.plain])
+    loss = cross_entropy(*plain, reduction="sum") / max(1, batch.of)
+    if batch.pairs is not None:
+        loss = loss + preference.loss(batch.pairs, logits, batch.targets, beta)
+    losses = {"loss": loss}
     return losses | methods.losses(model, batch, logits)
 
 

@@ -68,7 +68,15 @@ class Job:
 
 def rows(job: Job, note: Callable[[str], None]) -> Iterator[Row | Bad]:
     """The file's rows, unchecked."""
-    return read(job.path, system=job.config.default_system, name=job.name, layout=job.layout, note=note)
+    config = job.config
+    return read(
+        job.path,
+        system=config.default_system,
+        pairs=config.stage == "dpo",
+        name=job.name,
+        layout=job.layout,
+        note=note,
+    )
 
 
 def parts(job: Job, note: Callable[[str], None], stop: Stop | None = None) -> Iterator[list[Fit | Bad]]:

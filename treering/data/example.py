@@ -15,7 +15,8 @@ from treering.data.tools import CALLED, OFFERED, calls_as_text, compact, offer_a
 ROLES = ("system", "user", "assistant", "tool")
 TEXT = "text"
 """The role of the one turn of a plain text, which is no conversation: all of it is learned."""
-EXTRA = (OFFERED, CALLED, "name", "tool_call_id")
+REJECTED = "rejected"
+EXTRA = (OFFERED, CALLED, "name", "tool_call_id", REJECTED)
 
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode  # `dumps` would make an encoder for each row.
@@ -26,7 +27,8 @@ class Message:
     """One turn. `role` is one of `ROLES`; `content` is its text.
 
     `extra` is what else OpenAI's format has of it, as JSON: `tools` that a system turn offers,
-    `tool_calls` of an assistant's, `name` and `tool_call_id` of a tool's.
+    `tool_calls` of an assistant's, `name` and `tool_call_id` of a tool's; and of the last one the answer that was
+    `rejected` for it, where the row is a preference pair.
     """
 
     role: str
@@ -100,6 +102,13 @@ class Example:
     def answer(self) -> str:
         """The text of the last turn."""
         return self.messages[-1].text
+
+    @property
+    def rejected(self) -> Example | None:
+        """The same with the answer that was rejected, where the row is a preference pair."""
+        last = self.messages[-1]
+        found = json.loads(last.extra).get(REJECTED) if last.extra else None
+        return None if found is None else Example((*self.messages[:-1], Message(last.role, found)))
 
     @property
     def label(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from treering.data.example import Example
+from treering.data.example import REJECTED, Example, Message
 from treering.data.read import Row, read
 from treering.data.tools import CALLED, OFFERED, compact
 from treering.data.writer import Split
@@ -99,7 +99,7 @@ def _stored(ws: Workspace, ids: list[str]) -> Iterator[Example]:
 def _converted(examples: Iterable[Example], format: str, left: dict[str, int]) -> Iterator[dict[str, Any]]:
     """The rows in that format; `left` counts those it cannot say, by the reason."""
     for example in examples:
-        row = "it is plain text" if example.is_text and format != "text" else FORMATS[format](example)
+        row = "it is plain text" if example.is_text and format != "text" else _as_pair(example, format)
         if isinstance(row, str):
             left[row] = left.get(row, 0) + 1
         else:
@@ -136,6 +136,29 @@ def parquet(example: Example) -> dict[str, Any]:
     turns, tools = _apart(example)
     said = [{**turn, **({CALLED: compact(turn[CALLED])} if CALLED in turn else {})} for turn in turns]
     return {"messages": said, OFFERED: compact(tools) if tools else None}
+
+
+def _as_pair(example: Example, format: str) -> dict[str, Any] | str:
+    """The row, with `chosen` and `rejected` where it is a preference pair."""
+    other = example.rejected
+    if other is None:
+        return FORMATS[format](example)
+    last = example.messages[-1].as_dict()
+    del last[REJECTED]
+    chosen = Example((*example.messages[:-1], Message.of(last)))
+    one, two = FORMATS[format](chosen), FORMATS[format](other)
+    if isinstance(one, str) or isinstance(two, str):
+        return one if isinstance(one, str) else str(two)
+    if format == "alpaca":
+        return {**one, "output": None, "chosen": one["output"], "rejected": two["output"]}
+    if format not in ("openai", "sharegpt"):
+        return "it is a preference pair"
+    key, asked = ("messages", "prompt") if format == "openai" else ("conversations", "conversations")
+    rest = {name: value for name, value in one.items() if name != key}
+    *before, said = one[key]
+    answers = (said, two[key][-1])
+    chosen_turn, rejected_turn = ([turn] for turn in answers) if format == "openai" else answers
+    return {**rest, asked: before, "chosen": chosen_turn, "rejected": rejected_turn}
 
 
 def _apart(example: Example) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -304,9 +304,10 @@ def _batches(
 
 def _convert(items: Sequence[Any], config: Config) -> Iterable[Row | Bad]:
     shape = PLAIN if items and is_plain_text(items[0]) else None
+    to_example = partial(convert, system=config.default_system, shape=shape, pairs=config.stage == "dpo")
     for number, item in enumerate(items, start=1):
         try:
-            yield Row(_PYTHON, number, convert(item, system=config.default_system, shape=shape))
+            yield Row(_PYTHON, number, to_example(item))
         except RowError as error:
             yield Bad(_PYTHON, number, error.rule, error.reason, repr(item)[:2000])
 

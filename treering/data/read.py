@@ -59,14 +59,15 @@ def read(
     system: str | None = None,
     need_answer: bool = True,
     *,
+    pairs: bool = False,
     name: str | None = None,
     layout: Layout | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Iterator[Row | Bad]:
     """Yield every record of the file as a `Row` or a `Bad`; no content makes this raise.
 
-    `system` and `need_answer` are those of `convert`. `name`: what the file is called, if not by its path. `note` is
-    told what a user should know of a file that can be read; without it, it is said on standard error.
+    `system`, `need_answer` and `pairs` are those of `convert`. `name`: what the file is called, if not by its path.
+    `note` is told what a user should know of a file that can be read; without it, it is said on standard error.
     """
     try:
         there = path.is_file()
@@ -76,7 +77,7 @@ def read(
         raise UsageError(f"{path} is not a file. Name a data file; for a folder, read each file of find_files().")
     file = printable(name or str(path))
     layout = layout or Layout()
-    to_example = partial(convert, system=system, need_answer=need_answer, shape=layout.shape)
+    to_example = partial(convert, system=system, need_answer=need_answer, shape=layout.shape, pairs=pairs)
     tell = note or (lambda text: say(f"{file}: {text}"))
     return _rows(path, file, layout, to_example, tell, texts=need_answer)
 
@@ -134,7 +135,7 @@ def _rows(
 ) -> Iterator[Row | Bad]:
     """`texts`: whether the file may be one of plain texts, which its first row tells."""
     empty = True
-    pairs = plain = 0
+    pairs = kept = plain = 0
     try:
         for found in records(path, layout.container, layout.header, note):
             if empty and texts and layout.shape is None and _is_text(found, layout):
@@ -142,6 +143,7 @@ def _rows(
             empty = False
             row = _row(file, found, layout, to_example)
             pairs += isinstance(row, Row) and is_pair(layout.record(found.value))
+            kept += isinstance(row, Row) and row.example.rejected is not None
             plain += isinstance(row, Row) and row.example.is_text
             yield row
         if empty:
@@ -150,7 +152,9 @@ def _rows(
         yield _bad(file, 0, error, error.raw)
     except (OSError, UnicodeError) as error:  # Unicode: the file changed after its encoding was checked
         yield _bad(file, 0, RowError("unreadable", f"{error}; make the file readable and add it again"), "")
-    if pairs:
+    if kept:
+        note(f"{kept} preference pairs, both of whose answers are kept (stage: dpo)")
+    elif pairs:
         note(f"{pairs} preference pairs: the chosen answers are learned, the rejected ones are not kept")
     if plain:
         note(f"{plain} plain texts: all of each is learned, as in pre-training; no row of the file has a label")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from treering.data.example import TEXT, Example, Message
+from treering.data.example import REJECTED, TEXT, Example, Message, normalise
 from treering.data.names import CALLING, ROLES, ROW_KEYS, TURN_KEYS
 from treering.data.tools import CALLED, OFFERED, ToolError, called, offered
 
@@ -35,16 +35,24 @@ class Shape(NamedTuple):
     build: Callable[[Fields, Shape], list[Message]]
 
 
-def convert(record: object, system: str | None = None, need_answer: bool = True, shape: str | None = None) -> Example:
+def convert(
+    record: object,
+    system: str | None = None,
+    need_answer: bool = True,
+    shape: str | None = None,
+    pairs: bool = False,
+) -> Example:
     """Turn one record into an example, or raise `RowError`.
 
     `shape`, one of `NAMED`, says which it is, where that is not to be recognised.
     `system` becomes the system turn of a record that has none. With `need_answer=False` (for prediction) a record may
-    lack its answer: the example's messages then end with the user's turn. An answer that is there is kept.
+    lack its answer: the example's messages then end with the user's turn. An answer that is there is kept. With `pairs`
+    the rejected answer of a preference pair is kept too.
     """
     if not isinstance(record, Mapping):
         raise RowError("not-an-object", f"the row is {kind(record)}; it must be an object with named values")
-    row = _with_chosen(_keyed(record.items(), ROW_KEYS))
+    given = _keyed(record.items(), ROW_KEYS)
+    row = _with_chosen(given)
     if shape == PLAIN:
         return _plain_text(row)
     found = _shape_of(row, SHAPES if shape is None else (NAMED[shape],))
@@ -56,6 +64,8 @@ def convert(record: object, system: str | None = None, need_answer: bool = True,
     _require_order(turns)
     if need_answer or turns[-1].role != "user":
         _require_answer(turns[-1], found)
+    if pairs and not any(_is_blank(given.get(key)) for key in PAIR):
+        turns[-1] = _against(turns[-1], given["rejected"])
     return Example(tuple(turns))
 
 
@@ -150,6 +160,17 @@ def _with_chosen(row: dict[str, object]) -> dict[str, object]:
     if not isinstance(before, list) or (before and _role_of(before[-1]) == "assistant"):
         return rest
     return {**rest, asked: [*before, *turns]}
+
+
+def _against(chosen: Message, rejected: object) -> Message:
+    """The chosen answer, with the one that was rejected for it."""
+    turns = rejected if isinstance(rejected, list) else [rejected if isinstance(rejected, Mapping) else None]
+    said = _messages(turns, "rejected") if turns[0] is not None else [Message("assistant", _text(rejected, "rejected"))]
+    if not said or said[-1].role != "assistant" or not said[-1].text:
+        raise RowError("no-answer", "rejected has no answer; write it or delete the row")
+    if normalise(said[-1].text) == normalise(chosen.text):
+        raise RowError("equal-answers", "chosen and rejected say the same; correct one of them")
+    return Message.of({**chosen.as_dict(), REJECTED: said[-1].text})
 
 
 def _answered(text: object) -> dict[str, object]:
