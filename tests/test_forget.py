@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,16 +50,27 @@ def traces(ws: Workspace, *words: str) -> list[str]:
     return found
 
 
-@pytest.fixture
-def ws(workspace: MakeWorkspace) -> Workspace:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
     """v1 has learned ten rows, v2 ten more and the secret one, v3 ten of another task; all is remembered."""
-    ws = workspace(memory={"size": 100}, gate={"floor": 1.0})
+    settings: dict[str, Any] = {"model_name_or_path": str(model_folder), "bf16": False}
+    ws = Workspace.create(
+        tmp_path_factory.mktemp("forget") / "ws", **settings, memory={"size": 100}, gate={"floor": 1.0}
+    )
     for task, rows in (("cups", toy_rows("cups", 10)), ("pens", [*toy_rows("pens", 10), secret()])):
         ws.ingest(rows, task=task)
         ws.update()
     ws.ingest(toy_rows("hats", 10), task="hats")
     ws.update()
-    return ws
+    ws.catalog.flush()
+    ws.catalog.engine.dispose()
+    return ws.root
+
+
+@pytest.fixture
+def ws(whole: Path, tmp_path: Path) -> Workspace:
+    """A copy of `whole`, to be changed."""
+    return Workspace(shutil.copytree(whole, tmp_path / "copy", symlinks=True))
 
 
 def held_out_row(ws: Workspace, task: str) -> str:

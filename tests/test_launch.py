@@ -218,6 +218,7 @@ def test_a_training_as_files_is_the_same(model_folder: Path, tmp_path: Path) -> 
     assert found == given and any(row.prompts for row in found.rows.values())
 
 
+@pytest.mark.soak
 def test_what_the_processes_raise_is_raised(model_folder: Path, tmp_path: Path) -> None:
     """With weights in shards, as a file of accelerate's has it."""
     (tmp_path / "fsdp.yaml").write_text(FSDP)
