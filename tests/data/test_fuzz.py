@@ -1,0 +1,177 @@
+"""Thousands of damaged files through the real ingest: never an exception, and every row is somewhere."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+import shutil
+import sqlite3
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+
+from tests.fuzzing import made
+from treering import Workspace
+from treering.data.intake import Ingested
+from treering.data.read import Bad, Row, read
+from treering.data.records import container_of
+from treering.data.shapes import RowError
+
+MakeWorkspace = Callable[..., Workspace]
+Record = Callable[[str, object], None]
+
+AT_ONCE = 25
+"""Files that one ingest takes."""
+
+
+def stored(ws: Workspace) -> Counter[str]:
+    """What the catalog holds, counted past all that treering says of it."""
+    counts: Counter[str] = Counter()
+    with sqlite3.connect(ws.root / "treering.db") as db:
+        for split, count in db.execute("SELECT split, count(*) FROM rows GROUP BY split"):
+            counts["rows"] += count
+            counts["superseded"] += count if split.startswith("superseded:") else 0
+        (counts["quarantined"],) = db.execute("SELECT count(*) FROM quarantine").fetchone()
+        (counts["left out"],) = db.execute("SELECT count(*) FROM duplicates").fetchone()
+    return counts
+
+
+def taken(ws: Workspace, folder: Path, task: str) -> Ingested:
+    """One ingest, whose figures must be what the catalog has more than before."""
+    before = stored(ws)
+    found = ws.ingest(folder, task=task)
+    after = stored(ws)
+    assert found.rows == found.accepted + found.duplicates + found.quarantined
+    assert sum(found.tasks.values()) == found.accepted and sum(found.reasons.values()) == found.quarantined
+    assert {key: after[key] - before[key] for key in after} == {
+        "rows": found.accepted,
+        "superseded": found.superseded,
+        "quarantined": found.quarantined,
+        "left out": found.near,
+    }
+    return found
+
+
+# How many rows a file has, counted without treering
+
+
+def counted(file: Path) -> int | None:
+    """Its rows; None where that depends on how it is read, so that another count proves nothing."""
+    content = file.read_bytes()
+    try:
+        container = container_of(file)
+        if container == "parquet":
+            return int(pq.read_metadata(file).num_rows)
+        if container == "arrow":
+            return _of_arrow(content)
+        if file.suffix == ".gz":
+            content = gzip.decompress(content)
+        elif file.suffix == ".zst":
+            with pa.CompressedInputStream(pa.BufferReader(content), "zstd") as stream:
+                content = stream.read()
+        text = _decoded(content)
+    except (RowError, OSError, EOFError, ValueError, zlib.error, pa.ArrowException):
+        return None
+    lines = [line for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
+    if container in ("csv", "tsv"):
+        sure = '"' not in text and all(line.strip(" ,;\t") for line in lines)
+        return len(lines) - 1 if lines and sure else None
+    return _of_json(text, lines)
+
+
+def _of_arrow(content: bytes) -> int:
+    if content.startswith(b"ARROW1"):
+        reader = pa.ipc.open_file(content)
+        return sum(reader.get_batch(place).num_rows for place in range(reader.num_record_batches))
+    return sum(batch.num_rows for batch in pa.ipc.open_stream(content))
+
+
+def _decoded(content: bytes) -> str:
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("gb18030")
+
+
+def _of_json(text: str, lines: list[str]) -> int | None:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None if not lines or lines[0].strip().startswith("[") else len(lines)
+    if isinstance(found, list):
+        return len(found)
+    return None if isinstance(found, dict) and found.keys() & {"data", "train", "rows"} else 1
+
+
+def items_of(file: Path) -> list[Row | Bad]:
+    """What is read of a file, after it was compared to its rows as counted without treering."""
+    found = list(read(file, note=lambda _: None))
+    assert found, f"{file.name}: nothing came of it"
+    whole = [item for item in found if isinstance(item, Bad) and item.line == 0]
+    assert all(len(item.raw) <= 2000 and (item.raw + item.reason).encode() for item in found if isinstance(item, Bad))
+    wanted = counted(file)
+    if not whole:
+        assert wanted is None or len(found) == wanted, f"{file.name}: {len(found)} of {wanted} rows"
+    return found
+
+
+# The test
+
+
+@pytest.fixture
+def ws(workspace: MakeWorkspace) -> Workspace:
+    made_now = workspace()
+    assert made_now.catalog.counts()["train"] == 0  # Makes the tables.
+    return made_now
+
+
+def fuzz(ws: Workspace, numbers: range, folder: Path) -> Iterator[Ingested]:
+    """Make the files of these numbers and take them in, some at once."""
+    for start in range(numbers.start, numbers.stop, AT_ONCE):
+        here = folder / f"{start}"
+        here.mkdir()
+        files = [made(random.Random(f"fuzz:{number}"), number) for number in range(start, start + AT_ONCE)]
+        for file in files:
+            (here / file.name).write_bytes(file.content)
+        rows = sum(len(items_of(here / file.name)) for file in files)
+        found = taken(ws, here, f"task {start % 100}")
+        assert found.rows == rows
+        shutil.rmtree(here)
+        yield found
+
+
+def run(ws: Workspace, folder: Path, numbers: range, record_property: Record) -> Counter[str]:
+    """Fuzz, and record and print what came of it."""
+    counts: Counter[str] = Counter()
+    rules: Counter[str] = Counter()
+    for found in fuzz(ws, numbers, folder):
+        counts.update(rows=found.rows, accepted=found.accepted, duplicates=found.duplicates)
+        counts.update(quarantined=found.quarantined)
+        rules.update(found.reasons)
+    told = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    record_property("files", f"{len(numbers):,}")
+    record_property("rows", told)
+    print(f"{len(numbers):,} files: {told}; {dict(rules.most_common())}")
+    assert counts["rows"] == counts["accepted"] + counts["duplicates"] + counts["quarantined"]
+    ws.catalog.check()
+    return rules
+
+
+def test_some_damaged_files(ws: Workspace, tmp_path: Path, record_property: Record) -> None:
+    rules = run(ws, tmp_path, range(300), record_property)
+    assert len(rules) >= 10
+
+
+@pytest.mark.soak
+def test_ten_thousand_damaged_files(ws: Workspace, tmp_path: Path, record_property: Record) -> None:
+    run(ws, tmp_path, range(300, 10_300), record_property)
