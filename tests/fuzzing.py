@@ -83,7 +83,9 @@ SHAPES = (*FLAT, _messages, _sharegpt, _alpaca, _preferred_turns)
 
 
 def jsonl(rows: Sequence[Record]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=len(rows) % 2 == 0) + "\n" for row in rows).encode(errors="surrogatepass")
+    return "".join(json.dumps(row, ensure_ascii=len(rows) % 2 == 0) + "\n" for row in rows).encode(
+        errors="surrogatepass"
+    )
 
 
 def _json(rows: Sequence[Record]) -> bytes:

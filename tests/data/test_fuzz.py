@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-
 from tests.fuzzing import made
 from treering import Workspace
 from treering.data.intake import Ingested
@@ -161,7 +160,7 @@ def run(ws: Workspace, folder: Path, numbers: range, record_property: Record) ->
     told = ", ".join(f"{count:,} {name}" for name, count in counts.items())
     record_property("files", f"{len(numbers):,}")
     record_property("rows", told)
-    print(f"{len(numbers):,} files: {told}; {dict(rules.most_common())}")
+    record_property("rules", ", ".join(f"{count:,} {name}" for name, count in rules.most_common()))
     assert counts["rows"] == counts["accepted"] + counts["duplicates"] + counts["quarantined"]
     ws.catalog.check()
     return rules

@@ -1,15 +1,19 @@
 """Large files are read and checked by another process, ahead of the one that compares and stores their rows.
 
-What comes of them is the same as where one process does both. The other is told what to do on standard input, and
-answers on standard output, a part of the rows a line.
+What comes of them is the same as where one process does both. The other is told what to do on the first line of
+standard input, which stays open as long as somebody wants its rows, and answers on standard output, a part of them a
+line.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -76,8 +80,8 @@ def parts(job: Job, note: Callable[[str], None]) -> Iterator[list[Fit | Bad]]:
         assert child.stdin is not None and child.stdout is not None
         try:
             with suppress(BrokenPipeError):  # It has ended: that is told below.
-                child.stdin.write(json.dumps(job.plain))
-                child.stdin.close()
+                child.stdin.write(json.dumps(job.plain) + "\n")
+                child.stdin.flush()
             for line in child.stdout:
                 told = json.loads(line)
                 ended = "end" in told
@@ -87,6 +91,8 @@ def parts(job: Job, note: Callable[[str], None]) -> Iterator[list[Fit | Bad]]:
                     yield [_read(one) for one in told["rows"]]
             child.wait()
         finally:
+            with suppress(BrokenPipeError):
+                child.stdin.close()
             child.kill()  # It has ended, unless who asks for its rows has failed.
     if not ended:
         raise TreeringError(
@@ -99,7 +105,11 @@ def main() -> None:
     """Be that process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # It ends with who asked.
     out = own_output()
-    job = Job.of(json.loads(sys.stdin.read()))
+    orders = io.FileIO(0, closefd=False)
+    if not (order := orders.readline()):
+        return  # Who asked is gone already.
+    threading.Thread(target=_end_with_who_asked, args=(orders,), daemon=True).start()
+    job = Job.of(json.loads(order))
 
     def say(told: dict[str, Any]) -> None:
         out.write(json.dumps(told, ensure_ascii=False) + "\n")
@@ -109,6 +119,11 @@ def main() -> None:
     for part in fit(found, opened(job.config, job.root), job.task):
         say({"rows": [_plain(one) for one in part]})
     say({"end": True})
+
+
+def _end_with_who_asked(orders: io.FileIO) -> None:
+    orders.readline()  # Comes back when standard input is closed, which a kill does too.
+    os._exit(1)
 
 
 def _plain(one: Fit | Bad) -> list[Any]:
