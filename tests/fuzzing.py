@@ -299,6 +299,50 @@ def made(rng: random.Random, number: int) -> Made:
     return Made(f"{number:05}{ending}", content, tuple(ways))
 
 
+def line_file(rng: random.Random, number: int) -> tuple[Made, int, int]:
+    """A file of lines, one of which is damaged but ends where it did; how many lines there are, and which it is."""
+    suffix = rng.choice([".jsonl", ".ndjson", ".csv", ".tsv"])
+    lines = WRITERS[suffix]([_question(rng) for _ in range(6)]).decode().splitlines()
+    place = rng.randrange(suffix in TABLES, len(lines))
+    line = lines[place].encode()
+    for _ in range(rng.randint(1, 3)):
+        damage = rng.choice([_flipped, _cut, _doubled, _inserted])
+        line = damage(rng, line or b"x", b"").replace(b"\n", b"").replace(b"\r", b"").replace(b"\0", b"0")
+    lines[place] = line.decode("utf-8", "replace").strip() or "x"
+    return Made(f"{number:05}{suffix}", "\n".join(lines).encode(), ()), len(lines), place
+
+
+def saved_dataset(rng: random.Random) -> tuple[dict[str, bytes], str]:
+    """The files of a folder as `datasets` saves it, one of them damaged, and its name."""
+    shards = {f"data-0000{n}-of-00002.arrow": ipc([_label(rng) for _ in range(3)], stream=True) for n in range(2)}
+    state = {"_data_files": [{"filename": name} for name in shards], "_fingerprint": "0", "_split": "train"}
+    info = {"features": {"label": {"names": ["x", "y"], "_type": "ClassLabel"}}, "citation": ""}
+    files = {**shards, "state.json": json.dumps(state).encode(), "dataset_info.json": json.dumps(info).encode()}
+    name = rng.choice(list(files))
+    files[name] = rng.choice(DAMAGES)(rng, files[name], jsonl([_pair(rng)])) or b" "
+    return files, name
+
+
+def listed_files(rng: random.Random) -> dict[str, bytes]:
+    """A folder with LLaMA-Factory's list, which has something wrong with it."""
+    columns = {"messages": "talk", "system": "rules"}
+    tags = {"role_tag": "who", "content_tag": "says", "user_tag": "U", "assistant_tag": "B"}
+    turns = [{"who": "U", "says": words(rng)}, {"who": "B", "says": words(rng)}]
+    listed: Record = {
+        "shared": {"file_name": "shared.json", "formatting": "sharegpt", "columns": columns, "tags": tags},
+        "plain": {"file_name": "plain.json"},
+        "ranked": {"file_name": "plain.json", "ranking": True, "columns": {"prompt": "instruction"}},
+        "far": {"hf_hub_url": "org/far"},
+    }
+    for _ in range(rng.randint(0, 2)):
+        listed = mutated_row(rng, listed) or {"x": {}}
+    content = json.dumps(listed).encode()
+    if rng.random() < 0.4:
+        content = rng.choice(DAMAGES)(rng, content, b"[]{}") or b" "
+    rows = {"shared.json": _json([{"talk": turns}]), "plain.json": _json([_alpaca(rng) for _ in range(2)])}
+    return {**rows, "dataset_info.json": content}
+
+
 def _rows(rng: random.Random, suffix: str) -> tuple[list[Record], list[str]]:
     """Rows, and what was done to some of them."""
     shape = rng.choice(FLAT if suffix in TABLES else SHAPES)

@@ -10,19 +10,24 @@ import shutil
 import sqlite3
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests import fuzzing
 from tests.fuzzing import made
 from treering import Workspace
 from treering.data.intake import Ingested
 from treering.data.read import Bad, Row, read
 from treering.data.records import container_of
-from treering.data.shapes import RowError
+from treering.data.shapes import KNOWN_KEYS, NAMED, RowError, convert
+from treering.errors import UsageError
 
 MakeWorkspace = Callable[..., Workspace]
 Record = Callable[[str, object], None]
@@ -149,6 +154,57 @@ def fuzz(ws: Workspace, numbers: range, folder: Path) -> Iterator[Ingested]:
         yield found
 
 
+def put(folder: Path, files: Mapping[str, bytes]) -> Path:
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def run_folders(ws: Workspace, folder: Path, count: int) -> Counter[str]:
+    """Fuzz folders that describe themselves; returns how many were taken in, and how many refused as a whole."""
+    ended: Counter[str] = Counter()
+    for number in range(count):
+        rng = random.Random(f"folder:{number}")
+        here, (files, damaged) = folder / f"saved {number}", fuzzing.saved_dataset(rng)
+        put(here, files)
+        found = taken(ws, here, "saved")
+        rows = {name: len(items_of(here / name)) for name in files if name.endswith(".arrow")}
+        spare = found.rows - sum(rows.values())
+        assert spare == 0 or damaged in ("state.json", "dataset_info.json")
+        assert spare >= 0, f"{number}: of {rows} {found.rows} were read"
+        here = put(folder / f"listed {number}", fuzzing.listed_files(rng))
+        before = stored(ws)
+        try:
+            rows_in_all, why = taken(ws, here, "listed").rows, ""
+        except UsageError as error:
+            rows_in_all, why = 0, str(error)
+        assert rows_in_all >= 2 or ("dataset_info.json" in why and stored(ws) == before)
+        ended["refused" if why else "taken"] += 1
+        shutil.rmtree(folder / f"saved {number}")
+        shutil.rmtree(here)
+    return ended
+
+
+def run_lines(ws: Workspace, folder: Path, count: int) -> None:
+    """Fuzz files of lines, one line each: all others are taken in."""
+    for start in range(0, count, AT_ONCE):
+        here, wanted = folder / f"lines {start}", list[str]()
+        here.mkdir()
+        for number in range(start, start + AT_ONCE):
+            file, lines, place = fuzzing.line_file(random.Random(f"line:{number}"), number)
+            (here / file.name).write_bytes(file.content)
+            found = {item.line: item for item in items_of(here / file.name)}
+            first = 2 if file.name.endswith(fuzzing.TABLES) else 1
+            assert set(range(first, lines + 1)) - {place + 1} <= found.keys(), file
+            others = [found[line] for line in found if line != place + 1]
+            assert all(isinstance(item, Row) for item in others), file
+            wanted += [item.example.id for item in others if isinstance(item, Row)]
+        taken(ws, here, "lines")
+        assert {row["id"] for row in ws.catalog.rows(wanted)} == set(wanted)
+        shutil.rmtree(here)
+
+
 def run(ws: Workspace, folder: Path, numbers: range, record_property: Record) -> Counter[str]:
     """Fuzz, and record and print what came of it."""
     counts: Counter[str] = Counter()
@@ -162,6 +218,9 @@ def run(ws: Workspace, folder: Path, numbers: range, record_property: Record) ->
     record_property("rows", told)
     record_property("rules", ", ".join(f"{count:,} {name}" for name, count in rules.most_common()))
     assert counts["rows"] == counts["accepted"] + counts["duplicates"] + counts["quarantined"]
+    ended = run_folders(ws, folder, len(numbers) // 20)
+    run_lines(ws, folder, len(numbers) // 4)
+    record_property("lists", ", ".join(f"{count:,} {name}" for name, count in ended.items()))
     ws.catalog.check()
     return rules
 
@@ -174,3 +233,23 @@ def test_some_damaged_files(ws: Workspace, tmp_path: Path, record_property: Reco
 @pytest.mark.soak
 def test_ten_thousand_damaged_files(ws: Workspace, tmp_path: Path, record_property: Record) -> None:
     run(ws, tmp_path, range(300, 10_300), record_property)
+
+
+KEYS = st.sampled_from(
+    ["role", "content", "from", "value", "type", "text", "label", "system", "history", "chosen", "问题"]
+)
+LEAVES = st.text() | st.sampled_from(["user", "assistant", "\ud800"])
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=3), inner, max_size=4),
+    max_leaves=12,
+)
+RECORDS = st.dictionaries(st.sampled_from(sorted(KNOWN_KEYS)) | st.text(max_size=3), ANY, max_size=5)
+
+
+@settings(max_examples=300)
+@given(record=RECORDS | ANY, shape=st.none() | st.sampled_from(sorted(NAMED)), need_answer=st.booleans())
+def test_any_json_is_an_example_or_a_reason(record: object, shape: str | None, need_answer: bool) -> None:
+    with suppress(RowError):
+        example = convert(record, need_answer=need_answer, shape=shape)
+        assert example.messages and example.id and (not need_answer or example.answer)

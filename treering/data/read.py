@@ -129,7 +129,7 @@ def _why_not(file: Path, folder: Path) -> str | None:
     if not followed(file).is_relative_to(folder):
         return "it is a link that leads out of the folder; put the file itself there, or name where it leads"
     if not os.path.exists(file):
-        return "it is a link that leads nowhere; delete it, or put the file itself there"
+        return "it is a link that leads nowhere, or may not be seen; put the file itself there"
     return (
         None if os.path.isfile(file) or os.path.isdir(file) else "it is a pipe, a socket or a device; put a file there"
     )
