@@ -200,6 +200,17 @@ def test_lists_that_lead_astray(ws: Workspace, tmp_path: Path, entry: dict[str, 
         ws.ingest(folder, task="t")
 
 
+def test_data_sets_whose_titles_are_no_names(ws: Workspace, tmp_path: Path) -> None:
+    """The second that names a file has its title in the name that is kept with each row."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.json").write_text('[{"instruction": "q", "output": "a"}]')
+    listed = {title: {"file_name": "a.json"} for title in ("../x", "y\n\ud800")}
+    (folder / "dataset_info.json").write_text(json.dumps(listed))
+    found = ws.ingest(folder / "dataset_info.json")
+    assert (found.accepted, found.duplicates, found.tasks) == (1, 1, {"../x": 1})
+
+
 def test_links_and_what_is_no_file_are_told_and_left_out(ws: Workspace, tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "a.jsonl").write_bytes(LINES)

@@ -15,7 +15,7 @@ from treering.data.read import find_files, split_of
 from treering.data.records import stem
 from treering.data.writer import Split
 from treering.errors import UsageError
-from treering.files import followed, printable
+from treering.files import followed, one_line, printable
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _described(info: Path, place: Place, how: How, note: Callable[[str, str], No
             if info.parent == root.path:
                 one = replace(one, task=partial(str, title))
             # A file that two entries name is read twice.
-            one = one if one.name not in found else replace(one, name=f"{one.name} ({title})")
+            one = one if one.name not in found else replace(one, name=f"{one.name} ({one_line(title)})")
             found[one.name] = one
     return list(found.values())
 
