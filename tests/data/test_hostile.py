@@ -88,7 +88,7 @@ def from_stdin(ws: Workspace, tmp_path: Path, megabytes: int) -> None:
 
 
 def test_a_long_line_on_standard_input(ws: Workspace, tmp_path: Path) -> None:
-    from_stdin(ws, tmp_path, 100)
+    from_stdin(ws, tmp_path, 40)
 
 
 @pytest.mark.soak
