@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.crashing import Server
+from tests.crashing import Process, Server
 from treering import Workspace, registry
 from treering.errors import LockError, UsageError, VersionError
 from treering.testing import toy_rows
@@ -198,6 +198,44 @@ def test_an_ingest_is_whole_or_nothing(whole: Whole) -> None:
         assert server.json("status") == before, changes[number - 1]
         server.run("ingest")
         assert server.json("status") == after
+
+
+def readers_of(process: Process) -> list[int]:
+    """The processes it has started."""
+    return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+
+
+@pytest.mark.parametrize("when", ["while it is started", "while rows come"])
+def test_a_killed_ingest_of_a_large_file_leaves_nothing(whole: Whole, when: str) -> None:
+    """Nothing of the file, and nobody who reads on: a line without end keeps the reader busy for long."""
+    server = whole.restore("second")
+    shutil.rmtree(server.root / "inbox" / "cups")
+    file = server.root / "inbox" / "crowd" / "train.jsonl"
+    file.parent.mkdir()
+    rows = 5000 if when == "while rows come" else 0  # More than one part.
+    with file.open("w") as out:
+        out.writelines(json.dumps({"text": f"{n:x} {n * n:x} {n**3:x}", "label": str(n)}) + "\n" for n in range(rows))
+        out.writelines("x" * 2**20 for _ in range(400))
+    before = server.json("status")
+    process = server.start("ingest", pause_at="sql INSERT" if rows else "")
+    if rows:
+        process.until_paused()
+    wait_until(lambda: readers_of(process) != [])
+    (reader,) = readers_of(process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    wait_until(lambda: not Path(f"/proc/{reader}").exists())
+    assert "Traceback" not in process.err
+    assert server.json("status") == before
+    file.write_text(json.dumps(toy_rows("crowd", 1)[0]))
+    assert server.json("ingest")["accepted"] == 1
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 WAYS: dict[str, tuple[int, list[str]]] = {

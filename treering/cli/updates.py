@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from treering.cli.common import HERE, AsJson, Folder, app, choices, cost, matrix, needs, opened, output
+from treering.files import one_line
 
 if TYPE_CHECKING:
     from treering.data.intake import Ingested
@@ -116,7 +117,8 @@ def _taken(done: Ingested) -> list[str]:
     lines += [f"  quarantined by {rule}: {count}" for rule, count in done.reasons.items()]
     lines += [f"  {row['file']}, line {row['line']}: {row['reason']}" for row in done.refused[:ROWS_TOLD]]
     more = done.quarantined - ROWS_TOLD
-    return lines + ([f"  and {more} more; --json has the first 100"] if more > 0 else [])
+    lines += [f"  and {more} more; --json has the first 100"] if more > 0 else []
+    return [one_line(line) for line in lines]
 
 
 @app.command()

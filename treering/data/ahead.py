@@ -1,15 +1,19 @@
 """Large files are read and checked by another process, ahead of the one that compares and stores their rows.
 
-What comes of them is the same as where one process does both. The other is told what to do on standard input, and
-answers on standard output, a part of the rows a line.
+What comes of them is the same as where one process does both. The other is told what to do on the first line of
+standard input, which stays open as long as somebody wants its rows, and answers on standard output, a part of them a
+line.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -18,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from treering.config import Config
 from treering.data.alike import Said
-from treering.data.check import PART, Fit, fit, opened
+from treering.data.check import PART, PART_CHARACTERS, Fit, fit, opened
 from treering.data.example import Example
 from treering.data.layout import Layout, Tags
 from treering.data.read import Bad, Row, read
@@ -84,14 +88,14 @@ def parts(job: Job, note: Callable[[str], None], stop: Stop | None = None) -> It
 
     Raises `TreeringError` where the process does not end well, `UpdateInterruptedError` once `stop` was asked.
     """
-    ended, waiting = False, list[Fit | Bad]()
+    ended, waiting, size = False, list[Fit | Bad](), 0
     command = [sys.executable, "-P", "-m", "treering.data.ahead"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8") as child:
         assert child.stdin is not None and child.stdout is not None
         try:
             with suppress(BrokenPipeError):  # It has ended: that is told below.
-                child.stdin.write(json.dumps(job.plain))
-                child.stdin.close()
+                child.stdin.write(json.dumps(job.plain) + "\n")
+                child.stdin.flush()
             for line in child.stdout:
                 if stop is not None:
                     stop.check()
@@ -100,11 +104,14 @@ def parts(job: Job, note: Callable[[str], None], stop: Stop | None = None) -> It
                 if "note" in told:
                     note(told["note"])
                 waiting += map(_read, told.get("rows", ()))
-                if waiting and (ended or len(waiting) >= PART):
+                size += len(line)
+                if waiting and (ended or len(waiting) >= PART or size >= PART_CHARACTERS):
                     yield waiting
-                    waiting = []
+                    waiting, size = [], 0
             child.wait()
         finally:
+            with suppress(BrokenPipeError):
+                child.stdin.close()
             child.kill()  # It has ended, unless who asks for its rows has failed.
     if not ended:
         raise TreeringError(
@@ -117,7 +124,11 @@ def main() -> None:
     """Be that process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # It ends with who asked.
     out = own_output()
-    job = Job.of(json.loads(sys.stdin.read()))
+    orders = io.FileIO(0, closefd=False)
+    if not (order := orders.readline()):
+        return  # Who asked is gone already.
+    threading.Thread(target=_end_with_who_asked, args=(orders,), daemon=True).start()
+    job = Job.of(json.loads(order))
 
     def say(told: dict[str, Any]) -> None:
         out.write(json.dumps(told, ensure_ascii=False) + "\n")
@@ -127,6 +138,11 @@ def main() -> None:
     for part in fit(found, opened(job.config, job.root), job.task, SENT):
         say({"rows": [_plain(one) for one in part]})
     say({"end": True})
+
+
+def _end_with_who_asked(orders: io.FileIO) -> None:
+    orders.readline()  # Comes back when standard input is closed, which a kill does too.
+    os._exit(1)
 
 
 def _plain(one: Fit | Bad) -> list[Any]:

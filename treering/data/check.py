@@ -6,7 +6,6 @@ import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
     from treering.stop import Stop
 
 
-PART = 4096
-"""Rows that are taken on at a time."""
+PART, PART_CHARACTERS = 4096, 1 << 24
+"""Rows that are taken on at a time; fewer where they have more characters than that."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,9 @@ class Checks:
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, root: Path | None = None) -> None:
         lengths = Lengths(tokenizer, config.cutoff_len)
-        self.around = Around(tokenizer, lengths, config.languages, config.labels)
         levels = {name: known.level for name, known in RULES.items()} | config.checks
+        cuts = levels["too-long"] == "repair"
+        self.around = Around(tokenizer, lengths, config.languages, config.labels, cuts=cuts)
         rules: dict[str, Rule] = {name: known.check for name, known in RULES.items()}
         for name in filter(is_custom, config.checks):
             rules[name] = _custom(name, root or Path.cwd())
@@ -70,6 +70,8 @@ class Checks:
         """What becomes of `row`."""
         around = self.around if task == self.around.task else self._of(task)
         mended, warned = list[str](), list[str]()
+        if not around.cuts and (reason := around.lengths.far_too_long(row)):
+            return Checked(row, ("too-long", reason))
         for name, (rule, level) in self.rules.items():
             found = rule(row, around)
             if found is None:
@@ -97,20 +99,22 @@ def opened(config: Config, root: Path) -> Checks:
 
 
 def fit(
-    rows: Iterable[Row | Bad], checks: Checks, task: str, size: int = PART, stop: Stop | None = None
+    rows: Iterable[Row | Bad], checks: Checks, task: str, most: int = PART, stop: Stop | None = None
 ) -> Iterator[list[Fit | Bad]]:
-    """What becomes of the rows of a task, part by part: fit to be compared and stored, or for quarantine.
+    """What becomes of the rows of a task, `most` at a time: fit to be compared and stored, or for quarantine.
 
     Raises `UpdateInterruptedError` once `stop` was asked; a row may take milliseconds, so each asks.
     """
-    left = iter(rows)
-
-    def judged(one: Row | Bad) -> Fit | Bad:
+    part, size = list[Fit | Bad](), 0
+    for one in rows:
         if stop is not None:
             stop.check()
-        return one if isinstance(one, Bad) else _fit(one, checks(one.example, task))
-
-    while part := list(map(judged, islice(left, size))):
+        part.append(one if isinstance(one, Bad) else _fit(one, checks(one.example, task)))
+        size += sum(len(turn.content) for turn in one.example.messages) if one.example else 0
+        if len(part) == most or size >= PART_CHARACTERS:
+            yield part
+            part, size = [], 0
+    if part:
         yield part
 
 

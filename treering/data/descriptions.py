@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,18 @@ def is_description(file: Path) -> bool:
 
 
 def is_spare(file: Path) -> bool:
-    """Whether it is a table in a folder of `datasets` that does not name it: what it computed once, and kept."""
+    """Whether it is a table in a folder of `datasets` that does not name it: what it computed once, and kept.
+
+    Where a table that is named is not there, nothing is known of the others.
+    """
     if file.suffix != ".arrow":
         return False
-    named = _object(file.parent / STATE).get("_data_files")
-    if not isinstance(named, list):
+    listed = _object(file.parent / STATE).get("_data_files")
+    if not isinstance(listed, list):
         return False
-    return file.name not in [entry.get("filename") for entry in named if isinstance(entry, dict)]
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed]
+    there = all(isinstance(name, str) and os.path.isfile(file.parent / name) for name in names)
+    return there and file.name not in names
 
 
 def split_folder(file: Path) -> Path | None:
@@ -56,8 +62,8 @@ def is_list(found: Mapping[str, Any]) -> bool:
 def _object(file: Path) -> dict[str, Any]:
     """What a JSON file holds, if that is an object; else nothing."""
     try:
-        if file.stat().st_size > _LONGEST:
-            return {}
+        if not file.is_file() or file.stat().st_size > _LONGEST:
+            return {}  # Who opens a pipe waits for ever.
         found = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}

@@ -21,7 +21,7 @@ from treering.data.sources import How, Place, data_files
 from treering.data.tombstones import Tombstones
 from treering.data.writer import Split, Stored, Writer, choose_held_out
 from treering.errors import UsageError
-from treering.files import printable, sha256
+from treering.files import one_line, printable, sha256
 from treering.progress import Advance, bar, silent
 
 if TYPE_CHECKING:
@@ -297,8 +297,9 @@ def _batches(
     if all(isinstance(item, str | Path | Place) for item in items):
         places = [item if isinstance(item, Place) else Path(str(item)) for item in items]
         return [b for place in places for b in _files(ws, place, task, split, config, named, notes, how)]
-    if task is None:
+    if not task:
         raise UsageError("rows from Python need task='...', the name of the task they belong to")
+    task = one_line(task)
     return [_Batch(_PYTHON, task, split, partial(fit, _convert(items, config), task=task), None)]
 
 
@@ -309,7 +310,14 @@ def _convert(items: Sequence[Any], config: Config) -> Iterable[Row | Bad]:
         try:
             yield Row(_PYTHON, number, to_example(item))
         except RowError as error:
-            yield Bad(_PYTHON, number, error.rule, error.reason, repr(item)[:2000])
+            yield Bad(_PYTHON, number, error.rule, error.reason, _shown(item))
+
+
+def _shown(item: object) -> str:
+    try:
+        return printable(repr(item)[:2000])
+    except (RecursionError, ValueError):  # Nested too deep, or a number with too many digits.
+        return ""
 
 
 def _files(
@@ -324,11 +332,11 @@ def _files(
     skip: Callable[[Path], bool] = lambda _: False,
 ) -> list[_Batch]:
     batches = []
-    for file in data_files(source, how, lambda name, text: notes.append(f"{name}: {text}")):
+    for file in data_files(source, how, lambda name, text: notes.append(printable(f"{name}: {text}"))):
         if skip(file.path):
             continue
         side: Split = file.side if by_name and file.side == "held_out" else split
-        name = printable(task or file.task())
+        name = one_line(task or file.task())
         digest = None if file.name == STDIN else _digest(file.path)
         job = ahead.Job(file.path, file.name, file.layout, name, config, ws.root)
         batches.append(_Batch(file.name, name, side, partial(_parts, job, notes), digest))
@@ -337,7 +345,7 @@ def _files(
 
 def _parts(job: ahead.Job, notes: list[str], checks: Checks, stop: Stop | None = None) -> Iterator[list[Fit | Bad]]:
     def note(text: str) -> None:
-        notes.append(f"{job.name}: {text}")
+        notes.append(printable(f"{job.name}: {text}"))
 
     if not named_in_utf8(job.path):
         # A name is kept with every row, and whoever reads it must find the file by it.

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+FOR_A_TOKEN = 64
+"""Characters that no tokenizer makes one token of, save for long runs of one sign."""
+
+
 class Lengths:
     """Lengths by a tokenizer and its chat template; `most` is what a row may have."""
 
@@ -35,6 +39,13 @@ class Lengths:
         # No token is shorter than a byte, so most rows need not be tokenised to know.
         return size + around <= self.most or self.of(row) <= self.most
 
+    def far_too_long(self, row: Example) -> str | None:
+        """What is to be said of a row whose tokens need no counting, which takes long for a text without end."""
+        size = sum(len(turn.content) for turn in row.messages)
+        if size <= FOR_A_TOKEN * self.most:
+            return None
+        return f"{size:,} characters are far more than cutoff_len={self.most} tokens; split the row"
+
     def refusal(self, row: Example) -> str | None:
         """What the chat template says against such turns; None: nothing. It is asked once for each order of roles."""
         return self._template(row)[1]
@@ -45,7 +56,7 @@ class Lengths:
         prompt = range(len(turns) - 1)
         longest = max(prompt, key=lambda at: len(turns[at].content), default=len(turns) - 1)
         for at in (longest, len(turns) - 1):
-            low, high = 0, len(turns[at].content)
+            low, high = 0, min(len(turns[at].content), FOR_A_TOKEN * self.most)
             while low < high:
                 middle = (low + high + 1) // 2
                 low, high = (middle, high) if self.fits(_cut(turns, at, middle)) else (low, middle - 1)

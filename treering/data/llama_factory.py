@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from treering.data.descriptions import INFO, listed
 from treering.data.layout import Layout, Tags
 from treering.errors import UsageError
+from treering.files import followed
 
 _SHAPES = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "sharegpt"}
 _COLUMNS = {
@@ -65,9 +67,9 @@ def _file(folder: Path, entry: Mapping[str, Any]) -> tuple[Path | None, str]:
         place = next((f"{key} {value}" for key, value in entry.items() if "url" in key or "cloud" in key), "a hub")
         return None, f"its rows are elsewhere ({place}); download them and ingest the files, or name an hf:// URL"
     path = folder / str(named)
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not followed(path).is_relative_to(followed(folder)):
         return None, f"file_name {named!r} leads out of {folder}; put the file there"
-    if not path.exists():
+    if not os.path.isfile(path) and not os.path.isdir(path):
         return None, f"file_name {named!r} is not in {folder}; put it there"
     return path, ""
 
@@ -75,7 +77,7 @@ def _file(folder: Path, entry: Mapping[str, Any]) -> tuple[Path | None, str]:
 def layout(entry: Mapping[str, Any], title: str) -> Layout:
     """How an entry says that rows are laid out. Raises `UsageError`."""
     formatting = entry.get("formatting") or "alpaca"
-    if formatting not in _SHAPES:
+    if not isinstance(formatting, str) or formatting not in _SHAPES:
         raise UsageError(f"{INFO}: {title} has formatting {formatting!r}; known are {', '.join(_SHAPES)}")
     told = _texts(entry.get("columns") or {}, f"{INFO}: columns of {title}")
     shape = _SHAPES[formatting]

@@ -17,7 +17,7 @@ from treering.data.layout import Layout
 from treering.data.records import DATA_SUFFIXES, Found, records
 from treering.data.shapes import PLAIN, RowError, convert, is_pair, is_plain_text
 from treering.errors import UsageError
-from treering.files import printable
+from treering.files import followed, printable
 from treering.progress import say
 
 __all__ = ["DATA_SUFFIXES", "Bad", "Row", "RowError", "convert", "find_files", "named_in_utf8", "read", "split_of"]
@@ -82,17 +82,24 @@ def read(
     return _rows(path, file, layout, to_example, tell, texts=need_answer)
 
 
-def find_files(path: Path) -> list[Path]:
+def find_files(path: Path, note: Callable[[Path, str], None] = lambda _file, _why: None) -> list[Path]:
     """The file itself, or all files below a folder, sorted by name.
 
-    Hidden files, files still being written (by their endings), symbolic links that leave the folder and what only
-    describes data (`is_description`, `is_spare`) are skipped.
+    Hidden files, files still being written (by their endings) and what only describes data (`is_description`,
+    `is_spare`) are skipped; so are links that leave the folder and what is no file, of which `note` is told.
     """
-    if path.is_file():
+    if os.path.isfile(path):
         return [path]
-    if not path.is_dir():
-        raise UsageError(f"{path} does not exist. Name a data file or a folder of data files.")
-    return sorted(file for file in _walk(path) if _belongs(file, path.resolve()))
+    if not os.path.isdir(path):
+        missing = "is no file (a pipe, a device)" if os.path.exists(path) else "does not exist"
+        raise UsageError(f"{printable(str(path))} {missing}. Name a data file or a folder of data files.")
+    folder, found = followed(path), []
+    for file in _walk(path):
+        if why := _why_not(file, folder):
+            note(file, f"it was left out: {why}")
+        elif os.path.isfile(file) and not is_description(file) and not is_spare(file):
+            found.append(file)
+    return sorted(found)
 
 
 def named_in_utf8(file: Path) -> bool:
@@ -114,15 +121,20 @@ def _walk(folder: Path) -> Iterator[Path]:
 
     for here, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(here, name) for name in files)
+        linked = [name for name in folders if os.path.islink(os.path.join(here, name))]
+        whole = [name for name in files if not name.startswith(".") and not name.lower().endswith(_PARTIAL)]
+        yield from (Path(here, name) for name in (*linked, *whole))
 
 
-def _belongs(file: Path, folder: Path) -> bool:
-    if file.name.startswith(".") or file.name.lower().endswith(_PARTIAL):
-        return False
-    if not file.is_file() or not file.resolve().is_relative_to(folder):
-        return False
-    return not is_description(file) and not is_spare(file)
+def _why_not(file: Path, folder: Path) -> str | None:
+    """Why something that lies below `folder` is not to be read, where its owner may think it is."""
+    if not followed(file).is_relative_to(folder):
+        return "it is a link that leads out of the folder; put the file itself there, or name where it leads"
+    if not os.path.exists(file):
+        return "it is a link that leads nowhere, or may not be seen; put the file itself there"
+    return (
+        None if os.path.isfile(file) or os.path.isdir(file) else "it is a pipe, a socket or a device; put a file there"
+    )
 
 
 def _rows(

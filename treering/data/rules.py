@@ -35,13 +35,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Around:
-    """What rules know beside the row: its `task`, the settings that concern them, and the tokenizer."""
+    """What rules know beside the row: its `task`, the settings that concern them, and the tokenizer.
+
+    `cuts`: rows that are too long are cut.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     lengths: Lengths
     languages: tuple[str, ...] = ()
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     task: str = ""
+    cuts: bool = False
 
     @cached_property
     def marks(self) -> re.Pattern[str] | None:
@@ -220,7 +224,7 @@ def too_long(row: Example, around: Around) -> Finding | None:
     if lengths.fits(row):
         return None
     reason = f"{lengths.of(row)} tokens are more than cutoff_len={lengths.most}; shorten the row or raise cutoff_len"
-    return Finding(reason, lengths.shortened(row))
+    return Finding(reason, lengths.shortened(row) if around.cuts else None)
 
 
 RULES: dict[str, Known] = {

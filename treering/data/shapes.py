@@ -6,6 +6,7 @@ and its answer wins.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,9 @@ class RowError(ValueError):
         self.reason = reason
         self.raw = raw
 
+
+_MARKS = 500
+"""Combining marks that a character may have; what people write has a few."""
 
 Fields = Mapping[str, object]
 
@@ -357,7 +361,10 @@ def _text(value: object, key: str) -> str:
     if value is None:
         return ""
     if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
+        try:
+            return str(value)
+        except ValueError:  # From Python: files cannot bring one.
+            raise RowError("bad-turns", f"{key} is a number of too many digits; write it as text") from None
     if not isinstance(value, str):
         raise RowError("bad-turns", f"{key} is {kind(value)}; write it as text")
     return _clean(value, key)
@@ -369,7 +376,14 @@ def _clean(text: str, where: str) -> str:
     except UnicodeEncodeError as error:
         half = f"U+{ord(text[error.start]):04X}"
         raise RowError("encoding", f"{where} holds {half}, half of a character (a lone surrogate); delete it") from None
+    if len(text) > _MARKS and not text.isascii() and _piled_up(text):
+        raise RowError("encoding", f"{where} has a character with more than {_MARKS} combining marks; delete them")
     return text.strip()
+
+
+def _piled_up(text: str) -> bool:
+    """Whether a character has so many marks that Unicode's order of them, which takes a square, takes long."""
+    return b"\1" * (_MARKS + 1) in bytes(map(bool, map(unicodedata.combining, text)))
 
 
 def kind(value: object) -> str:

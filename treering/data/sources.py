@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +15,7 @@ from treering.data.read import find_files, split_of
 from treering.data.records import stem
 from treering.data.writer import Split
 from treering.errors import UsageError
-from treering.files import printable
+from treering.files import followed, one_line, printable
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,19 @@ class DataFile:
 
 def data_files(source: Path | Place, how: How, note: Callable[[str, str], None]) -> list[DataFile]:
     """All files of a file or a folder. `note(file, text)` is told what a user should know. Raises `UsageError`."""
-    place = source if isinstance(source, Place) else Place(source.resolve(), str(source.resolve()))
+    place = source if isinstance(source, Place) else Place(followed(source), str(followed(source)))
     found = [file for info in _lists(place, how) for file in _described(info, place, how, note)]
     if how.dataset is None and not listed(place.path):
-        taken = {file.path.resolve() for file in found}
-        found += [_by_place(f, place, how.layout) for f in find_files(place.path) if f.resolve() not in taken]
+        taken = {followed(file.path) for file in found}
+        files = find_files(place.path, lambda file, why: note(str(file), why))
+        found += [_by_place(file, place, how.layout) for file in files if followed(file) not in taken]
     return sorted(found, key=lambda file: file.path)
 
 
 def _lists(place: Place, how: How) -> list[Path]:
     """LLaMA-Factory's lists: the file itself, or those in the folder and below."""
-    files = sorted(place.path.rglob(INFO)) if place.path.is_dir() else [place.path]
-    found = [file for file in files if listed(file)]
+    files = sorted(place.path.rglob(INFO)) if os.path.isdir(place.path) else [place.path]
+    found = [file for file in files if listed(file) and not _is_hidden(file, place.path)]
     if how.dataset is not None:
         # Of the folder itself; a name may be in several of those below.
         found = [file for file in found if file in (place.path, place.path / INFO)]
@@ -68,6 +70,10 @@ def _lists(place: Place, how: How) -> list[Path]:
             named = f"--dataset {how.dataset}: {place.name}"
             raise UsageError(f"{named} is no {INFO} of LLaMA-Factory, nor a folder that holds one; name one")
     return found
+
+
+def _is_hidden(file: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts[:-1])
 
 
 def _described(info: Path, place: Place, how: How, note: Callable[[str, str], None]) -> list[DataFile]:
@@ -82,7 +88,7 @@ def _described(info: Path, place: Place, how: How, note: Callable[[str, str], No
             if info.parent == root.path:
                 one = replace(one, task=partial(str, title))
             # A file that two entries name is read twice.
-            one = one if one.name not in found else replace(one, name=f"{one.name} ({title})")
+            one = one if one.name not in found else replace(one, name=f"{one.name} ({one_line(title)})")
             found[one.name] = one
     return list(found.values())
 
