@@ -70,13 +70,24 @@ def _preferred_turns(rng: random.Random) -> Record:
     return {"chosen": sides[0], "rejected": sides[1]}
 
 
+def _called(rng: random.Random) -> Record:
+    function = {"name": rng.choice(["find", "send"]), "arguments": rng.choice(['{"a": 1}', {"a": words(rng, 1)}])}
+    asked = {"role": "user", "content": words(rng)}
+    turn = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+    return {"messages": [asked, turn], "tools": [{"type": "function", "function": {"name": "find"}}]}
+
+
+def _text(rng: random.Random) -> Record:
+    return {"text": words(rng, 12)}
+
+
 def _in_chinese(rng: random.Random) -> Record:
     asked, answered = rng.choice([("问题", "答案"), ("指令", "输出"), ("文本", "标签"), ("提示", "回复")])
     return {asked: chinese(rng), answered: chinese(rng)}
 
 
-FLAT: tuple[Callable[[random.Random], Record], ...] = (_pair, _question, _label, _preference, _in_chinese)
-SHAPES = (*FLAT, _messages, _sharegpt, _alpaca, _preferred_turns)
+FLAT: tuple[Callable[[random.Random], Record], ...] = (_pair, _question, _label, _preference, _in_chinese, _text)
+SHAPES = (*FLAT, _messages, _sharegpt, _alpaca, _preferred_turns, _called)
 
 
 # Containers

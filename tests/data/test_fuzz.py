@@ -84,6 +84,8 @@ def counted(file: Path) -> int | None:
         text = _decoded(content)
     except (RowError, OSError, EOFError, ValueError, zlib.error, pa.ArrowException):
         return None
+    if container == "txt":
+        return None
     lines = [line for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
     if container in ("csv", "tsv"):
         sure = '"' not in text and all(line.strip(" ,;\t") for line in lines)

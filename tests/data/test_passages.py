@@ -46,9 +46,14 @@ def test_long_ones_are_cut_behind_sentences_and_nothing_is_lost(tmp_path: Path) 
 
 
 def test_what_looks_like_rows_is_no_text(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text('{"text": "q", "label": "a"}\n')
-    [found] = read(tmp_path / "a.txt")
-    assert isinstance(found, Bad) and "it looks like JSON" in found.reason
+    for text, looks in (
+        ('{"text": "q", "label": "a"}\n', "JSON"),
+        ('[\n{"a": 1}]', "JSON"),
+        ("Text,label\nq,a\n", "a table"),
+    ):
+        (tmp_path / "a.txt").write_text(text)
+        [found] = read(tmp_path / "a.txt")
+        assert isinstance(found, Bad) and f"it looks like {looks}" in found.reason
 
 
 def test_the_first_row_of_a_file_tells(tmp_path: Path) -> None:

@@ -123,7 +123,12 @@ def test_files_without_rows(name: str, content: str | bytes) -> None:
 
 FILES: list[tuple[str, str | bytes, str, str]] = [
     ("a.doc", "q", "unknown-format", "'.doc' is not known; convert the file to one of .jsonl"),
-    ("a.txt", '{"text": "q"}\n', "unknown-format", "it looks like JSON; call it .json or .jsonl"),
+    (
+        "a.txt",
+        '{"text": "q"}\n',
+        "unknown-format",
+        "it looks like JSON (.json, .jsonl); name it so, or tell",
+    ),
     ("a", "q", "unknown-format", ".parquet"),
     ("a.jsonl", b"\x89PNG\0\0", "binary-file", "UTF-8"),
     ("a.csv", "text,label\nq\0,a", "binary-file", "NUL"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from treering.data.containers import Found, Source
 from treering.data.containers.text import Text
-from treering.data.shapes import RowError
+from treering.data.shapes import KNOWN_KEYS, RowError, plain
 
 MOST = 2000
 """Characters of a passage, about: few enough for `cutoff_len`, many enough to be about something."""
@@ -15,8 +16,8 @@ MOST = 2000
 def read_passages(source: Source) -> Iterator[Found]:
     """Yield each passage as `text`, with the line on which it begins; none spans two paragraphs where one is long."""
     text = Text(source)
-    if (first := text.first_lines()[0])[:1] in "{[" and first[-1:] in "}],":
-        raise RowError("unknown-format", "it looks like JSON; call it .json or .jsonl, or tell what it is (--format)")
+    if looks := _rows(text.first_lines()[0]):
+        raise RowError("unknown-format", f"it looks like {looks}; name it so, or tell what it is (--format)")
     start, passage = 0, ""
     for line, paragraph in _paragraphs(text.lines()):
         if passage and len(passage) + len(paragraph) > MOST:
@@ -30,6 +31,14 @@ def read_passages(source: Source) -> Iterator[Found]:
             passage = passage[end:].lstrip()
     if passage:
         yield Found(start, {"text": passage})
+
+
+def _rows(first: str) -> str | None:
+    """What a file of rows is that begins with this line, which nobody wants to have learned as prose."""
+    if first.startswith(("{", "[{", '["')) or first == "[":
+        return "JSON (.json, .jsonl)"
+    names = [plain(name).strip('"') for name in re.split(r"[,;\t]", first)]
+    return "a table (.csv, .tsv)" if len(names) > 1 and KNOWN_KEYS.issuperset(names) else None
 
 
 def _paragraphs(lines: Iterator[str]) -> Iterator[tuple[int, str]]:
