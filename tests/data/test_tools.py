@@ -12,7 +12,7 @@ import pytest
 from treering import Workspace
 from treering.data.example import Example, Message
 from treering.data.export import export
-from treering.data.shapes import convert
+from treering.data.shapes import RowError, convert
 from treering.model import encode, load_tokenizer
 from treering.rendering import rendered
 
@@ -134,3 +134,20 @@ def test_a_turn_without_extras_is_as_it_always_was() -> None:
     example = Example((Message("user", "q"), Message("assistant", "a")))
     assert example.id == "203f215c9a96f6f045cb11a70aa38861"
     assert example.as_dicts() == [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+DEEP: Any = 1
+for _ in range(60):
+    DEEP = {"a": DEEP}
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(DEEP, "nested more than 50 deep"), ({"a": "\ud800"}, "half of a character")]
+)
+def test_calls_and_tools_that_nothing_could_hold(value: object, words: str) -> None:
+    asked = ROW["messages"][1]
+    call = {"function": {"name": "weather", "arguments": value}}
+    with pytest.raises(RowError, match=words):
+        convert({"messages": [asked, {"role": "assistant", "content": None, "tool_calls": [call]}]})
+    with pytest.raises(RowError, match=words):
+        convert({"messages": [asked, ROW["messages"][4]], "tools": [{"name": "f", "parameters": value}]})

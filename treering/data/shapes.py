@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from treering.data.example import REJECTED, TEXT, Example, Message, normalise
 from treering.data.names import CALLING, ROLES, ROW_KEYS, TURN_KEYS
-from treering.data.tools import CALLED, OFFERED, ToolError, called, offered
+from treering.data.tools import CALLED, OFFERED, ToolError, called, compact, offered
 
 
 class RowError(ValueError):
@@ -168,8 +168,10 @@ def _with_chosen(row: dict[str, object]) -> dict[str, object]:
 
 def _against(chosen: Message, rejected: object) -> Message:
     """The chosen answer, with the one that was rejected for it."""
-    turns = rejected if isinstance(rejected, list) else [rejected if isinstance(rejected, Mapping) else None]
-    said = _messages(turns, "rejected") if turns[0] is not None else [Message("assistant", _text(rejected, "rejected"))]
+    if isinstance(rejected, list | Mapping):
+        said = _messages(rejected if isinstance(rejected, list) else [rejected], "rejected")
+    else:
+        said = [Message("assistant", _text(rejected, "rejected"))]
     if not said or said[-1].role != "assistant" or not said[-1].text:
         raise RowError("no-answer", "rejected has no answer; write it or delete the row")
     if normalise(said[-1].text) == normalise(chosen.text):
@@ -305,7 +307,7 @@ def _turn(turn: object, where: str) -> list[Message]:
     if role == "tool":
         extra = {key: row[key] for key in ("name", "tool_call_id") if isinstance(row.get(key), str) and row[key]}
     text = "" if extra and content is None else _content(content, where)
-    return [Message.of({"role": role, "content": text, **extra})]
+    return [_with_extra(Message(role, text), extra, where)]
 
 
 def _with_tools(turns: list[Message], tools: object) -> list[Message]:
@@ -315,7 +317,12 @@ def _with_tools(turns: list[Message], tools: object) -> list[Message]:
     except ToolError as error:
         raise RowError("bad-turns", str(error)) from None
     first, *rest = turns if turns and turns[0].role == "system" else [Message("system", ""), *turns]
-    return [Message.of({**first.as_dict(), **extra}), *rest] if extra[OFFERED] else turns
+    return [_with_extra(first, extra, OFFERED), *rest] if extra[OFFERED] else turns
+
+
+def _with_extra(message: Message, extra: Fields, where: str) -> Message:
+    _clean(compact(extra), where)
+    return Message.of({**message.as_dict(), **extra})
 
 
 def _first(pair: tuple[str, object]) -> str:

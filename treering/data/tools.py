@@ -15,6 +15,9 @@ _CALL = "<tool_call>\n{}\n</tool_call>"
 
 CALLED, OFFERED = "tool_calls", "tools"
 
+DEEPEST = 50
+"""Levels of lists and objects in each other."""
+
 
 class ToolError(ValueError):
     """Tools or calls that are not what OpenAI's format has."""
@@ -66,11 +69,13 @@ def _decoded(value: object, what: str) -> Any:
         raise ToolError(f"{what} cannot be read as JSON ({error})") from None
 
 
-def _filled(value: Any) -> Any:
+def _filled(value: Any, depth: int = 0) -> Any:
     """Without the nulls that a table adds for keys which only other rows have."""
+    if depth > DEEPEST:
+        raise ToolError(f"tools or calls are nested more than {DEEPEST} deep; make them flatter")
     if isinstance(value, Mapping):
-        return {str(key): _filled(part) for key, part in value.items() if part is not None}
-    return [_filled(part) for part in value] if isinstance(value, list) else value
+        return {str(key): _filled(part, depth + 1) for key, part in value.items() if part is not None}
+    return [_filled(part, depth + 1) for part in value] if isinstance(value, list) else value
 
 
 def strings(value: Any, how: Callable[[str], str]) -> Any:
