@@ -231,6 +231,24 @@ def test_a_killed_ingest_of_a_large_file_leaves_nothing(whole: Whole, when: str)
     assert server.json("ingest")["accepted"] == 1
 
 
+def test_a_signal_while_another_process_reads_ends_both(whole: Whole) -> None:
+    """Rows of a large file are waited for; the reader is busy with a line without end."""
+    server = whole.restore("second")
+    file = server.root / "inbox" / "cups" / "train.jsonl"
+    with file.open("a") as out:
+        out.writelines("x" * 2**20 for _ in range(400))
+    before = server.json("status")
+    process = server.start("update")
+    wait_until(lambda: readers_of(process) != [])
+    (reader,) = readers_of(process)
+    time.sleep(1)
+    process.kill(signal.SIGTERM)
+    assert process.wait() == 1
+    assert "stopped as asked" in process.err and "Traceback" not in process.err
+    wait_until(lambda: not Path(f"/proc/{reader}").exists())
+    assert server.json("status") == before
+
+
 def wait_until(is_so: Callable[[], bool], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
@@ -298,7 +316,7 @@ def test_a_signal_keeps_the_checkpoint(whole: Whole, number: signal.Signals) -> 
     process.kill(number)
     process.release()
     assert process.wait() == 1
-    assert "run `treering update` again: it goes on from what was done" in process.err
+    assert "run `treering update` again: it goes on from the last checkpoint" in process.err
     assert "Traceback" not in process.err
     assert {p.name for p in server.root.glob("versions/.staging-*/checkpoints/*")} == {"step-0", "step-2", "step-4"}
     assert server.json("status")["interrupted"]

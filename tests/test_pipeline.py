@@ -673,7 +673,7 @@ def test_what_a_plan_left_is_not_taken_up(workspace: MakeWorkspace) -> None:
     """`treering plan` that was killed leaves a folder with a plan; nothing was learned by it."""
     ws = workspace(max_steps=1)
     ws.ingest(toy_rows("pens", 10), task="pens")
-    left = ws.versions / f"{plan.TRIED}killed"
+    left = ws.versions / f"{registry.TRIED}killed"
     left.mkdir()
     made = plan.make_plan(ws, None, ws.config(), fingerprint(resolve(ws.config().model_name_or_path)))
     write_json(left / "plan.json", asdict(made))

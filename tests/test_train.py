@@ -405,6 +405,22 @@ def test_a_signal_asks_and_a_second_one_ends() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_signal_ends_at_once_what_is_not_patient() -> None:
+    import signal
+
+    def busy() -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    with stop_on_signals() as stop, stop.at_once():
+        with stop.patient():
+            busy()
+        assert stop.asked
+        with pytest.raises(UpdateInterruptedError):
+            busy()
+        with stop.patient():
+            busy()
+
+
 def test_a_short_run_has_rates_too() -> None:
     schedule: Callable[[int], float] = rate_schedule(Config(warmup_ratio=0.99), 3)
     assert all(math.isfinite(schedule(step)) and schedule(step) > 0 for step in range(3))

@@ -27,7 +27,7 @@ from treering.methods import Methods, recall
 from treering.metrics import metric_for
 from treering.model import Tokens, encode, load, load_tokenizer, save_weights, with_prompts
 from treering.passes import losses
-from treering.progress import Advance, bar
+from treering.progress import bar
 from treering.readings import Readings
 from treering.registry import Version
 from treering.results import PARENT_RESULTS, RESULTS, Result, read_results, write_results
@@ -271,8 +271,7 @@ class Candidate:
         write_results(folder / RESULTS, results)
         write_file(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log).encode())
         shutil.copyfile(self.staging / PARENT_RESULTS, folder / PARENT_RESULTS)
-        with bar("keeping what methods need", len(self.plan.row_ids), self.quiet) as advance:
-            state = self.main.methods.after_update(self.model, lambda: self._learned(advance))
+        state = self.main.methods.after_update(self.model, self._learned)
         if state:
             from safetensors.torch import save_file
 
@@ -426,16 +425,9 @@ class Candidate:
         with bar("reading prompts", len(prompts), self.quiet) as advance:
             return features(self.model, self.tokenizer, prompts, self.config, advance=advance, **settings)
 
-    def _learned(self, advance: Advance) -> Sequence[Batch]:
+    def _learned(self) -> list[Batch]:
         """The new rows, each a batch of its own."""
-
-        def batch(id: str) -> Batch:
-            if self.stop is not None:
-                self.stop.check()
-            advance()
-            return make_batch([self._tokens(id)], self.pad_id, self.model.device)
-
-        return _Made(self.plan.row_ids, batch)
+        return [make_batch([self._tokens(id)], self.pad_id, self.model.device) for id in self.plan.row_ids]
 
     def _score(self, rows: Sequence[tuple[str, str]], title: str) -> list[Result]:
         pairs = [(self.examples[id], task) for id, task in rows]
@@ -450,20 +442,6 @@ class Candidate:
             quiet=self.quiet,
             reading=self.readings.of(title),
         )
-
-
-class _Made(Sequence[Any]):
-    """What `make` makes of each of `ids`, when it is asked for."""
-
-    def __init__(self, ids: Sequence[str], make: Callable[[str], Any]) -> None:
-        self._ids, self._make = ids, make
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, place: Any) -> Any:
-        found = self._ids[place]
-        return self._make(found) if isinstance(found, str) else _Made(found, self._make)
 
 
 def _later(entry: Mapping[str, float], steps: int) -> dict[str, float]:

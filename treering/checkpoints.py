@@ -72,8 +72,12 @@ class Checkpoints:
         return self._folder is not None
 
     def due(self, step: int) -> bool:
-        """Whether there is to be a checkpoint after `step` steps, by their number or by the clock."""
-        return step % self._every == 0 or time.monotonic() - self._saved >= self._seconds
+        """Whether there is to be a checkpoint after `step` steps, by their number or by the clock of the first process.
+
+        Where one of several processes finds it due, all make it.
+        """
+        by_clock = self._ranks.first and time.monotonic() - self._saved >= self._seconds
+        return step % self._every == 0 or by_clock
 
     def save(self, log: Log) -> None:
         """Keep where training stands after the steps in `log`. It appears under its name whole; older ones go then."""
@@ -87,7 +91,6 @@ class Checkpoints:
             tensors |= {f"{kind}.{name}": whole(tensor.detach()).cpu().contiguous() for name, tensor in kept.items()}
         state = {"step": step, "retries": len(self._recovery.retries), "log": log}
         state["optimizer"] = _packed(self._optimizer.state_dict(), tensors, {})
-        self._saved = time.monotonic()  # In each process: where one finds a checkpoint due, all make it.
         if not self._ranks.first:
             return
         partial = self._folder / f".step-{step}"
@@ -98,6 +101,7 @@ class Checkpoints:
         fsync_tree(partial)
         partial.rename(self._folder / f"step-{step}")
         fsync_folder(self._folder)
+        self._saved = time.monotonic()
         steps = self._steps()
         counted = [step for step in steps if step % self._every == 0]
         for other in set(steps) - {0, *counted[-2:], steps[-1]}:

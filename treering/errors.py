@@ -41,7 +41,7 @@ class RoomError(TreeringError):
 
 
 class UpdateInterruptedError(TreeringError):
-    """An update was asked to stop; its checkpoint is kept and the next update resumes it."""
+    """An update was asked to stop; the next one resumes it from its checkpoint, if there is one."""
 
 
 _FULL = {

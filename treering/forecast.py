@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from treering import errors, registry
 from treering.errors import RoomError, TreeringError, UpdateInterruptedError, full_disk_is_clear
 from treering.files import write_json
-from treering.plan import TRIED
 from treering.progress import say
+from treering.registry import TRIED
 from treering.stop import stop_on_signals
 
 if TYPE_CHECKING:

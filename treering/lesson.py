@@ -183,6 +183,8 @@ class Lesson:
             track=track,
             quiet=self.pupil.quiet or self.config.launcher != "local",
         )
+        if self.pupil.stop is not None:
+            self.pupil.stop.check()
         trained = time.perf_counter()
         self.methods.after_training(self.pupil.model, self._losses)
         self.ending_seconds = time.perf_counter() - trained

@@ -28,7 +28,7 @@ def status(ws: Workspace) -> dict[str, Any]:
         "inbox": unread(ws),
         "rows": ws.catalog.counts(),
         "versions": len(registry.versions(ws)),
-        "interrupted": any(ws.versions.glob(".staging-*")),
+        "interrupted": any(not folder.name.startswith(registry.TRIED) for folder in ws.versions.glob(".staging-*")),
         "automation": _automation(ws),
     }
 

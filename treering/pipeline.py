@@ -49,7 +49,13 @@ def update(
     `RoomError` where memory or disk will surely not do.
     """
     config = ws.config(overrides)
-    with ws.lock("update", "update"), full_disk_is_clear(ws.root), short_memory_is_clear(), stop_on_signals() as stop:
+    with (
+        ws.lock("update", "update"),
+        full_disk_is_clear(ws.root),
+        short_memory_is_clear(),
+        stop_on_signals() as stop,
+        stop.at_once(),
+    ):
         from treering import forecast, gate, trackers
         from treering.candidate import Candidate
         from treering.data.intake import ingest
@@ -58,7 +64,7 @@ def update(
 
         _check_surroundings(ws, config)
         base = resolve(config.model_name_or_path, config.trust_remote_code)
-        taken = ingest(ws, config=config, stop=stop, quiet=quiet) if inbox else None
+        taken = ingest(ws, config=config, quiet=quiet) if inbox else None
         with ws.changing("update"):
             parent = registry.current(ws)
         without = frozenset() if rolled_back else registry.given_back(ws)
@@ -92,7 +98,7 @@ def update(
         verdict = gate.judge(before, after, candidate.metrics, plan.fresh_ids, config.gate, config.seed, answers)
 
         candidate.write(base_name(config), after, log)
-        with ws.changing("update"):
+        with stop.patient(), ws.changing("update"):
             verdict = _still_valid(ws, plan) or verdict
             manifest = of_update(candidate, before, after, verdict, promote=promote, ordered=ordered, estimate=estimate)
             report.write(candidate.folder, registry.next_name(ws), manifest, log)

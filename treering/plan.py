@@ -12,13 +12,10 @@ from typing import TYPE_CHECKING, Any
 from treering import general, launch, registry
 from treering.config import Config
 from treering.files import write_json
-from treering.registry import PLAN, Version
+from treering.registry import PLAN, TRIED, Version
 
 if TYPE_CHECKING:
     from treering.workspace import Workspace
-
-TRIED = ".staging-plan-"
-"""Before the name of a folder where `treering plan` tries an update: what a crash leaves of it is never taken up."""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,9 @@ ROUTER = "router.json"
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
+TRIED = ".staging-plan-"
+"""Before the name of a folder where `treering plan` tries an update: what a crash leaves of it is never taken up."""
+
 REPLACED = ".replaced-"
 """Before the name of a version's folder that is about to go, for another takes its place (`treering/redact.py`)."""
 

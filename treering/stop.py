@@ -1,4 +1,4 @@
-"""Ending an update when asked: a flag that SIGTERM and Ctrl-C set, looked at between steps."""
+"""Ending an update when asked by SIGTERM or Ctrl-C: at once, but for work that wants to end well and looks itself."""
 
 from __future__ import annotations
 
@@ -15,17 +15,43 @@ class Stop:
     """Whether SIGTERM or Ctrl-C asked the update to end; a second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self._at_once = False
 
     def is_set(self) -> bool:
         """The same, under the name that `threading.Event` has for it."""
         return self.asked
 
+    def ask(self) -> None:
+        """Ask it to end; raises as `check` does where it is to end `at_once`."""
+        self.asked = True
+        if self._at_once:
+            self.check()
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a signal ends what is done, wherever that is; it leaves no more behind than a kill would."""
+        with self._set(True):
+            yield
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Inside, a signal only asks: what is done there keeps something before it ends, or is soon done."""
+        with self._set(False):
+            yield
+
+    @contextmanager
+    def _set(self, at_once: bool) -> Iterator[None]:
+        before, self._at_once = self._at_once, at_once
+        try:
+            yield
+        finally:
+            self._at_once = before
+
     def check(self) -> None:
         """Raise `UpdateInterruptedError` if asked to stop."""
         if self.asked:
             raise UpdateInterruptedError(
-                "stopped as asked; run `treering update` again: it goes on from what was done, checkpoints included"
+                "stopped as asked; run `treering update` again: it goes on from the last checkpoint, if there is one"
             )
 
 
@@ -40,7 +66,7 @@ def stop_on_signals() -> Iterator[Stop]:
     def ask(number: int, _: Any) -> None:
         if stop.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.asked = True
+        stop.ask()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

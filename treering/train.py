@@ -112,7 +112,11 @@ def train(
         checkpoints, parameters, optimizer, config, recovery, ranks, {"best": early.weights, **methods.running}
     )
     log = kept.resume()
-    with bar("training", len(steps), quiet) as advance, shares.side_by_side(parts) as compute_all:
+    with (
+        stop.patient(),
+        bar("training", len(steps), quiet) as advance,
+        shares.side_by_side(parts) as compute_all,
+    ):
         computed = partial(_computed, collate, config, ranks, partial(compute_all, gradients_of), weights)
         advance(len(log))
         while _goes_on(log, len(steps), early, kept, track):

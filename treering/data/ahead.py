@@ -18,25 +18,19 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from treering.config import Config
 from treering.data.alike import Said
-from treering.data.check import PART, PART_CHARACTERS, Fit, fit, opened
+from treering.data.check import Fit, fit, opened
 from treering.data.example import Example
 from treering.data.layout import Layout, Tags
 from treering.data.read import Bad, Row, read
 from treering.errors import TreeringError
 from treering.pipes import own_output
 
-if TYPE_CHECKING:
-    from treering.stop import Stop
-
 LARGE = 16_000_000
 """Bytes of a file from which on a second process pays for its start."""
-
-SENT = 512
-"""Rows that are sent at once: some rules take milliseconds a row, and who waits for them looks between two parts."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +77,12 @@ def rows(job: Job, note: Callable[[str], None]) -> Iterator[Row | Bad]:
     )
 
 
-def parts(job: Job, note: Callable[[str], None], stop: Stop | None = None) -> Iterator[list[Fit | Bad]]:
+def parts(job: Job, note: Callable[[str], None]) -> Iterator[list[Fit | Bad]]:
     """The file's rows as `check.fit` gives them, part by part; `note` is told what a user should know of the file.
 
-    Raises `TreeringError` where the process does not end well, `UpdateInterruptedError` once `stop` was asked.
+    Raises `TreeringError` where the process does not end well.
     """
-    ended, waiting, size = False, list[Fit | Bad](), 0
+    ended = False
     command = [sys.executable, "-P", "-m", "treering.data.ahead"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8") as child:
         assert child.stdin is not None and child.stdout is not None
@@ -97,17 +91,12 @@ def parts(job: Job, note: Callable[[str], None], stop: Stop | None = None) -> It
                 child.stdin.write(json.dumps(job.plain) + "\n")
                 child.stdin.flush()
             for line in child.stdout:
-                if stop is not None:
-                    stop.check()
                 told = json.loads(line)
                 ended = "end" in told
                 if "note" in told:
                     note(told["note"])
-                waiting += map(_read, told.get("rows", ()))
-                size += len(line)
-                if waiting and (ended or len(waiting) >= PART or size >= PART_CHARACTERS):
-                    yield waiting
-                    waiting, size = [], 0
+                elif not ended:
+                    yield [_read(one) for one in told["rows"]]
             child.wait()
         finally:
             with suppress(BrokenPipeError):
@@ -122,7 +111,8 @@ def parts(job: Job, note: Callable[[str], None], stop: Stop | None = None) -> It
 
 def main() -> None:
     """Be that process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # It ends with who asked.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # It ends with who asked.
     out = own_output()
     orders = io.FileIO(0, closefd=False)
     if not (order := orders.readline()):
@@ -134,10 +124,11 @@ def main() -> None:
         out.write(json.dumps(told, ensure_ascii=False) + "\n")
         out.flush()
 
-    found = rows(job, lambda text: say({"note": text}))
-    for part in fit(found, opened(job.config, job.root), job.task, SENT):
-        say({"rows": [_plain(one) for one in part]})
-    say({"end": True})
+    with suppress(BrokenPipeError):
+        found = rows(job, lambda text: say({"note": text}))
+        for part in fit(found, opened(job.config, job.root), job.task):
+            say({"rows": [_plain(one) for one in part]})
+        say({"end": True})
 
 
 def _end_with_who_asked(orders: io.FileIO) -> None:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from treering.config import Config
-    from treering.stop import Stop
 
 
 PART, PART_CHARACTERS = 4096, 1 << 24
@@ -98,20 +97,13 @@ def opened(config: Config, root: Path) -> Checks:
     return Checks(config, load_tokenizer(folder, config.trust_remote_code), root)
 
 
-def fit(
-    rows: Iterable[Row | Bad], checks: Checks, task: str, most: int = PART, stop: Stop | None = None
-) -> Iterator[list[Fit | Bad]]:
-    """What becomes of the rows of a task, `most` at a time: fit to be compared and stored, or for quarantine.
-
-    Raises `UpdateInterruptedError` once `stop` was asked; a row may take milliseconds, so each asks.
-    """
+def fit(rows: Iterable[Row | Bad], checks: Checks, task: str) -> Iterator[list[Fit | Bad]]:
+    """What becomes of the rows of a task, part by part: fit to be compared and stored, or for quarantine."""
     part, size = list[Fit | Bad](), 0
     for one in rows:
-        if stop is not None:
-            stop.check()
         part.append(one if isinstance(one, Bad) else _fit(one, checks(one.example, task)))
         size += sum(len(turn.content) for turn in one.example.messages) if one.example else 0
-        if len(part) == most or size >= PART_CHARACTERS:
+        if len(part) == PART or size >= PART_CHARACTERS:
             yield part
             part, size = [], 0
     if part:

@@ -26,7 +26,6 @@ from treering.progress import Advance, bar, silent
 
 if TYPE_CHECKING:
     from treering.config import Config
-    from treering.stop import Stop
     from treering.workspace import Workspace
 
 TOLD = 100
@@ -75,15 +74,12 @@ class Ingested:
 
 @dataclass(frozen=True)
 class _Batch:
-    """The rows of one file (or of one call from Python), all of one task and one side. `digest` is the file's.
-
-    `parts` is given the checks, and asks `stop` as `check.fit` does.
-    """
+    """The rows of one file (or of one call from Python), all of one task and one side. `digest` is the file's."""
 
     name: str
     task: str
     split: Split
-    parts: Callable[..., Iterator[list[Fit | Bad]]]
+    parts: Callable[[Checks], Iterator[list[Fit | Bad]]]
     digest: str | None
 
 
@@ -96,14 +92,13 @@ def ingest(
     only: Collection[Path] | None = None,
     config: Config | None = None,
     how: How | None = None,
-    stop: Stop | None = None,
     quiet: bool = True,
 ) -> Ingested:
     """Take in `source` (files, folders or rows; the inbox by default); `held_out` is the user's own held-out side.
 
     Files of the inbox whose content was ingested before are passed over, with `only` all others too. `how`: what was
     told of the files; else they are recognised. Raises `UsageError` before anything is stored when a path does not
-    exist or a task cannot be named, and `UpdateInterruptedError`, with nothing stored, once `stop` was asked.
+    exist or a task cannot be named.
     """
     config = config or ws.config()
     notes: list[str] = []
@@ -114,7 +109,7 @@ def ingest(
         return Ingested(notices=notes)
     checks = opened(config, ws.root)
     with ws.catalog.writing() as writer, bar("ingesting files", len(batches), quiet) as advance:
-        intake = _Intake(ws, writer, config, checks, named=source is not None, stop=stop)
+        intake = _Intake(ws, writer, config, checks, named=source is not None)
         # Held-out files first, so that a row in both is held out.
         for batch in sorted(batches, key=lambda b: b.split != "held_out"):
             if batch.name not in (_PYTHON, STDIN):
@@ -153,14 +148,11 @@ class _Intake:
     `named`: the user named the files, which takes back rows that a hold set aside.
     """
 
-    def __init__(
-        self, ws: Workspace, writer: Writer, config: Config, checks: Checks, named: bool, stop: Stop | None = None
-    ) -> None:
+    def __init__(self, ws: Workspace, writer: Writer, config: Config, checks: Checks, named: bool) -> None:
         versions = registry.readable(ws)
         trained = {id for version in versions for id in version.rows}
         judged = {id for version in versions for id in registry.measured(version)}
-        self.writer, self.checks, self.named, self.stop = writer, checks, named, stop
-        self.stones = Tombstones(ws.root)
+        self.writer, self.checks, self.named, self.stones = writer, checks, named, Tombstones(ws.root)
         self.judge, self.share = Judge(writer, config, trained, judged), config.val_size
         self.counts: Counter[str] = Counter()
         self.tasks: Counter[str] = Counter()
@@ -171,7 +163,7 @@ class _Intake:
 
     def take(self, batch: _Batch, advance: Advance = silent) -> None:
         """Take in the rows of one file; `advance` is told how far that is."""
-        for found in batch.parts(self.checks, stop=self.stop):
+        for found in batch.parts(self.checks):
             part = [self._deleted(one) for one in found] if self.stones else found
             self.counts["rows"] += len(part)
             good, bad = [one for one in part if isinstance(one, Fit)], [one for one in part if isinstance(one, Bad)]
@@ -343,7 +335,7 @@ def _files(
     return batches
 
 
-def _parts(job: ahead.Job, notes: list[str], checks: Checks, stop: Stop | None = None) -> Iterator[list[Fit | Bad]]:
+def _parts(job: ahead.Job, notes: list[str], checks: Checks) -> Iterator[list[Fit | Bad]]:
     def note(text: str) -> None:
         notes.append(printable(f"{job.name}: {text}"))
 
@@ -351,9 +343,9 @@ def _parts(job: ahead.Job, notes: list[str], checks: Checks, stop: Stop | None =
         # A name is kept with every row, and whoever reads it must find the file by it.
         yield [Bad(job.name, 0, "file-name", BAD_NAME, "")]
     elif _size(job.path) >= ahead.LARGE:
-        yield from ahead.parts(job, note, stop)
+        yield from ahead.parts(job, note)
     else:
-        yield from fit(ahead.rows(job, note), checks, job.task, stop=stop)
+        yield from fit(ahead.rows(job, note), checks, job.task)
 
 
 def _size(file: Path) -> int:

@@ -85,8 +85,7 @@ class Method(Protocol):
     def after_update(self, model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Tensors to keep in the version; they come back as `state` in the next update.
 
-        `batches` are the rows that were new, each alone. Each is made when it is asked for, and there an update that
-        was told to stop ends, so ask for them one by one.
+        `batches` are the rows that were new, each alone.
         """
 
 

@@ -7,7 +7,7 @@ importance for all that was learned so far, `F <- gamma * F + F_new`, and one an
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,15 +58,14 @@ class EWC:
 
     def after_update(self, model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """F by the names of the weights, in their shapes; those that did not learn now have their old one, decayed."""
-        places = random.Random(f"{self.config.seed}:ewc").sample(range(len(batches)), min(ROWS, len(batches)))
-        sample = (batches[place] for place in places)
+        sample = random.Random(f"{self.config.seed}:ewc").sample(batches, min(ROWS, len(batches)))
         old = (self.anchor.importance if self.anchor else None) or {}
         found = {name: self.config.ewc.gamma * importance for name, importance in old.items()}
         for name, importance in _of_mean_one(self._fisher(model, sample)).items():
             found[name] = importance + found[name] if name in found else importance
         return {name: importance.cpu() for name, importance in found.items()}
 
-    def _fisher(self, model: PreTrainedModel, rows: Iterable[Batch]) -> dict[str, Tensor]:
+    def _fisher(self, model: PreTrainedModel, rows: Sequence[Batch]) -> dict[str, Tensor]:
         """The sum over `rows`, each a batch, of the squared gradient of its loss."""
         learns, training = trained(model), model.training
         found = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in learns.items()}
