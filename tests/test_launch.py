@@ -65,12 +65,14 @@ class Training:
     def train(self, stop_at: int = 0) -> list[Any]:
         def track(entry: Any) -> None:
             self.entries.append(entry)
-            self.stop.asked |= int(entry["step"]) == stop_at
+            if int(entry["step"]) == stop_at:
+                self.stop.ask()  # As a signal does in an update: the processes are waited for all the same.
 
         self.stop.asked = False
-        return launch.train(
-            self.handover, self.folder / "processes", self.folder, stop=self.stop, track=track, quiet=True
-        )
+        with self.stop.at_once():
+            return launch.train(
+                self.handover, self.folder / "processes", self.folder, stop=self.stop, track=track, quiet=True
+            )
 
     @property
     def weights(self) -> dict[str, Tensor]:

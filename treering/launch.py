@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +109,8 @@ def train(
     """
     config = handover.config
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _wanted(folder) as let_go, bar("training", len(handover.steps), quiet) as advance:
+    patient = stop.patient() if stop is not None else nullcontext()  # The processes keep where they are.
+    with patient, _wanted(folder) as let_go, bar("training", len(handover.steps), quiet) as advance:
         handover.save(folder)
         command = _command(config, folder, root)
         process = subprocess.Popen(
