@@ -338,6 +338,19 @@ def test_a_signal_while_rows_are_taken_in_takes_in_none(whole: Whole) -> None:
     finish(whole)
 
 
+def test_a_signal_within_a_rule_is_no_fault_of_the_row(whole: Whole) -> None:
+    """What a user's rule raises sends its row to quarantine, but not a signal that comes while it runs."""
+    server = whole.restore("second")
+    (server.root / "rules.py").write_text(
+        "import os, signal\n\ndef ends(messages):\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    before = server.json("status")
+    process = server.start("update", "checks={rules.py:ends: reject}")
+    assert process.wait() == 1
+    assert "stopped as asked" in process.err
+    assert server.json("status") == before
+
+
 def test_a_signal_while_methods_take_what_they_keep(whole: Whole) -> None:
     """The weights are written by then; each row that the method asks for is a look."""
     server = whole.restore("second")

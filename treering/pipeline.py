@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,13 @@ from treering.registry import Version
 from treering.stop import stop_on_signals
 
 if TYPE_CHECKING:
+    from treering.calibrate import Estimate
+    from treering.candidate import Candidate
     from treering.config import Config
     from treering.data.intake import Ingested
     from treering.gate import Verdict
     from treering.plan import Plan
+    from treering.results import Result
     from treering.workspace import Workspace
 
 
@@ -65,11 +68,12 @@ def update(
         _check_surroundings(ws, config)
         base = resolve(config.model_name_or_path, config.trust_remote_code)
         taken = ingest(ws, config=config, quiet=quiet) if inbox else None
-        with ws.changing("update"):
+        with stop.patient(), ws.changing("update"):
             parent = registry.current(ws)
         without = frozenset() if rolled_back else registry.given_back(ws)
         plan = make_plan(ws, parent, config, fingerprint(base), file, without)
-        done = _nothing_to_train(ws, plan, promote)
+        with stop.patient():
+            done = _nothing_to_train(ws, plan, promote)
         if done is not None:
             return replace(done, ingested=taken)
         newest, plan = plan, taken_up(ws, plan)
@@ -98,18 +102,34 @@ def update(
         verdict = gate.judge(before, after, candidate.metrics, plan.fresh_ids, config.gate, config.seed, answers)
 
         candidate.write(base_name(config), after, log)
-        with stop.patient(), ws.changing("update"):
-            verdict = _still_valid(ws, plan) or verdict
-            manifest = of_update(candidate, before, after, verdict, promote=promote, ordered=ordered, estimate=estimate)
-            report.write(candidate.folder, registry.next_name(ws), manifest, log)
-            version = registry.commit(ws, candidate.folder, manifest)
-            if verdict.promote and promote:
-                registry.promote(ws, version)
-            registry.discard(staging)
-    resumed = f"; it was resumed, and {later} newer rows wait for the next update" if later else ""
-    return Outcome(
-        "promoted" if verdict.promote and promote else "held", verdict.summary + resumed, version, ingested=taken
-    )
+        with stop.patient():
+            version, verdict = _commit(ws, candidate, before, after, verdict, log, promote, ordered, estimate)
+            status = "promoted" if verdict.promote and promote else "held"
+            resumed = f"; it was resumed, and {later} newer rows wait for the next update" if later else ""
+            return Outcome(status, verdict.summary + resumed, version, ingested=taken)
+
+
+def _commit(
+    ws: Workspace,
+    candidate: Candidate,
+    before: Sequence[Result],
+    after: Sequence[Result],
+    verdict: Verdict,
+    log: Sequence[dict[str, float]],
+    promote: bool,
+    ordered: str | None,
+    estimate: Estimate | None,
+) -> tuple[Version, Verdict]:
+    """Make the candidate a version, and current if it is to be; the verdict is that on what is there by now."""
+    with ws.changing("update"):
+        verdict = _still_valid(ws, candidate.plan) or verdict
+        manifest = of_update(candidate, before, after, verdict, promote=promote, ordered=ordered, estimate=estimate)
+        report.write(candidate.folder, registry.next_name(ws), manifest, log)
+        version = registry.commit(ws, candidate.folder, manifest)
+        if verdict.promote and promote:
+            registry.promote(ws, version)
+        registry.discard(candidate.staging)
+    return version, verdict
 
 
 def _check_surroundings(ws: Workspace, config: Config) -> None:

@@ -11,6 +11,10 @@ from typing import Any
 from treering.errors import UpdateInterruptedError
 
 
+class _AskedError(BaseException):
+    """Raised by a signal, at any place: no `Exception`, lest code that expects any error of a library swallows it."""
+
+
 class Stop:
     """Whether SIGTERM or Ctrl-C asked the update to end; a second Ctrl-C ends it at once."""
 
@@ -22,16 +26,22 @@ class Stop:
         return self.asked
 
     def ask(self) -> None:
-        """Ask it to end; raises as `check` does where it is to end `at_once`."""
-        self.asked = True
-        if self._at_once:
-            self.check()
+        """Ask it to end; the first time, it ends where it is to end `at_once`."""
+        again, self.asked = self.asked, True
+        if self._at_once and not again:  # A second signal finds the first one's cleaning up.
+            raise _AskedError
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a signal ends what is done, wherever that is; it leaves no more behind than a kill would."""
-        with self._set(True):
-            yield
+        """Inside, a signal ends what is done, wherever that is; it leaves no more behind than a kill would.
+
+        Outside, that is `UpdateInterruptedError`.
+        """
+        try:
+            with self._set(True):
+                yield
+        except _AskedError:
+            self.check()
 
     @contextmanager
     def patient(self) -> Iterator[None]:

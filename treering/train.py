@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 @contextmanager
 def _denormals_flushed() -> Iterator[None]:
     """Numbers near zero become zero, which is many times faster; after it they are numbers, as they usually are."""
-    torch.set_flush_denormal(True)
     try:
+        torch.set_flush_denormal(True)
         yield
     finally:
         torch.set_flush_denormal(False)
