@@ -181,4 +181,8 @@ def test_pairs_come_out_again(workspace: MakeWorkspace, tmp_path: Path, name: st
     rows = list(read(tmp_path / file, pairs=True, note=notes.append))
     assert {row.example.id for row in rows if row.example} == set(ws.catalog.train_ids("tone"))
     assert notes == ["5 preference pairs, both of whose answers are kept (stage: dpo)"]
+    gone = ws.catalog.train_ids("tone")[0]
+    assert ws.forget([gone]).exports == [str(tmp_path / file)]
+    left = {row.example.id for row in read(tmp_path / file, pairs=True, note=lambda _: None) if row.example}
+    assert left == set(ws.catalog.train_ids("tone")) and len(left) == 4
     assert list(read(tmp_path / file, note=notes.append)) and "the rejected ones are not kept" in notes[-1]

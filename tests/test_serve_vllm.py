@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -439,6 +440,12 @@ def test_the_command_follows_the_settings() -> None:
     line = " ".join(command(config, BASE, [12]))
     assert "--model /m" in line and "--dtype float32" in line and line.endswith("--max-model-len 99")
     assert "--max-loras 5" in line and "--max-lora-rank 16" in line and "--trust-remote-code" not in line
+
+
+def test_no_text_that_vllm_is_sent_speaks_for_somebody_else() -> None:
+    job = Job(id="j", version="base", messages=[{"role": "user", "content": "a<|im_end|>b"}])
+    _, body = wire.request(job, "m", Config(), 40, re.escape("<|im_end|>"))
+    assert body["messages"] == [{"role": "user", "content": "a< |im_end|>b"}]
 
 
 def test_a_job_becomes_a_request() -> None:

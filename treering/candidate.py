@@ -133,9 +133,9 @@ class Candidate:
             self.shown = self._shown(self.plan.rows)
             self.classes = dict(zip(self.plan.row_ids, self.shown.classes, strict=True))
         self.lessons = self._by_expert() if self.config.adapter_composition == "experts" else [self._lesson()]
-        self.pupil.rows = {id: self._tokens(id) for id in [*self.plan.row_ids, *self.memory.rows]} | self.general
-        if self.config.stage == "dpo":  # Remembered pairs are replayed by their chosen answers.
-            self.pupil.rows |= {id: self._pair(id) for id in self.plan.row_ids}
+        new = self._pair if self.config.stage == "dpo" else self._tokens
+        remembered = {id: self._tokens(id) for id in self.memory.rows}  # Pairs by their chosen answers.
+        self.pupil.rows = {id: new(id) for id in self.plan.row_ids} | remembered | self.general
         for lesson in self.lessons:
             self.turn_to(lesson)
             written = write(
@@ -351,10 +351,11 @@ class Candidate:
 
     def _pair(self, id: str) -> Tokens:
         """The row with its rejected answer, if it has one."""
-        row, rejected = encode(self.tokenizer, self.examples[id], last_only=True), self.examples[id].rejected
+        chosen, rejected = self.examples[id], self.examples[id].rejected
         if rejected is None:
             return self._tokens(id)
-        return replace(row, id=id, rejected=encode(self.tokenizer, rejected, last_only=True))
+        row, other = (encode(self.tokenizer, one, last_only=True) for one in (chosen, rejected))
+        return replace(row, rejected=other)
 
     def _encoded(self, id: str, example: Example) -> Tokens:
         row = replace(encode(self.tokenizer, example), id=id)

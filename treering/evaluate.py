@@ -59,13 +59,12 @@ def evaluate(
     model.eval()
     named = [_metric(example, metrics[task]) for example, task in rows]
     pairs = [at for at, name in enumerate(named) if name == PREFERENCE]
-    count, written = len(rows), [name not in (TOKEN_ACCURACY, PREFERENCE) for name in named]
-    rows = [*rows, *((rows[at][0].rejected or rows[at][0], rows[at][1]) for at in pairs)]  # Only read.
-    written += [False] * len(pairs)
+    rows = [*rows, *((rows[at][0].rejected or rows[at][0], rows[at][1]) for at in pairs)]
+    names = [*named, *(PREFERENCE for _ in pairs)]
     end, pad_id = cast(int, tokenizer.eos_token_id), cast(int, tokenizer.pad_token_id)
     tokens = [encode(tokenizer, example, last_only=True) for example, _ in rows]
     right = [[row.ids[place] for place in row.answers] for row in tokens]
-    judged = [name == "exact_match" for name in [*named, *(PREFERENCE for _ in pairs)]]
+    judged = [name == "exact_match" for name in names]
     known = Known(answer for answer, is_label in zip(right, judged, strict=True) if is_label)
     longest = config.eval.max_new_tokens
 
@@ -82,7 +81,7 @@ def evaluate(
         answers: dict[int, Answer] = {}
         whole: dict[int, str] = {}
         for at, row, past in zip(part, now, recalled, strict=True):
-            if not written[at]:
+            if names[at] not in METRICS:
                 whole[at] = ""  # What counts is how likely its tokens are.
                 continue
             path, long = tree.path(row.ids[:-1]), len(right[at])
@@ -102,7 +101,7 @@ def evaluate(
         hints = guides(model, tokenizer, [example.prompt for example, _ in rows], config, stop, reading)
         chosen, read = [guide.expert for guide in hints], [row.ids for row in tokens]
         found = routed(model, chosen, read, score, config, advance, stop, reading and reading.next())
-    rejected = {at: loss for at, (_, loss, _) in zip(pairs, found[count:], strict=True)}
+    rejected = {at: loss for at, (_, loss, _) in zip(pairs, found[len(named) :], strict=True)}
     results = []
     for at, ((example, task), name, (said, loss, share)) in enumerate(zip(rows, named, found, strict=False)):
         if name == TOKEN_ACCURACY:

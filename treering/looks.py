@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from treering import registry
 from treering.answers import Answerer
-from treering.data.example import Example, Message
+from treering.data.example import Example, Message, normalise
 from treering.evaluate import evaluate
 from treering.features import features
 from treering.metrics import exact_match
@@ -78,7 +78,7 @@ class Looks:
         others = {
             id: Example((*examples[id].prompt, Message("assistant", answer.strip())))
             for id, (answer, _) in said.items()
-            if not exact_match(answer, examples[id].answer) and _label(answer) in labels
+            if not exact_match(answer, examples[id].answer) and normalise(answer) in labels
         }
         sure = self._answers(task, list(others.values()), metrics, f"reading {task} again")
         places = {row["id"]: row for row in self.ws.catalog.rows(list(others))}
@@ -115,7 +115,3 @@ class Looks:
 def _spread(rows: Tensor) -> float:
     """The squared distances of rows from their mean, summed."""
     return float((rows - rows.mean(0)).square().sum())
-
-
-def _label(text: str) -> str:
-    return Example((Message("assistant", text),)).label

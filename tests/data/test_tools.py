@@ -151,3 +151,10 @@ def test_calls_and_tools_that_nothing_could_hold(value: object, words: str) -> N
         convert({"messages": [asked, {"role": "assistant", "content": None, "tool_calls": [call]}]})
     with pytest.raises(RowError, match=words):
         convert({"messages": [asked, ROW["messages"][4]], "tools": [{"name": "f", "parameters": value}]})
+
+
+def test_tools_without_end_are_refused_without_counting(workspace: MakeWorkspace) -> None:
+    ws = workspace(val_size=0.0, cutoff_len=64)
+    tool = {"name": "f", "description": "x" * 5000}
+    found = ws.ingest([{"messages": [ROW["messages"][1], ROW["messages"][4]], "tools": [tool]}], task="t")
+    assert "characters are far more than cutoff_len=64" in found.refused[0]["reason"]

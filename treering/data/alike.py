@@ -50,9 +50,8 @@ class Said:
         """Of a row that ends with its answer, or of a plain text, which asks for itself and for no answer."""
         asking = example.messages if example.is_text else example.prompt
         turns = [(turn.role, normalise(turn.text)) for turn in asking]
-        label = (
-            "" if example.is_text else example.label or example.answer
-        )  # An answer of nothing but punctuation has no normal form.
+        # An answer of nothing but punctuation has no normal form.
+        label = "" if example.is_text else example.label or example.answer
         return cls(
             _hash("\x1f".join(f"{role}\x1e{text}" for role, text in turns)),
             _hash(label),

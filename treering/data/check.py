@@ -102,7 +102,7 @@ def fit(rows: Iterable[Row | Bad], checks: Checks, task: str) -> Iterator[list[F
     part, size = list[Fit | Bad](), 0
     for one in rows:
         part.append(one if isinstance(one, Bad) else _fit(one, checks(one.example, task)))
-        size += sum(len(turn.content) for turn in one.example.messages) if one.example else 0
+        size += sum(len(turn.content) + len(turn.extra) for turn in one.example.messages) if one.example else 0
         if len(part) == PART or size >= PART_CHARACTERS:
             yield part
             part, size = [], 0

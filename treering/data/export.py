@@ -86,7 +86,7 @@ def _note(ws: Workspace, path: Path, format: str) -> None:
 
 
 def _read(path: Path) -> Iterator[Example]:
-    return (row.example for row in read(path, note=lambda _: None) if isinstance(row, Row))
+    return (row.example for row in read(path, pairs=True, note=lambda _: None) if isinstance(row, Row))
 
 
 def _stored(ws: Workspace, ids: list[str]) -> Iterator[Example]:

@@ -41,7 +41,7 @@ class Lengths:
 
     def far_too_long(self, row: Example) -> str | None:
         """What is to be said of a row whose tokens need no counting, which takes long for a text without end."""
-        size = sum(len(turn.content) for turn in row.messages)
+        size = sum(len(turn.content) + len(turn.extra) for turn in row.messages)
         if size <= FOR_A_TOKEN * self.most:
             return None
         return f"{size:,} characters are far more than cutoff_len={self.most} tokens; split the row"
