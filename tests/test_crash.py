@@ -338,6 +338,20 @@ def test_a_signal_while_rows_are_taken_in_takes_in_none(whole: Whole) -> None:
     finish(whole)
 
 
+def test_a_signal_while_an_update_is_planned_leaves_nothing(whole: Whole) -> None:
+    server = whole.restore("second")
+    before = server.json("status")
+    process = server.start("plan", pause_at="sql BEGIN")
+    process.until_paused()
+    assert list(server.root.glob("versions/.staging-plan-*"))
+    process.kill(signal.SIGTERM)
+    process.release()
+    assert process.wait() == 1
+    assert "stopped as asked; nothing was changed" in process.err
+    assert not list(server.root.glob("versions/.staging-*"))
+    assert server.json("status") == before
+
+
 def test_a_signal_within_a_rule_is_no_fault_of_the_row(whole: Whole) -> None:
     """What a user's rule raises sends its row to quarantine, but not a signal that comes while it runs."""
     server = whole.restore("second")

@@ -211,6 +211,46 @@ def test_an_update_survives_its_death(waiting: Workspace) -> None:
         assert found == pytest.approx(wanted, rel=1e-3, abs=1e-5) and any(wanted)
 
 
+@pytest.mark.soak
+def test_a_signal_keeps_where_the_processes_are(waiting: Workspace) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "from treering.cli import main; main()",
+        "update",
+        "max_steps=400",
+        "save_steps=200",
+    ]
+    command += ["per_device_train_batch_size=4", "--launcher", "accelerate", "--processes", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "-w", str(waiting.root)], env=environment, stderr=subprocess.PIPE, text=True)
+    (staging,) = until(lambda: [path.parent for path in waiting.versions.glob(".staging-*/wanted")])
+    until(lambda: (staging / "checkpoints" / "step-0").exists() and list(staging.glob("processes/log.jsonl")))
+    process.terminate()
+    _, said = process.communicate()
+    assert process.returncode == 1 and "stopped as asked" in said
+    until(lambda: not holding(staging))
+    (kept,) = {int(path.name.removeprefix("step-")) for path in staging.glob("checkpoints/step-*")} - {0}
+    assert 0 < kept < 200
+
+
+def test_processes_asked_before_their_first_step(model_folder: Path, tmp_path: Path) -> None:
+    """They have nothing to keep: nobody waits until they have started."""
+    made = Training(model_folder, tmp_path, "accelerate")
+
+    def ask() -> None:
+        until(lambda: (tmp_path / "processes" / "accelerate.yaml").exists())
+        made.stop.asked = True  # From a thread it cannot be more.
+
+    watch = threading.Thread(target=ask)
+    watch.start()
+    with pytest.raises(UpdateInterruptedError):
+        made.train()
+    watch.join()
+    assert not list(made.checkpoints.glob("step-[1-9]*"))
+    until(lambda: not holding(tmp_path))
+
+
 def test_a_training_as_files_is_the_same(model_folder: Path, tmp_path: Path) -> None:
     run = Run(model_folder, settings(model_folder))
     rows = {id: with_prompts(row) if at % 2 else row for at, (id, row) in enumerate(run.rows.items())}

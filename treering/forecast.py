@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treering import errors, registry
-from treering.errors import RoomError, TreeringError, UpdateInterruptedError, full_disk_is_clear
+from treering.errors import RoomError, TreeringError, full_disk_is_clear
 from treering.files import write_json
 from treering.progress import say
 from treering.registry import TRIED
-from treering.stop import stop_on_signals
+from treering.stop import Stop, stop_on_signals
 
 if TYPE_CHECKING:
     from treering.calibrate import Estimate
@@ -60,7 +60,13 @@ def forecast(ws: Workspace, overrides: Iterable[str] = (), *, quiet: bool = Fals
     base = resolve(config.model_name_or_path, config.trust_remote_code)
     launch.check(config, ws.root)
     general.file(config, ws.root)
-    with ws.lock("plan", "update"), full_disk_is_clear(ws.root), _trial(ws) as (trial, folder):
+    with (
+        ws.lock("plan", "update"),
+        full_disk_is_clear(ws.root),
+        stop_on_signals("nothing was changed") as stop,
+        stop.at_once(),
+        _trial(ws) as (trial, folder),
+    ):
         taken = ingest(trial, config=config, quiet=quiet)
         plan = taken_up(ws, make_plan(trial, registry.current(ws), config, fingerprint(base)))
         space = room(ws.root)
@@ -70,7 +76,7 @@ def forecast(ws: Workspace, overrides: Iterable[str] = (), *, quiet: bool = Fals
         write_json(folder / registry.PLAN, asdict(plan))
         if not quiet:
             say("trying a few steps of the update")
-        estimate = _measured(ws, overrides, folder, quiet)
+        estimate = _measured(ws, overrides, folder, stop, quiet)
         write_json(ws.root / ESTIMATE, {"plan": plan.digest, "machine": plan.machine, "estimate": asdict(estimate)})
         return Forecast(plan, taken, estimate, space, _short(estimate.needs, space, config))
 
@@ -111,7 +117,7 @@ def _trial(ws: Workspace) -> Iterator[tuple[Workspace, Path]]:
         yield trial, Path(scratch)
 
 
-def _measured(ws: Workspace, overrides: list[str], folder: Path, quiet: bool) -> Estimate:
+def _measured(ws: Workspace, overrides: list[str], folder: Path, stop: Stop, quiet: bool) -> Estimate:
     from treering.automate import children
     from treering.calibrate import Estimate
 
@@ -122,10 +128,9 @@ def _measured(ws: Workspace, overrides: list[str], folder: Path, quiet: bool) ->
         "folder": str(folder),
         "quiet": quiet,
     }
-    with stop_on_signals() as stop:
+    with stop.patient():  # The child is waited for.
         answer = children.run(order, lambda: "asked to stop" if stop.asked else None)
-    if stop.asked:
-        raise UpdateInterruptedError("stopped as asked; nothing was changed")
+    stop.check()
     if answer.error is not None:
         raise getattr(errors, answer.kind, TreeringError)(f"a few steps of the update were tried: {answer.error}")
     return Estimate(**answer.value)

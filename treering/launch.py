@@ -132,7 +132,8 @@ def train(
                     if track is not None:
                         track(entry)
                 if stop is not None and stop.asked and deadline == math.inf:
-                    deadline = time.monotonic() + GRACE + 0.5
+                    # Before the first step is done they have nothing to keep.
+                    deadline = time.monotonic() + (GRACE + 0.5 if done else 0)
                     let_go()
                 if deadline < math.inf and None not in _told(folder, config):
                     break

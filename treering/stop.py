@@ -10,16 +10,19 @@ from typing import Any
 
 from treering.errors import UpdateInterruptedError
 
+AGAIN = "run `treering update` again: it goes on from the last checkpoint, if there is one"
+
 
 class _AskedError(BaseException):
     """Raised by a signal, at any place: no `Exception`, lest code that expects any error of a library swallows it."""
 
 
 class Stop:
-    """Whether SIGTERM or Ctrl-C asked the update to end; a second Ctrl-C ends it at once."""
+    """Whether SIGTERM or Ctrl-C asked what is done to end; a second Ctrl-C ends it at once. `words`: how to go on."""
 
-    def __init__(self) -> None:
+    def __init__(self, words: str = AGAIN) -> None:
         self.asked = self._at_once = False
+        self._words = words
 
     def is_set(self) -> bool:
         """The same, under the name that `threading.Event` has for it."""
@@ -60,15 +63,16 @@ class Stop:
     def check(self) -> None:
         """Raise `UpdateInterruptedError` if asked to stop."""
         if self.asked:
-            raise UpdateInterruptedError(
-                "stopped as asked; run `treering update` again: it goes on from the last checkpoint, if there is one"
-            )
+            raise UpdateInterruptedError(f"stopped as asked; {self._words}")
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Stop]:
-    """Turn SIGTERM and SIGINT into a flag while inside (in the main thread; elsewhere Python allows no handlers)."""
-    stop = Stop()
+def stop_on_signals(words: str = AGAIN) -> Iterator[Stop]:
+    """Turn SIGTERM and SIGINT into a flag while inside (in the main thread; elsewhere Python allows no handlers).
+
+    `words`: how to go on, for the error.
+    """
+    stop = Stop(words)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -97,7 +97,7 @@ def opened(config: Config, root: Path) -> Checks:
     return Checks(config, load_tokenizer(folder, config.trust_remote_code), root)
 
 
-def fit(rows: Iterable[Row | Bad], checks: Checks, task: str) -> Iterator[list[Fit | Bad]]:
+def fit(rows: Iterable[Row | Bad], checks: Checks, task: str) -> Generator[list[Fit | Bad]]:
     """What becomes of the rows of a task, part by part: fit to be compared and stored, or for quarantine."""
     part, size = list[Fit | Bad](), 0
     for one in rows:

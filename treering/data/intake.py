@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -79,7 +80,7 @@ class _Batch:
     name: str
     task: str
     split: Split
-    parts: Callable[[Checks], Iterator[list[Fit | Bad]]]
+    parts: Callable[[Checks], Generator[list[Fit | Bad]]]
     digest: str | None
 
 
@@ -163,27 +164,31 @@ class _Intake:
 
     def take(self, batch: _Batch, advance: Advance = silent) -> None:
         """Take in the rows of one file; `advance` is told how far that is."""
-        for found in batch.parts(self.checks):
-            part = [self._deleted(one) for one in found] if self.stones else found
-            self.counts["rows"] += len(part)
-            good, bad = [one for one in part if isinstance(one, Fit)], [one for one in part if isinstance(one, Bad)]
-            judged = self.judge.judge(good, batch.task, batch.split, batch.split == "held_out")
-            self._refuse(batch, bad + [refused(one.row, *one.refused) for one in judged if one.refused])
-            self._make_room(judged)
-            self._store([one.stored for one in judged if one.stored and one.is_kept], batch.task)
-            for row, one in zip(good, judged, strict=True):
-                if one.is_kept:
-                    self.mended.update(row.mended)
-                    self.warned.update(row.warned)
-                elif one.fate != "new" and not one.refused:
-                    self._meet_again(one, batch.task)
-            left_out = [(one.row, one.like) for one in judged if one.like]
-            self.counts["duplicates"] += len(left_out)
-            self.counts["near"] += len(left_out)
-            self.writer.leave_out(batch.task, left_out)
-            advance(0, f"{self.counts['rows']:,} rows")
+        with closing(batch.parts(self.checks)) as parts:
+            for found in parts:
+                self._take_part(batch, found)
+                advance(0, f"{self.counts['rows']:,} rows")
         if batch.digest is not None:
             self.writer.remember_file(batch.name, batch.digest)
+
+    def _take_part(self, batch: _Batch, found: Sequence[Fit | Bad]) -> None:
+        part = [self._deleted(one) for one in found] if self.stones else found
+        self.counts["rows"] += len(part)
+        good, bad = [one for one in part if isinstance(one, Fit)], [one for one in part if isinstance(one, Bad)]
+        judged = self.judge.judge(good, batch.task, batch.split, batch.split == "held_out")
+        self._refuse(batch, bad + [refused(one.row, *one.refused) for one in judged if one.refused])
+        self._make_room(judged)
+        self._store([one.stored for one in judged if one.stored and one.is_kept], batch.task)
+        for row, one in zip(good, judged, strict=True):
+            if one.is_kept:
+                self.mended.update(row.mended)
+                self.warned.update(row.warned)
+            elif one.fate != "new" and not one.refused:
+                self._meet_again(one, batch.task)
+        left_out = [(one.row, one.like) for one in judged if one.like]
+        self.counts["duplicates"] += len(left_out)
+        self.counts["near"] += len(left_out)
+        self.writer.leave_out(batch.task, left_out)
 
     def finish(self) -> Ingested:
         """Settle the sides of all rows that were taken in; returns what became of them."""
@@ -335,7 +340,7 @@ def _files(
     return batches
 
 
-def _parts(job: ahead.Job, notes: list[str], checks: Checks) -> Iterator[list[Fit | Bad]]:
+def _parts(job: ahead.Job, notes: list[str], checks: Checks) -> Generator[list[Fit | Bad]]:
     def note(text: str) -> None:
         notes.append(printable(f"{job.name}: {text}"))
 
