@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from treering.data.rules import LEVELS, RULES, is_custom
+from treering.data.rules import ALL, LEVELS, is_custom
 from treering.errors import ConfigError
 from treering.methods import FINETUNING_TYPES, PROTECT
 from treering.optimizers import OPTIMIZERS
@@ -256,7 +256,7 @@ class Config(Section):
     @classmethod
     def _known_checks(cls, value: dict[str, str]) -> dict[str, str]:
         for name, level in value.items():
-            levels = LEVELS if is_custom(name) else RULES[_known(name, RULES)].levels
+            levels = LEVELS if is_custom(name) else ALL[_known(name, ALL)].levels
             if level not in levels:
                 raise ValueError(f"{name} is {level}; it may be {', '.join(levels)}")
         return value

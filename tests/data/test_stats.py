@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from treering import Workspace, registry
-from treering.data.stats import slips, stats
+from treering.data.stats import stats
 from treering.data.story import story, trace
 from treering.errors import UsageError
 from treering.testing import toy_rows
@@ -49,12 +49,6 @@ def test_figures_of_a_task(ws: Workspace) -> None:
     assert found["b"]["labels"] == {} and found["b"]["drift"] is None  # Open answers; nothing of it was learned.
     assert stats(ws, "b").keys() == {"b"}
     assert found["c"]["rows"] == {"quarantined": 1, "waiting": 0} and found["c"]["labels"] == {}
-
-
-def test_a_rare_label_that_looks_like_a_frequent_one() -> None:
-    counts = {"refund": 100, "refunds": 2, "delivery": 90, "warranty": 3}
-    assert slips(counts) == {"refunds": "refund"}
-    assert slips({}) == {}
 
 
 def test_a_task_out_of_balance(workspace: Callable[..., Workspace]) -> None:

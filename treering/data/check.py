@@ -13,7 +13,7 @@ from treering.data.alike import Said
 from treering.data.example import Example
 from treering.data.lengths import Lengths
 from treering.data.read import Bad, Row
-from treering.data.rules import RULES, Around, Finding, Rule, is_custom
+from treering.data.rules import ALL, RULES, Around, Finding, Rule, is_custom
 from treering.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,13 +57,13 @@ class Checks:
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, root: Path | None = None) -> None:
         lengths = Lengths(tokenizer, config.cutoff_len)
-        levels = {name: known.level for name, known in RULES.items()} | config.checks
+        self.levels = levels = {name: known.level for name, known in ALL.items()} | config.checks
         cuts = levels["too-long"] == "repair"
         self.around = Around(tokenizer, lengths, config.languages, config.labels, cuts=cuts)
         rules: dict[str, Rule] = {name: known.check for name, known in RULES.items()}
         for name in filter(is_custom, config.checks):
             rules[name] = _custom(name, root or Path.cwd())
-        self.rules = {name: (rules[name], level) for name, level in levels.items() if level != "off"}
+        self.rules = {name: (rule, levels[name]) for name, rule in rules.items() if levels[name] != "off"}
 
     def __call__(self, row: Example, task: str = "") -> Checked:
         """What becomes of `row`."""

@@ -15,8 +15,9 @@ from treering.data import ahead
 from treering.data.check import Checks, Fit, fit, opened, refused
 from treering.data.dedup import Judge, Judged
 from treering.data.fetch import STDIN
+from treering.data.labels import Labels
 from treering.data.read import Bad, Row, RowError, convert, named_in_utf8
-from treering.data.rules import RULES
+from treering.data.rules import ALL, BALANCE, SLIP
 from treering.data.shapes import PLAIN, is_plain_text
 from treering.data.sources import How, Place, data_files
 from treering.data.tombstones import Tombstones
@@ -33,6 +34,9 @@ TOLD = 100
 """Quarantined rows that are told one by one; the catalog has all."""
 
 BAD_NAME = "its name, or that of a folder it lies in, is not UTF-8; rename it"
+
+SAMPLE = 10_000
+"""Rows of a task whose labels are looked at together, the newest."""
 
 DELETED, DELETED_REASON = "deleted", "it was deleted on request (`treering forget`), so it never comes in again"
 """The rule of such a row, and why; its text is not kept."""
@@ -118,7 +122,7 @@ def ingest(
             intake.take(batch, advance)
             advance()
         found = intake.finish()
-    return replace(found, notices=notes)
+    return replace(found, notices=notes + found.notices)
 
 
 def retake(ws: Workspace, rows: Sequence[tuple[int, str, Split, Row]], *, checked: bool) -> Ingested:
@@ -128,7 +132,7 @@ def retake(ws: Workspace, rows: Sequence[tuple[int, str, Split, Row]], *, checke
     """
     config = ws.config()
     newest = config.dedup.model_copy(update={"contradictions": "supersede"})
-    off = {name: "off" for name, rule in RULES.items() if "off" in rule.levels}
+    off = {name: "off" for name, rule in ALL.items() if "off" in rule.levels}
     config = config.model_copy(update={"dedup": newest} | ({} if checked else {"checks": off}))
     checks = opened(config, ws.root)
     with ws.catalog.writing() as writer:
@@ -161,6 +165,7 @@ class _Intake:
         self.mended: Counter[str] = Counter()
         self.warned: Counter[str] = Counter()
         self.told: list[dict[str, Any]] = []
+        self.notices: list[str] = []
 
     def take(self, batch: _Batch, advance: Advance = silent) -> None:
         """Take in the rows of one file; `advance` is told how far that is."""
@@ -193,6 +198,8 @@ class _Intake:
     def finish(self) -> Ingested:
         """Settle the sides of all rows that were taken in; returns what became of them."""
         self.judge.close()
+        for task in [task for task, count in self.tasks.items() if count]:
+            self._look_at_labels(task)
         self._hold_out()
         return Ingested(
             self.counts["rows"],
@@ -207,7 +214,31 @@ class _Intake:
             self.counts["superseded"],
             dict(self.mended),
             dict(self.warned),
+            self.notices,
         )
+
+    def _look_at_labels(self, task: str) -> None:
+        """What only the rows of a task together show, once the new ones are among them."""
+        rows, levels = self.writer.newest(task, SAMPLE), self.checks.levels
+        labels = Labels.of([example for _, example in rows])
+        slips = labels.slips() if levels[SLIP] != "off" else {}
+        new = [seq for seq, row in rows if row.answer in slips and seq > self.judge.first]
+        free = [row for row in self.writer.numbered(new) if row.example.id not in self.judge.needed]
+        for row in free:
+            said = row.example.answer
+            reason = f"the rare label {said!r} looks like {slips[said]!r}; correct it if it is a slip"
+            if levels[SLIP] == "reject":
+                self._take_out(row, SLIP, f"{reason}, or set its level to warn")
+            else:
+                self.warned[SLIP] += 1
+                self._note(task, f"{row.file}, line {row.line}: {reason}")
+        ratio = labels.imbalance()
+        if ratio and levels[BALANCE] == "warn":
+            self._note(task, f"its most frequent label has {ratio:.0f} times as many rows as its rarest")
+
+    def _note(self, task: str, text: str) -> None:
+        if len(self.notices) < TOLD:
+            self.notices.append(f"{task}: {text}")
 
     def _hold_out(self) -> None:
         """Hold out a share of the new rows of each task that has no held-out rows of the user's own.
@@ -243,15 +274,18 @@ class _Intake:
     def _make_room(self, judged: Sequence[Judged]) -> None:
         """Take away stored rows that new ones make untrue, or that may not stand beside them."""
         for one in judged:
-            for other, rule, reason in one.removes:
-                self.writer.remove(other, rule, reason)
-                if other.seq > self.judge.first:  # It came with this ingest, and was counted as accepted.
-                    self.tasks[other.task] -= 1
-                    self.counts["held_out"] -= other.split == "held_out"
-                    self._tell(Bad(other.file, other.line, rule, reason, ""))
+            for removed in one.removes:
+                self._take_out(*removed)
         replaced = list(dict.fromkeys(id for one in judged if one.is_kept for id in one.replaces))
         self.counts["superseded"] += len(replaced)
         self.writer.supersede(replaced)
+
+    def _take_out(self, row: Stored, rule: str, reason: str) -> None:
+        self.writer.remove(row, rule, reason)
+        if row.seq > self.judge.first:  # It came with this ingest, and was counted as accepted.
+            self.tasks[row.task] -= 1
+            self.counts["held_out"] -= row.split == "held_out"
+            self._tell(Bad(row.file, row.line, rule, reason, ""))
 
     def _store(self, rows: Sequence[Stored], task: str) -> None:
         self.writer.add(rows)

@@ -12,7 +12,7 @@ from treering.data.dedup import LEAKAGE, TRAINED
 from treering.data.example import Example
 from treering.data.intake import DELETED, Ingested, retake
 from treering.data.read import Row, RowError, convert
-from treering.data.rules import RULES
+from treering.data.rules import ALL
 from treering.data.writer import HELD
 from treering.errors import UsageError
 from treering.files import write_file
@@ -25,7 +25,7 @@ _FINAL = {
     TRAINED: "a version has learned it, so it cannot judge",
     DELETED: "nothing of it is kept",
     **dict.fromkeys(
-        (name for name, rule in RULES.items() if "off" not in rule.levels), "the model cannot take it as it is"
+        (name for name, rule in ALL.items() if "off" not in rule.levels), "the model cannot take it as it is"
     ),
 }
 """Rules whose rows cannot be taken in as they are, and why."""

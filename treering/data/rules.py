@@ -246,6 +246,25 @@ RULES: dict[str, Known] = {
 """All rules in the order in which rows meet them; what a rule mends the later ones see mended."""
 
 
+SLIP, BALANCE = "look-alike-label", "imbalance"
+
+
+@dataclass(frozen=True)
+class OfTask:
+    """A rule that sees all rows of a task (`data.labels`): its usual level, and those that it may have."""
+
+    level: str
+    levels: tuple[str, ...]
+
+
+ALL: dict[str, Known | OfTask] = {
+    **RULES,
+    SLIP: OfTask("warn", LEVELS),
+    BALANCE: OfTask("warn", ("warn", "off")),
+}
+"""The same, and those that see all rows of a task once they are taken in."""
+
+
 def is_custom(name: str) -> bool:
     """Whether it names a function in a file instead of a rule."""
     file, colon, function = name.partition(":")

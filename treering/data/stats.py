@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from treering import registry
 from treering.automate.drift import divergence, drift
 from treering.data.example import Example
-from treering.metrics import metric_for
+from treering.data.labels import Labels
 
 if TYPE_CHECKING:
     from treering.looks import Looks
@@ -19,13 +18,6 @@ if TYPE_CHECKING:
 
 SAMPLE = 20_000
 """Rows of a task whose texts are read, the first by id: ids are hashes, so these are a random draw."""
-
-FEW, MUCH = 0.1, 10.0
-"""A label with less than this share of the mean of all is rare; the most frequent one has so many times the rarest: the
-task is out of balance."""
-
-ALIKE = 0.85
-"""Likeness of two labels (Ratcliff and Obershelp) from which on the rarer one may be a slip."""
 
 SHOWN = 20
 """Labels that are told, the most frequent."""
@@ -75,12 +67,9 @@ def _of(
     examples = ws.catalog.examples(sorted(ids)[:SAMPLE])
     new = set(waiting)
     found = Of({**counts, "waiting": len(waiting)}, _characters(examples.values()))
-    labels = Counter(example.label for example in examples.values())
-    if labels and metric_for(examples.values()) == "exact_match":
-        found.labels, found.label_count = dict(labels.most_common(SHOWN)), len(labels)
-        found.slips = slips(labels)
-        ratio = max(labels.values()) / min(labels.values())
-        found.imbalance = ratio if ratio >= MUCH else None
+    labels = Labels.of(examples.values())
+    found.labels, found.label_count = dict(Counter(labels.counts).most_common(SHOWN)), len(labels.counts)
+    found.slips, found.imbalance = labels.slips(), labels.imbalance()
     known = sorted(learned.intersection(ids))
     if waiting and known:
         sides = [Counter(e.label for id, e in examples.items() if (id in new) == side) for side in (True, False)]
@@ -90,17 +79,6 @@ def _of(
         found.drift |= {} if distance is None else {"embedding": distance}
     if waiting and looks:
         found.doubts = looks.doubts(task, waiting)
-    return found
-
-
-def slips(labels: Mapping[str, int]) -> dict[str, str]:
-    """Rare labels that look like a frequent one: `refunds` beside many of `refund`."""
-    mean = sum(labels.values()) / max(1, len(labels))
-    frequent = [label for label, count in labels.items() if count >= mean]
-    found = {}
-    for label, count in labels.items():
-        if count < FEW * mean and (near := difflib.get_close_matches(label, frequent, 1, ALIKE)):
-            found[label] = near[0]
     return found
 
 

@@ -89,6 +89,12 @@ class Writer:
         """Those of the rows with these numbers that are trained or held out, in the order they came."""
         return [row for part in _parts(sorted(set(seqs))) for row in self._stored(_rows.c.seq.in_(part))]
 
+    def newest(self, task: str, most: int) -> list[tuple[int, Example]]:
+        """The numbers and the content of the newest training rows of a task."""
+        query = sa.select(_rows.c.seq, _rows.c.messages).where(_rows.c.task == task, _rows.c.split == "train")
+        found = self.db.execute(query.order_by(_rows.c.seq.desc()).limit(most))
+        return [(seq, Example.of(json.loads(messages))) for seq, messages in found]
+
     def after(self, seq: int) -> Iterator[list[Stored]]:
         """All rows with higher numbers that are trained or held out, page by page."""
         while found := self._stored(_rows.c.seq > seq, _PAGE):
