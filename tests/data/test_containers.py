@@ -169,6 +169,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (text, objects):
         monkeypatch.setattr(module, "LONGEST_LINE", 100)
     monkeypatch.setattr("treering.data.containers.tables.LONGEST_LINE", 100)
+    monkeypatch.setattr(objects, "LONGEST_LIST", 200)
     monkeypatch.setattr(objects, "LONGEST_JSON", 200)
     monkeypatch.setattr(objects, "_PIECE", 16)
 
@@ -211,7 +212,7 @@ def test_a_list_reads_the_same_in_pieces(tmp_path: Path, rows: list[dict[str, ob
     content = json.dumps(rows, indent=indent).encode()
     whole = [(item.line, type(item)) for item in _read(tmp_path, content)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objects, "LONGEST_JSON", 1)
+        patch.setattr(objects, "LONGEST_LIST", 1)
         patch.setattr(objects, "_PIECE", 7)
         assert [(item.line, type(item)) for item in _read(tmp_path, content)] == whole
 

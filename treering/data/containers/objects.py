@@ -13,8 +13,9 @@ from treering.data.containers import Found, Source
 from treering.data.containers.text import LONGEST_LINE, CutLine, Text
 from treering.data.shapes import RowError, plain
 
-LONGEST_JSON = 1 << 28
-"""Characters of a JSON text that is read whole; a longer one must be a list, which is read element by element."""
+LONGEST_LIST, LONGEST_JSON = 1 << 24, 1 << 26
+"""Characters of a JSON text that is read whole, of a list and of anything else; a longer list is read element by
+element."""
 
 _PIECE = 1 << 20
 _WRAPPERS = ("data", "train", "rows")
@@ -52,13 +53,15 @@ def read_json(source: Source, lines: bool) -> Iterator[Found]:
 
 
 def _whole(text: Text, first: str) -> Iterator[Found]:
+    is_list = first.startswith("[")
+    most = LONGEST_LIST if is_list else LONGEST_JSON
     with text.open() as file:
-        content = file.read(LONGEST_JSON + 1)
-    if len(content) <= LONGEST_JSON:
+        content = file.read(most + 1)
+    if len(content) <= most:
         return _elements(_decode(content))
-    if not first.startswith("["):
-        raise RowError("too-large", f"the JSON has more than {LONGEST_JSON:,} characters; write a row a line (.jsonl)")
-    return _streamed(text)
+    if is_list:
+        return _streamed(text)
+    raise RowError("too-large", f"the JSON has more than {most:,} characters; write a row a line (.jsonl)")
 
 
 def _streamed(text: Text) -> Iterator[Found]:
