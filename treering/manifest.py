@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from treering.files import timestamp
 from treering.gate import Verdict
-from treering.metrics import Matrix, negative_flips
+from treering.metrics import WHY, Matrix, negative_flips
 from treering.optimizers import EXTRAS, OPTIMIZERS
 from treering.results import Result, task_scores
 
@@ -144,9 +144,8 @@ def _choices(candidate: Candidate) -> dict[str, dict[str, Any]]:
         gone = [f"{kept} for {expert}" for expert, kept in candidate.merged.kept.items()]
         found["alike experts"] = {"value": ", ".join(gone) or "none", "reason": "; ".join(candidate.merged.found)}
     for task in candidate.plan.rows:
-        few = "short answers, each used at least twice on average"
-        reason = few if candidate.metrics[task] == "exact_match" else "answers are no small label set"
-        found[f"metric of {task}"] = {"value": candidate.metrics[task], "reason": reason}
+        metric = candidate.metrics[task]
+        found[f"metric of {task}"] = {"value": metric, "reason": WHY[metric]}
     return found
 
 

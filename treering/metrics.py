@@ -117,6 +117,15 @@ def token_f1(prediction: str, answer: str) -> float:
     return 2 * common / (len(got) + len(wanted))
 
 
+WHY = {
+    TOKEN_ACCURACY: "its rows are plain text",
+    PREFERENCE: "its rows are preference pairs",
+    "exact_match": "short answers, each used at least twice on average",
+    "token_f1": "answers are no small label set",
+}
+"""Why `metric_for` chooses each."""
+
+
 def metric_for(rows: Collection[Example]) -> str:
     """The metric of a task with these training rows."""
     if any(row.is_text for row in rows):

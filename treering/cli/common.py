@@ -75,7 +75,12 @@ def percent(value: float | None) -> str:
 
 def choices(version: Version) -> list[str]:
     """What was chosen automatically, and why."""
-    return [f"{name}: {c['value']} ({c['reason']})" for name, c in version.manifest.get("choices", {}).items()]
+    found = version.manifest.get("choices", {}).items()
+    return [f"{name}: {_short(choice['value'])} ({choice['reason']})" for name, choice in found]
+
+
+def _short(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def needs(cost: Mapping[str, Any]) -> str:
