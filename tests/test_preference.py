@@ -17,7 +17,8 @@ from treering.batches import as_step, make_batch
 from treering.data.example import Example
 from treering.data.export import export
 from treering.data.read import read
-from treering.data.shapes import RowError, convert
+from treering.data.shapes import convert
+from treering.data.values import RowError
 from treering.errors import UpdateInterruptedError
 from treering.handover import Handover
 from treering.model import encode, logits_at

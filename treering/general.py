@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from treering.data.records import records
-from treering.data.shapes import PLAIN, RowError, convert, is_plain_text
+from treering.data.shapes import PLAIN, convert, is_plain_text
+from treering.data.values import RowError
 from treering.errors import ConfigError
 from treering.files import sha256
 

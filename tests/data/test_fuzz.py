@@ -24,9 +24,11 @@ from tests import fuzzing
 from tests.fuzzing import made
 from treering import Workspace
 from treering.data.intake import Ingested
+from treering.data.names import KNOWN_KEYS
 from treering.data.read import Bad, Row, read
 from treering.data.records import container_of
-from treering.data.shapes import KNOWN_KEYS, NAMED, RowError, convert
+from treering.data.shapes import NAMED, convert
+from treering.data.values import RowError
 from treering.errors import UsageError
 
 MakeWorkspace = Callable[..., Workspace]

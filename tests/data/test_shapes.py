@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 import pytest
 
-from treering.data.shapes import NAMED, RowError, convert, is_pair, known_columns
+from treering.data.pairs import is_pair
+from treering.data.shapes import NAMED, convert, known_columns
+from treering.data.values import RowError
 
 ASK = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}

@@ -12,7 +12,8 @@ import pytest
 from treering import Workspace
 from treering.data.example import Example, Message
 from treering.data.export import export
-from treering.data.shapes import RowError, convert
+from treering.data.shapes import convert
+from treering.data.values import RowError
 from treering.model import encode, load_tokenizer
 from treering.rendering import rendered
 

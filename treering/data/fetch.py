@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 from treering.data.descriptions import INFO, SPLITS, STATE
 from treering.data.records import container_of
-from treering.data.shapes import RowError
 from treering.data.sniff import suffix_of
 from treering.data.sources import Place
+from treering.data.values import RowError
 from treering.errors import TreeringError, UsageError, first_line, full_disk_is_clear
 
 STDIN = "<stdin>"

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from treering.data.names import KNOWN_KEYS
 from treering.data.records import CONTAINERS
-from treering.data.shapes import KNOWN_KEYS, NAMED, RowError, known_columns, plain
+from treering.data.shapes import NAMED, known_columns
+from treering.data.values import RowError, plain
 from treering.errors import UsageError
 
 

@@ -119,3 +119,18 @@ TURN_KEYS = {
     "值": "value",
 }
 """Keys of a turn."""
+
+KEYS = {
+    "openai": (("messages",), ()),
+    "sharegpt": (("conversations",), ()),
+    "alpaca": (("instruction",), ("output",)),
+    "prompt": (("prompt",), ("completion", "response")),
+    "question": (("question",), ("answer",)),
+    "label": (("text", "sentence", "utterance", "message", "query"), ("label", "category", "intent")),
+}
+"""Those that may hold the question of a row and its answer, by what users call such rows."""
+
+PAIR = frozenset({"chosen", "rejected"})
+KNOWN_KEYS = PAIR.union(("system", "input", "history", "tools"), *(asked + answer for asked, answer in KEYS.values()))
+KNOWN_TURN_KEYS = frozenset({"role", "from", "content", "value", "type", "name", "tool_call_id", "tool_calls"})
+"""Keys of rows and of turns that mean something here."""

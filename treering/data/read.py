@@ -14,8 +14,10 @@ from typing import Literal
 from treering.data.descriptions import is_description, is_spare
 from treering.data.example import Example
 from treering.data.layout import Layout
+from treering.data.pairs import is_pair
 from treering.data.records import DATA_SUFFIXES, Found, records
-from treering.data.shapes import PLAIN, RowError, convert, is_pair, is_plain_text
+from treering.data.shapes import PLAIN, convert, is_plain_text
+from treering.data.values import RowError
 from treering.errors import UsageError
 from treering.files import followed, printable
 from treering.progress import say

@@ -12,7 +12,8 @@ from treering.data.containers.objects import read_json
 from treering.data.containers.packed import PACKINGS
 from treering.data.containers.passages import read_passages
 from treering.data.containers.tables import read_table
-from treering.data.shapes import RowError, known_columns
+from treering.data.shapes import known_columns
+from treering.data.values import RowError
 from treering.progress import say
 
 __all__ = ["CONTAINERS", "DATA_SUFFIXES", "Found", "container_of", "records", "stem"]

@@ -6,29 +6,15 @@ and its answer wins.
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from treering.data.example import REJECTED, TEXT, Example, Message, normalise
-from treering.data.names import CALLING, ROLES, ROW_KEYS, TURN_KEYS
-from treering.data.tools import CALLED, OFFERED, ToolError, called, compact, offered
-
-
-class RowError(ValueError):
-    """Content that cannot be used: `rule` for programs, `reason` for people, `raw` an excerpt where one helps."""
-
-    def __init__(self, rule: str, reason: str, raw: str = "") -> None:
-        super().__init__(f"{rule}: {reason}")
-        self.rule = rule
-        self.reason = reason
-        self.raw = raw
-
-
-_MARKS = 500
-"""Combining marks that a character may have; what people write has a few."""
-
-Fields = Mapping[str, object]
+from treering.data.example import TEXT, Example, Message
+from treering.data.names import KEYS, KNOWN_KEYS, PAIR, ROW_KEYS
+from treering.data.pairs import against, with_chosen
+from treering.data.tools import OFFERED
+from treering.data.turns import history, messages, with_tools
+from treering.data.values import Fields, RowError, called_here, is_blank, keyed, kind, text_of
 
 
 class Shape(NamedTuple):
@@ -55,42 +41,37 @@ def convert(
     """
     if not isinstance(record, Mapping):
         raise RowError("not-an-object", f"the row is {kind(record)}; it must be an object with named values")
-    given = _keyed(record.items(), ROW_KEYS)
-    row = _with_chosen(given)
+    given = keyed(record.items(), ROW_KEYS)
+    row = with_chosen(given)
     if shape == PLAIN:
         return _plain_text(row)
     found = _shape_of(row, SHAPES if shape is None else (NAMED[shape],))
     turns = _with_system(found.build(row, found), system)
-    if found.build is not _labelled and not _is_blank(row.get(OFFERED)):
-        turns = _with_tools(turns, row[OFFERED])
+    if found.build is not _labelled and not is_blank(row.get(OFFERED)):
+        turns = with_tools(turns, row[OFFERED])
     if not need_answer and turns and turns[-1] == Message("assistant", ""):
         turns.pop()
     _require_order(turns)
     if need_answer or turns[-1].role != "user":
         _require_answer(turns[-1], found)
-    if pairs and not any(_is_blank(given.get(key)) for key in PAIR):
-        turns[-1] = _against(turns[-1], given["rejected"])
+    if pairs and not any(is_blank(given.get(key)) for key in PAIR):
+        turns[-1] = against(turns[-1], given["rejected"])
     return Example(tuple(turns))
-
-
-def plain(key: object) -> str:
-    """The form in which keys and roles are compared."""
-    return str(key).strip().lower()
 
 
 def is_plain_text(record: object) -> bool:
     """Whether it is a text without a label beside it, or anything else that rows have."""
     if not isinstance(record, Mapping):
         return False
-    filled = {_called(key, ROW_KEYS) for key, value in record.items() if not _is_blank(value)}
-    named = {_called(key, ROW_KEYS) for key in record}
-    return "text" in filled and not LABELS & named and not (KNOWN_KEYS - {"text"}) & filled
+    filled = {called_here(key, ROW_KEYS) for key, value in record.items() if not is_blank(value)}
+    named = {called_here(key, ROW_KEYS) for key in record}
+    return "text" in filled and not _LABELS & named and not (KNOWN_KEYS - {"text"}) & filled
 
 
 def _plain_text(row: Fields) -> Example:
-    if any(not _is_blank(row.get(key)) for key in LABELS):
+    if any(not is_blank(row.get(key)) for key in _LABELS):
         raise RowError("unknown-format", "the file is read as plain text, but this row has a label; use --format")
-    text = _text(row.get("text"), "text")
+    text = text_of(row.get("text"), "text")
     if not text:
         raise RowError("no-answer", "text is missing or empty; write it or delete the row")
     return Example((Message(TEXT, text),))
@@ -98,35 +79,10 @@ def _plain_text(row: Fields) -> Example:
 
 def known_columns(names: Sequence[str], shape: str | None = None) -> list[str]:
     """Those of a table's columns that a shape knows. Raises `RowError` where no row of it could be converted."""
-    row = _keyed(((name, None) for name in names), ROW_KEYS)
+    row = keyed(((name, None) for name in names), ROW_KEYS)
     if not row.keys() >= PAIR:
         _shape_of(row, SHAPES if shape is None else (NAMED[shape],))
-    return [name for name in names if _called(name, ROW_KEYS) in KNOWN_KEYS]
-
-
-def is_pair(record: object) -> bool:
-    """Whether it is a preference pair, of which the chosen answer is learned."""
-    if not isinstance(record, Mapping) or len(record) < len(PAIR) or record.keys() <= _AS_THEY_ARE:
-        return False
-    found = {_called(key, ROW_KEYS): value for key, value in record.items()}
-    return found.keys() >= PAIR and not _is_blank(found["chosen"])
-
-
-def _called(key: object, names: Mapping[str, str]) -> str:
-    name = plain(key)
-    return names.get(name, name)
-
-
-def _keyed(items: Iterable[tuple[object, object]], names: Mapping[str, str]) -> dict[str, object]:
-    row: dict[str, object] = {}
-    for key, value in items:
-        name = key if type(key) is str and key in _AS_THEY_ARE else _called(key, names)
-        if name != key and isinstance(value, str) and name in ("messages", "conversations"):
-            name = plain(key)  # A text under another name is no list of turns.
-        if name in row and name in KNOWN_KEYS | _TURN_KEYS:
-            raise RowError("unknown-format", f"two columns or keys are named {name!r}; keep one of them")
-        row[name] = value
-    return row
+    return [name for name in names if called_here(name, ROW_KEYS) in KNOWN_KEYS]
 
 
 def _shape_of(row: Fields, shapes: Sequence[Shape]) -> Shape:
@@ -143,67 +99,15 @@ def _shape_of(row: Fields, shapes: Sequence[Shape]) -> Shape:
     raise RowError("unknown-format", reason)
 
 
-def _with_chosen(row: dict[str, object]) -> dict[str, object]:
-    """A preference pair as the row that its chosen answer makes; any other row as it is."""
-    if "chosen" not in row or "rejected" not in row or _is_blank(row["chosen"]):
-        return row
-    rest = {key: value for key, value in row.items() if key not in PAIR}
-    said = row["chosen"]
-    turns = said if isinstance(said, list) else [said if isinstance(said, Mapping) else _answered(said)]
-    if any(_is_user(turn) for turn in turns):
-        return {"messages": turns, "system": row.get("system")}  # The whole conversation, the question included.
-    asked = next((key for key in ("messages", "conversations") if not _is_blank(row.get(key))), None)
-    if asked is None:
-        answer = next((shape.answer[0] for shape in SHAPES[2:5] if not _is_blank(row.get(shape.question[0]))), None)
-        if answer is None:
-            raise RowError("unknown-format", "the chosen answer has no question; add it as prompt, or as turns")
-        if not _is_blank(row.get(answer)):
-            raise RowError("unknown-format", f"{answer} and chosen are both filled; keep the one to learn")
-        return {**rest, answer: turns}
-    before = row[asked]
-    if not isinstance(before, list) or (before and _role_of(before[-1]) == "assistant"):
-        return rest
-    return {**rest, asked: [*before, *turns]}
-
-
-def _against(chosen: Message, rejected: object) -> Message:
-    """The chosen answer, with the one that was rejected for it."""
-    if isinstance(rejected, list | Mapping):
-        said = _messages(rejected if isinstance(rejected, list) else [rejected], "rejected")
-    else:
-        said = [Message("assistant", _text(rejected, "rejected"))]
-    if not said or said[-1].role != "assistant" or not said[-1].text:
-        raise RowError("no-answer", "rejected has no answer; write it or delete the row")
-    if normalise(said[-1].text) == normalise(chosen.text):
-        raise RowError("equal-answers", "chosen and rejected say the same; correct one of them")
-    return Message.of({**chosen.as_dict(), REJECTED: said[-1].text})
-
-
-def _answered(text: object) -> dict[str, object]:
-    return {"role": "assistant", "content": _text(text, "chosen")}
-
-
-def _is_user(turn: object) -> bool:
-    return _role_of(turn) == "user"
-
-
-def _role_of(turn: object) -> str | None:
-    """Whose turn it is; None where that is not known."""
-    if not isinstance(turn, Mapping):
-        return None
-    role = _either({_called(key, TURN_KEYS): value for key, value in turn.items()}, "role", "from")
-    return ROLES.get(plain(role))
-
-
 def _conversation(row: Fields, shape: Shape) -> list[Message]:
     (key,) = shape.question
-    return _top_level_system(row) + _messages(row[key], key)
+    return _top_level_system(row) + messages(row[key], key)
 
 
 def _alpaca(row: Fields, shape: Shape) -> list[Message]:
-    parts = (_text(row.get("instruction"), "instruction"), _text(row.get("input"), "input"))
+    parts = (text_of(row.get("instruction"), "instruction"), text_of(row.get("input"), "input"))
     asked = Message("user", "\n".join(part for part in parts if part))
-    return [*_top_level_system(row), *_history(row.get("history")), asked, *_side(row, shape.answer, "assistant")]
+    return [*_top_level_system(row), *history(row.get("history")), asked, *_side(row, shape.answer, "assistant")]
 
 
 def _pair(row: Fields, shape: Shape) -> list[Message]:
@@ -212,48 +116,39 @@ def _pair(row: Fields, shape: Shape) -> list[Message]:
 
 def _labelled(row: Fields, shape: Shape) -> list[Message]:
     # A table's "system" column may be anything (an operating system, say), so here it is not a system turn.
-    text = _text(*_only(row, shape.question))
-    label = _text(*_only(row, shape.answer))
+    text = text_of(*_only(row, shape.question))
+    label = text_of(*_only(row, shape.answer))
     return [Message("user", text), Message("assistant", label.replace("_", " ").strip())]
 
 
-SHAPES = (
-    Shape(("messages",), (), _conversation),
-    Shape(("conversations",), (), _conversation),
-    Shape(("instruction",), ("output",), _alpaca),
-    Shape(("prompt",), ("completion", "response"), _pair),
-    Shape(("question",), ("answer",), _pair),
-    Shape(("text", "sentence", "utterance", "message", "query"), ("label", "category", "intent"), _labelled),
-)
+_BUILDERS = {
+    "openai": _conversation,
+    "sharegpt": _conversation,
+    "alpaca": _alpaca,
+    "prompt": _pair,
+    "question": _pair,
+    "label": _labelled,
+}
+NAMED = {name: Shape(*KEYS[name], build) for name, build in _BUILDERS.items()}
+SHAPES = tuple(NAMED.values())
 PLAIN = "text"
-NAMED = dict(zip(("openai", "sharegpt", "alpaca", "prompt", "question", "label"), SHAPES, strict=True))
 NAMED[PLAIN] = Shape(("text",), (), _labelled)
 """The shapes by the names that users have for them. Plain text is no question and answer (`_plain_text`)."""
-LABELS = frozenset(SHAPES[5].answer)
-PAIR = frozenset({"chosen", "rejected"})
-KNOWN_KEYS = frozenset(
-    {"system", "input", "history", OFFERED, *PAIR}.union(*(shape.question + shape.answer for shape in SHAPES))
-)
-_OTHERS = {"role": ("speaker", "author"), "content": ("text",)}
-_TURN_KEYS = frozenset({"role", "from", "content", "value", "type", "name", "tool_call_id", CALLED})
-
-
-# Names that need no second look, which most have; those of pairs get one.
-_AS_THEY_ARE = (KNOWN_KEYS | _TURN_KEYS) - PAIR
+_LABELS = frozenset(KEYS["label"][1])
 
 
 def _top_level_system(row: Fields) -> list[Message]:
-    return [Message("system", _text(row.get("system"), "system"))]
+    return [Message("system", text_of(row.get("system"), "system"))]
 
 
 def _side(row: Fields, keys: tuple[str, ...], role: str) -> list[Message]:
     """The question or the answer of a pair: a text, or messages as TRL writes them."""
     value, key = _only(row, keys)
-    return _messages(value, key) if isinstance(value, list) else [Message(role, _text(value, key))]
+    return messages(value, key) if isinstance(value, list) else [Message(role, text_of(value, key))]
 
 
 def _only(row: Fields, keys: tuple[str, ...]) -> tuple[object, str]:
-    filled = [key for key in keys if not _is_blank(row.get(key))]
+    filled = [key for key in keys if not is_blank(row.get(key))]
     if len(filled) > 1:
         # Guessing which column is meant would teach the wrong thing without a word.
         both = " and ".join(filled)
@@ -262,156 +157,11 @@ def _only(row: Fields, keys: tuple[str, ...]) -> tuple[object, str]:
     return row.get(key), key
 
 
-def _is_blank(value: object) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
-def _history(pairs: object) -> list[Message]:
-    if _is_blank(pairs):
-        return []
-    if not isinstance(pairs, list):
-        raise RowError("bad-turns", f"history is {kind(pairs)}; it must be a list of [user, assistant] pairs")
-    turns = []
-    for number, pair in enumerate(pairs, 1):
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise RowError("bad-turns", f"history entry {number} is not a [user, assistant] pair")
-        asked, answered = (_text(part, f"history entry {number}") for part in pair)
-        turns += [Message("user", asked), Message("assistant", answered)]
-    return turns
-
-
-def _messages(turns: object, key: str) -> list[Message]:
-    if not isinstance(turns, list):
-        raise RowError("bad-turns", f"{key} is {kind(turns)}; it must be a list of turns")
-    return [message for number, turn in enumerate(turns, 1) for message in _turn(turn, f"{key} turn {number}")]
-
-
-def _turn(turn: object, where: str) -> list[Message]:
-    if not isinstance(turn, Mapping):
-        raise RowError("bad-turns", f"{where} is {kind(turn)}; it must be an object with a role and a content")
-    row = _keyed(turn.items(), TURN_KEYS)
-    if "role" not in row and "from" not in row:
-        said = [(ROLES[key], value) for key, value in row.items() if key in ROLES and not _is_blank(value)]
-        if sorted(role for role, _ in said) in (["assistant", "user"], ["user"]):
-            # Both sides of an exchange, by role.
-            return [Message(role, _content(value, where)) for role, value in sorted(said, key=_first, reverse=True)]
-    role = _role(_either(row, "role", "from"), where)
-    content, extra = _either(row, "content", "value"), dict[str, object]()
-    try:
-        if plain(_either(row, "role", "from")) in CALLING and not row.get(CALLED):
-            extra, content = {CALLED: called(content)}, None  # ShareGPT: the text of such a turn is the call.
-        elif role == "assistant" and row.get(CALLED):
-            extra = {CALLED: called(row[CALLED])}
-    except ToolError as error:
-        raise RowError("bad-turns", f"{where}: {error}") from None
-    if role == "tool":
-        extra = {key: row[key] for key in ("name", "tool_call_id") if isinstance(row.get(key), str) and row[key]}
-    text = "" if extra and content is None else _content(content, where)
-    return [_with_extra(Message(role, text), extra, where)]
-
-
-def _with_tools(turns: list[Message], tools: object) -> list[Message]:
-    """The tools stand with the system turn, so that whoever has a prompt has them too."""
-    try:
-        extra = {OFFERED: offered(tools)}
-    except ToolError as error:
-        raise RowError("bad-turns", str(error)) from None
-    first, *rest = turns if turns and turns[0].role == "system" else [Message("system", ""), *turns]
-    return [_with_extra(first, extra, OFFERED), *rest] if extra[OFFERED] else turns
-
-
-def _with_extra(message: Message, extra: Fields, where: str) -> Message:
-    _clean(compact(extra), where)
-    return Message.of({**message.as_dict(), **extra})
-
-
-def _first(pair: tuple[str, object]) -> str:
-    return pair[0]
-
-
-def _either(row: Fields, openai: str, sharegpt: str) -> object:
-    # Parquet fills the keys that a turn lacks with null.
-    for key in (openai, sharegpt, *_OTHERS[openai]):
-        if (value := row.get(key)) is not None:
-            return value
-    return None
-
-
-def _role(name: object, where: str) -> str:
-    if not isinstance(name, str) or plain(name) not in ROLES:
-        found = repr(name[:80]) if isinstance(name, str) else kind(name)
-        known = ", ".join(name for name in ROLES if name.isascii())
-        raise RowError("bad-turns", f"the role of {where} is {found}; known are {known}")
-    return ROLES[plain(name)]
-
-
-def _content(value: object, where: str) -> str:
-    """The text of a turn: a string, or OpenAI's list of text parts (one a line)."""
-    if isinstance(value, str):
-        return _clean(value, where)
-    parts = value if isinstance(value, list) else [{"type": "text", "text": value}]
-    return _clean("\n".join(_part(part, where) for part in parts), where)
-
-
-def _part(part: object, where: str) -> str:
-    row = _keyed(part.items(), {}) if isinstance(part, Mapping) else {}
-    text = row.get("text")
-    if row.get("type") != "text":
-        raise RowError("bad-turns", f"{where} holds a part whose type is not 'text'; only text can be learned")
-    if not isinstance(text, str):
-        raise RowError("bad-turns", f"the content of {where} is {kind(text)}; it must be text")
-    return text
-
-
-def _text(value: object, key: str) -> str:
-    """The text of a flat field; null is empty, and whole numbers (label codes, sums) are their decimal text."""
-    if value is None:
-        return ""
-    if isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return str(value)
-        except ValueError:  # From Python: files cannot bring one.
-            raise RowError("bad-turns", f"{key} is a number of too many digits; write it as text") from None
-    if not isinstance(value, str):
-        raise RowError("bad-turns", f"{key} is {kind(value)}; write it as text")
-    return _clean(value, key)
-
-
-def _clean(text: str, where: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"U+{ord(text[error.start]):04X}"
-        raise RowError("encoding", f"{where} holds {half}, half of a character (a lone surrogate); delete it") from None
-    if len(text) > _MARKS and not text.isascii() and _piled_up(text):
-        raise RowError("encoding", f"{where} has a character with more than {_MARKS} combining marks; delete them")
-    return text.strip()
-
-
-def _piled_up(text: str) -> bool:
-    """Whether a character has so many marks that Unicode's order of them, which takes a square, takes long."""
-    return b"\1" * (_MARKS + 1) in bytes(map(bool, map(unicodedata.combining, text)))
-
-
-def kind(value: object) -> str:
-    """The type of a value in words that need no Python."""
-    words = {
-        type(None): "null",
-        str: "text",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-        bool: "a truth value",
-    }
-    return words.get(type(value), f"a value of type {type(value).__name__}")
-
-
 def _with_system(turns: list[Message], system: str | None) -> list[Message]:
     kept = [turn for turn in turns if turn.role != "system" or turn.text]
     if len(kept) > 1 and kept[0].role == "system" and kept[0] == kept[1]:
         del kept[0]  # said both beside the conversation and in it
-    given = _text(system, "system")
+    given = text_of(system, "system")
     if given and all(turn.role != "system" for turn in kept):
         kept.insert(0, Message("system", given))
     return kept

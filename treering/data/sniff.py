@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from treering.data.containers.packed import unpacked
-from treering.data.shapes import RowError
+from treering.data.values import RowError
 
 _PACKED = {b"\x1f\x8b": (".gz", "gzip"), b"\x28\xb5\x2f\xfd": (".zst", "zstd")}
 _TABLES = {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"\xff\xff\xff\xff": ".arrow"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from treering.data.shapes import RowError
+from treering.data.values import RowError
 
 
 class Found(NamedTuple):

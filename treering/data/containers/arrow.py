@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from treering.data.containers import Found, Source
-from treering.data.shapes import RowError
+from treering.data.values import RowError
 
 if TYPE_CHECKING:
     import pyarrow as pa

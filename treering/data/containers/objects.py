@@ -11,7 +11,7 @@ from functools import partial
 
 from treering.data.containers import Found, Source
 from treering.data.containers.text import LONGEST_LINE, CutLine, Text
-from treering.data.shapes import RowError, plain
+from treering.data.values import RowError, plain
 
 LONGEST_LIST, LONGEST_JSON = 1 << 24, 1 << 26
 """Characters of a JSON text that is read whole, of a list and of anything else; a longer list is read element by

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from treering.data.shapes import RowError
+from treering.data.values import RowError
 
 PACKINGS = {".gz": "gzip", ".zst": "zstd"}
 """What the endings of packed files stand for."""

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from treering.data.containers import Found, Source
 from treering.data.containers.text import Text
-from treering.data.shapes import KNOWN_KEYS, RowError, plain
+from treering.data.names import KNOWN_KEYS
+from treering.data.values import RowError, plain
 
 MOST = 2000
 """Characters of a passage, about: few enough for `cutoff_len`, many enough to be about something."""

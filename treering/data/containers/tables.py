@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from treering.data.containers import Found, Source
 from treering.data.containers.text import LONGEST_LINE, CutLine, Text
-from treering.data.shapes import RowError
+from treering.data.values import RowError
 
 _DELIMITERS = (",", ";", "\t")
 

@@ -11,7 +11,7 @@ from typing import BinaryIO, TextIO
 from treering.data.containers import Source
 from treering.data.containers.chinese import is_chinese
 from treering.data.containers.packed import unpacked
-from treering.data.shapes import RowError
+from treering.data.values import RowError
 
 LONGEST_LINE = 1 << 24
 """Characters of a line that are read; no row that can be learned has as many."""
