@@ -88,7 +88,7 @@ def test_short_form() -> None:
         "lora_target": "q_proj,v_proj",
         "cutoff_len": 512,
         "per_device_train_batch_size": 4,
-        "learning_rate": "2e-4",
+        "learning_rate": 2e-4,
         "num_train_epochs": 2,
     }
     assert imported.left == {

@@ -38,6 +38,7 @@ from treering.sections import (
     ServeConfig,
     SiConfig,
 )
+from treering.settings import parse, read_yaml
 
 LAUNCHERS = ("local", "accelerate", "ray")
 """What `launcher` may name."""
@@ -255,10 +256,14 @@ class Config(Section):
     @field_validator("checks")
     @classmethod
     def _known_checks(cls, value: dict[str, str]) -> dict[str, str]:
+        problems = []
         for name, level in value.items():
-            levels = LEVELS if is_custom(name) else ALL[_known(name, ALL)].levels
-            if level not in levels:
-                raise ValueError(f"{name} is {level}; it may be {', '.join(levels)}")
+            if not is_custom(name) and name not in ALL:
+                problems.append(f"{name} is no rule{_near(name, ALL)}; known: {', '.join(ALL)}, or FILE.py:FUNCTION")
+            elif level not in (levels := LEVELS if is_custom(name) else ALL[name].levels):
+                problems.append(f"{name} is {level}; it may be {', '.join(levels)}")
+        if problems:
+            raise ValueError("; ".join(problems))
         return value
 
     @field_validator("report_to", mode="before")
@@ -506,7 +511,7 @@ class Config(Section):
             if not equals or not key:
                 problems.append(f"{override!r} is not key=value")
                 continue
-            _set(values, key.strip(), _parse(text))
+            _set(values, key.strip(), parse(text))
         try:
             config = cls.model_validate(values)
         except ValidationError as error:
@@ -521,21 +526,6 @@ class Config(Section):
 def names(text: str) -> list[str]:
     """What `text` lists between commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file whose top level is a mapping. Raises `ConfigError`."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}; write one `key: value` a line")
-    return values
 
 
 def _known(value: object, known: Iterable[str]) -> str:
@@ -555,22 +545,6 @@ def _all_known(value: object, known: Iterable[str], example: str) -> tuple[str, 
 def _near(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean {close[0]!r}?" if close else ""
-
-
-def _parse(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, dict | list) and not text.lstrip().startswith(("{", "[")):
-        return text  # A sentence with a colon.
-    # YAML 1.1 reads 1e-3 as text; people mean the number.
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

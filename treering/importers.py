@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from treering.config import Config, read_yaml
+from treering.config import Config
 from treering.errors import ConfigError
+from treering.settings import read_yaml
 
 SHORT_FORM = {
     "model_name": "model_name_or_path",

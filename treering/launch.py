@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from treering.config import Config, read_yaml
+from treering.config import Config
 from treering.errors import ConfigError, ModelError, TreeringError, VersionError
 from treering.extras import needed
 from treering.files import sha256, write_file
 from treering.handover import Handover
 from treering.progress import bar
 from treering.recovery import LossError
+from treering.settings import read_yaml
 from treering.worker import GRACE, LOG, TOKEN, WANTED, Trained
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def check(config: Config, root: Path) -> None:
             f"{said} distributed_type {found.get('distributed_type')}; treering trains with {' and '.join(KINDS)}: run "
             "`accelerate config` again, or leave accelerate_config out"
         )
-    if found.get("mixed_precision", "no") not in ("no", False):  # YAML reads a bare no as false.
+    if found.get("mixed_precision", "no") != "no":
         raise ConfigError(
             f"{said} mixed_precision {found['mixed_precision']}; set mixed_precision: 'no' there, and the setting bf16"
         )

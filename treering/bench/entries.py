@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from treering.config import Config, read_yaml
+from treering.config import Config
 from treering.errors import UsageError
+from treering.settings import read_yaml
 
 UNTOUCHED, JOINT, ORACLE = "untouched", "joint", "oracle"
 

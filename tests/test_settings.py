@@ -1,0 +1,74 @@
+"""Values as people write them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from treering.config import Config
+from treering.errors import ConfigError
+from treering.settings import parse, read_yaml
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *((word, word) for word in ("off", "on", "no", "Yes", "n", "12:30", "2026-11-23", "0b1", "1_000", "=")),
+        ("true", True),
+        ("FALSE", False),
+        ("~", None),
+        ("", None),
+        ("null", None),
+        ("08", 8),
+        ("-12", -12),
+        ("0xff", 255),
+        ("1e-3", 1e-3),
+        ("-.5", -0.5),
+        ("3.", 3.0),
+        ("-.inf", -math.inf),
+        ("9" * 5000, math.inf),
+        ("{a: [no, 1]}", {"a": ["no", 1]}),
+        ("to: everybody", "to: everybody"),
+        ("[a", "[a"),
+    ],
+)
+def test_a_value(text: str, value: Any) -> None:
+    found = parse(text)
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_a_merge_and_what_is_written_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("a: &a {x: 1}\nb: {<<: *a, y: off}\n")
+    assert read_yaml(tmp_path / "a.yaml")["b"] == {"x": 1, "y": "off"}
+    values = {"a": "off", "b": 1e-05, "c": None, "d": [True, "yes", "1", ""]}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
+    assert read_yaml(tmp_path / "a.yaml") == values
+
+
+def test_nothing_but_plain_values_is_made(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("a: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_words_of_settings(tmp_path: Path) -> None:
+    text = "checks: {html: off}\nlabels: {t: [yes, no]}\nlanguages: [no, en]\nbf16: no\nprotect: []\n"
+    (tmp_path / "treering.yaml").write_text(text)
+    found = Config.load(tmp_path / "treering.yaml")
+    assert found.checks == {"html": "off"} and found.labels == {"t": ("yes", "no")}
+    assert found.languages == ("no", "en") and found.bf16 is False
+
+
+def test_all_wrong_levels_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as told:
+        Config.build({"checks": {"htlm": "off", "html": "repair", "rules.py:f": "repair"}})
+    for words in (
+        "htlm is no rule, did you mean 'html'?",
+        "html is repair; it may be reject, warn, off",
+        "rules.py:f is repair",
+    ):
+        assert words in str(told.value)
