@@ -21,7 +21,7 @@ from treering.handover import Handover
 from treering.memory import Memory, Remembered, Teacher, some
 from treering.methods import Losses, Methods
 from treering.methods.lwf import TOP_K
-from treering.model import Tokens, load, use_bf16
+from treering.model import Tokens, load, precision
 from treering.passes import losses
 from treering.preference import with_rejected
 from treering.progress import bar
@@ -188,12 +188,13 @@ class Lesson:
         trained = time.perf_counter()
         self.methods.after_training(self.pupil.model, self._losses)
         self.ending_seconds = time.perf_counter() - trained
-        if use_bf16(self.config)[0]:
+        dtype, _ = precision(self.config)
+        if dtype != torch.float32:
             # As it will be saved, so that what is measured is what serves; buffers (rotary frequencies) and LoRA's
             # matrices stay float32.
             for name, parameter in self.pupil.model.named_parameters():
                 if parameter.requires_grad and "lora_" not in name:
-                    parameter.data = parameter.data.bfloat16()
+                    parameter.data = parameter.data.to(dtype)
         if self.expert is not None:
             self.weights = experts.weights(self.pupil.model)
         self.seconds += time.perf_counter() - started

@@ -25,7 +25,7 @@ from treering.early import LOSS, EarlyStopping
 from treering.errors import LESS_TO_LEARN, ConfigError, UpdateInterruptedError, first_line, no_memory
 from treering.memory import Teacher
 from treering.methods import Methods, trained
-from treering.model import Tokens, compute, logits_at, use_bf16
+from treering.model import Tokens, compute, logits_at, precision
 from treering.optimizers import Optimizer
 from treering.passes import losses, read
 from treering.progress import bar
@@ -98,7 +98,7 @@ def train(
     parts = shares.count(config, accelerator.device)
     collate = partial(make_batch, pad_id=pad_id, device=accelerator.device, teachers=teachers, parents=parents)
     names, weights = ["loss", *methods.by_name], list(parameters.values())
-    losses_of = partial(_losses, model, methods, use_bf16(config)[0], config.pref_beta)
+    losses_of = partial(_losses, model, methods, precision(config)[0], config.pref_beta)
     stop, sharded = stop or Stop(), sharding.asked()
     gradients_of = partial(sharding.gradients if sharded else partial(_gradients, stop), losses_of, weights)
     recovery = recovery or Recovery(checkpoints, writes=ranks.first)
@@ -358,9 +358,11 @@ def _gradients(
     return {name: float(loss.detach()) for name, loss in losses.items()}, gradients
 
 
-def _losses(model: PreTrainedModel, methods: Methods, bf16: bool, beta: float, batch: Batch) -> dict[str, Tensor]:
+def _losses(
+    model: PreTrainedModel, methods: Methods, dtype: torch.dtype, beta: float, batch: Batch
+) -> dict[str, Tensor]:
     """What `batch` adds to the losses of its optimiser step: that of its rows and pairs, and those of the methods."""
-    with compute(bf16, batch.targets.device):
+    with compute(batch.targets.device, dtype):
         logits = logits_at(model, **batch.inputs, at=batch.at, noise=batch.noise)
     plain = (logits, batch.targets) if batch.plain is None else (logits[batch.plain], batch.targets[batch.plain])
     loss = cross_entropy(*plain, reduction="sum") / max(1, batch.of)

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from treering.config import Config
 from treering.methods import trained
 from treering.methods.anchor import Anchor
-from treering.model import compute, logits_at, use_bf16
+from treering.model import compute, logits_at, precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,10 +69,10 @@ class EWC:
         """The sum over `rows`, each a batch, of the squared gradient of its loss."""
         learns, training = trained(model), model.training
         found = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in learns.items()}
-        bf16 = use_bf16(self.config)[0]
+        dtype, _ = precision(self.config)
         model.eval()
         for row in rows:
-            with compute(bf16, row.targets.device):
+            with compute(row.targets.device, dtype):
                 logits = logits_at(model, **row.inputs, at=row.at)
             loss = cross_entropy(logits, row.targets, reduction="sum")
             gradients = torch.autograd.grad(loss, list(learns.values()), allow_unused=True)

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from treering.config import Config, names
 from treering.errors import ConfigError
-from treering.model import compute, decoder_layers, logits_at, use_bf16
+from treering.model import compute, decoder_layers, logits_at, precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +40,7 @@ class Freeze:
     def __init__(self, config: Config) -> None:
         self.layers, self.by = config.freeze_trainable_layers, config.freeze_by
         self.parts = [] if config.freeze_trainable_modules == "all" else names(config.freeze_trainable_modules)
-        self.bf16 = use_bf16(config)[0]
+        self.dtype, _ = precision(config)
         self.known: dict[str, Tensor] = {}
         self.choices: dict[str, dict[str, Any]] = {}
 
@@ -61,7 +61,7 @@ class Freeze:
         """With `freeze_by: importance`, what was known, and that of the new rows added to it."""
         if self.by == "position":
             return {}
-        found = importance(model, batches, self.bf16)
+        found = importance(model, batches, self.dtype)
         return {key: tensor + self.known.get(key, 0) for key, tensor in found.items()}
 
     def _parts(self, layer: nn.Module) -> list[nn.Module]:
@@ -90,7 +90,7 @@ class Freeze:
         return chosen
 
 
-def importance(model: PreTrainedModel, batches: Sequence[Batch], bf16: bool) -> dict[str, Tensor]:
+def importance(model: PreTrainedModel, batches: Sequence[Batch], dtype: torch.dtype) -> dict[str, Tensor]:
     """By part and layer the sum over rows of `(d log p(answer) / d weight)^2`, summed over the weights there.
 
     `batches` are rows, each alone; of many, `ROWS` at most are taken, at even distances, and stand for the others.
@@ -99,7 +99,7 @@ def importance(model: PreTrainedModel, batches: Sequence[Batch], bf16: bool) -> 
     model.eval()
     with _measured(model) as found:
         for batch in taken:
-            with compute(bf16, batch.targets.device):
+            with compute(batch.targets.device, dtype):
                 logits = logits_at(model, **batch.inputs, at=batch.at)
             cross_entropy(logits, batch.targets, reduction="sum").backward()
     return {key: tensor * (len(batches) / max(1, len(taken))) for key, tensor in found.items()}
