@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from treering import early, experts, launch, mix, rates
+from treering import early, experts, launch, mix, rates, scaling
 from treering.errors import TreeringError
 from treering.handover import Handover
 from treering.memory import Memory, Remembered, Teacher, some
@@ -194,7 +194,7 @@ class Lesson:
             # matrices stay float32.
             for name, parameter in self.pupil.model.named_parameters():
                 if parameter.requires_grad and "lora_" not in name:
-                    parameter.data = parameter.data.to(dtype)
+                    parameter.data = rounded(name, parameter.data, dtype)
         if self.expert is not None:
             self.weights = experts.weights(self.pupil.model)
         self.seconds += time.perf_counter() - started
@@ -240,7 +240,7 @@ class Lesson:
             )
         found |= self.written.choices
         found |= self.readings.choices | Readings(self.checkpoints).choices | self.methods.choices
-        return found | Recovery(self.checkpoints).choices(self.rate.value)
+        return found | Recovery(self.checkpoints).choices(self.rate.value) | scaling.choices(self.log)
 
     @property
     def _length(self) -> str:
@@ -376,6 +376,17 @@ def prepared(model: PreTrainedModel, methods: Methods, config: Config, parent: V
     """`model` as `methods` have made it ready to learn, with what they kept in `parent`."""
     torch.manual_seed(config.seed)  # New adapters begin at random.
     return methods.prepare(model, _state(parent))
+
+
+def rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` in `dtype`. Raises `TreeringError`, with its `name`, where a number is too large for that."""
+    found = weight.to(dtype)
+    if not found.isfinite().all():
+        raise TreeringError(
+            f"{name} has learned {float(weight.abs().max()):.6g}, and {dtype} ends at {torch.finfo(dtype).max:.6g}: "
+            "set fp16: false, or a lower learning_rate"
+        )
+    return found
 
 
 def _state(parent: Version | None) -> dict[str, torch.Tensor]:

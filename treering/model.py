@@ -335,6 +335,8 @@ def fingerprint(folder: Path) -> str:
 
 def precision(config: Config) -> tuple[torch.dtype, str]:
     """What to compute in, and why."""
+    if config.fp16 is True:
+        return torch.float16, "as set"
     if config.bf16 != "auto":
         return torch.bfloat16 if config.bf16 else torch.float32, "as set"
     if torch.cuda.is_available():
@@ -344,11 +346,12 @@ def precision(config: Config) -> tuple[torch.dtype, str]:
         found = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if found:
         return torch.bfloat16, f"the {where} has it in hardware"
-    return torch.float32, f"the {where} lacks bfloat16 in hardware"
+    half = where == "GPU" and config.fp16 == "auto"  # A processor gains nothing by it.
+    return torch.float16 if half else torch.float32, f"the {where} lacks bfloat16 in hardware"
 
 
 def precision_name(config: Config) -> str:
-    """What `precision` says, as files and other programs call it: `bfloat16` or `float32`."""
+    """What `precision` says, as files and other programs call it: `bfloat16`, `float16` or `float32`."""
     return str(precision(config)[0]).removeprefix("torch.")
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from treering import scaling
 from treering.config import Config, names
 from treering.errors import ConfigError
 from treering.model import compute, decoder_layers, logits_at, precision
@@ -97,12 +98,25 @@ def importance(model: PreTrainedModel, batches: Sequence[Batch], dtype: torch.dt
     """
     taken = batches[:: max(1, math.ceil(len(batches) / ROWS))]
     model.eval()
+    scale = scaling.first(dtype)
     with _measured(model) as found:
+        sums = {key: torch.zeros_like(tensor) for key, tensor in found.items()}
         for batch in taken:
             with compute(batch.targets.device, dtype):
                 logits = logits_at(model, **batch.inputs, at=batch.at)
-            cross_entropy(logits, batch.targets, reduction="sum").backward()
-    return {key: tensor * (len(batches) / max(1, len(taken))) for key, tensor in found.items()}
+            loss = cross_entropy(logits, batch.targets, reduction="sum")
+            scale, _ = scaling.finite(scale, partial(_backward, loss, list(found.values())))
+            for key, tensor in found.items():
+                sums[key] += tensor / scale**2
+    return {key: tensor * (len(batches) / max(1, len(taken))) for key, tensor in sums.items()}
+
+
+def _backward(loss: Tensor, found: Sequence[Tensor], scale: float) -> Sequence[Tensor]:
+    """`found` as a backward pass of `loss` at `scale` leaves it (`_measured`)."""
+    for tensor in found:
+        tensor.zero_()
+    (scale * loss).backward(retain_graph=scale > scaling.LEAST)  # Only what may have to be done again keeps its graph.
+    return found
 
 
 @contextmanager
