@@ -31,10 +31,10 @@ def first(dtype: torch.dtype) -> float:
     return FIRST if dtype == torch.float16 else 1.0
 
 
-def scale(log: Log, dtype: torch.dtype) -> float:
-    """That of the step after `log`."""
+def scale(log: Log, dtype: torch.dtype, begin: float | None = None) -> float:
+    """That of the step after `log`; the first has `begin`, where it is known to be low enough."""
     if dtype != torch.float16 or not log:
-        return first(dtype)
+        return begin or first(dtype)
     last = log[-1][SCALE]
     if SKIPPED in log[-1]:
         return last / 2

@@ -73,6 +73,7 @@ def train(
     stop: Stop | None = None,
     track: Callable[[Mapping[str, float]], None] | None = None,
     quiet: bool = False,
+    scale: float | None = None,
 ) -> list[dict[str, float]]:
     """Train the weights that require gradients, in place, over `steps`; returns one log entry a step.
 
@@ -85,6 +86,7 @@ def train(
     goes back to a checkpoint, and on from there at a lower rate. With rows `aside` their loss is measured every
     `eval_steps`, the log ends where it decides so (`early.over`), and the weights are those of its lowest. Where
     several processes train, each computes its share of every step and takes the whole step; one writes and tracks.
+    In float16 the loss of the first step is scaled by `scale`, if it is given.
 
     Raises:
         UpdateInterruptedError: `stop` was asked; there is a checkpoint of where the step under way began.
@@ -125,7 +127,7 @@ def train(
         advance(len(log))
         while _goes_on(log, len(steps), early, kept, track):
             started = time.perf_counter()
-            step, scale = len(log) + 1, scaling.scale(log, dtype)
+            step, factor = len(log) + 1, scaling.scale(log, dtype, scale)
             shares_of_all = ranks.count * parts * recovery.pieces(step)
             pieces = [
                 [rows[id] for id in ids] for batch in steps[step - 1] for ids in shares.dealt(batch, shares_of_all)
@@ -133,12 +135,12 @@ def train(
             try:
                 with _undone_on_failure(optimizer):
                     ranks.begin(config.seed, step)
-                    own = _in_step(ranks, stop, partial(computed, step, scale, pieces))
+                    own = _in_step(ranks, stop, partial(computed, step, factor, pieces))
                     summed = ranks.summed(own, names, [] if sharded else weights)
-                    scaling.undo(weights, scale)
+                    scaling.undo(weights, factor)
                     entry = {"step": float(step), **summed, **_penalized(methods, model, weights)}
                     entry |= {
-                        **scaling.noted(sharding.clipped(weights, config.max_grad_norm), scale, dtype),
+                        **scaling.noted(sharding.clipped(weights, config.max_grad_norm), factor, dtype),
                         "lr": peak * share(step - 1) * recovery.rate,
                     }
                     check_loss(entry, log, model.get_output_embeddings().weight.shape[0])
