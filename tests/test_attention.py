@@ -34,6 +34,19 @@ def test_a_padded_batch(model_folder: Path, left: bool) -> None:
     torch.testing.assert_close(ours, logits(model, inputs), rtol=1e-4, atol=1e-5)
 
 
+def test_padding_is_a_number_in_float16() -> None:
+    """It sees nothing, whatever its scores; what it made would reach others' sums, if only times zero."""
+    config = SimpleNamespace(_attn_implementation=attention.NAME)
+    hidden = torch.tensor([[True, True, False, False]])
+    seen = ~hidden
+    mask = attention._mask(
+        1, 4, 4, 0, 0, mask_function=lambda b, h, q, kv: (kv <= q) & seen[b, kv], dtype=torch.float16, config=config
+    )
+    query, key = torch.full((1, 2, 4, 64), 3.0).half(), torch.full((1, 1, 4, 64), -3.0).half()
+    found, _ = attention.attend(torch.nn.Module(), query, key, key, mask, 1.0)
+    assert found.isfinite().all()
+
+
 def test_tokens_written_one_by_one(model_folder: Path) -> None:
     model: Any = load_base(model_folder, Config(bf16=False))
     inputs = pad(PROMPTS, 0, left=True)

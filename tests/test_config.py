@@ -70,6 +70,8 @@ def test_all_mistakes_are_told_at_once_with_near_names() -> None:
         ({"learning_rate": float("inf")}, "learning_rate: .*finite.*got inf"),
         ({"num_train_epochs": float("nan")}, "num_train_epochs: .*finite.*got nan"),
         ({"bf16": "maybe"}, "bf16: .*auto.*got 'maybe'"),
+        ({"fp16": 16}, "fp16: .*auto.*got 16"),
+        ({"bf16": True, "fp16": True}, r"fp16: bf16 is true as well.*drop either \(got True\)"),
         ({"val_size": 1}, "val_size: .*1.*got 1"),
         ({"protect": None}, r"protect: .*\[replay, distill, recall\].*got None"),
         ({"protect": "replya"}, "protect: unknown name, did you mean 'replay'.*got 'replya'"),

@@ -67,16 +67,16 @@ def test_a_stream_ends_as_on_the_processor(workspace: MakeWorkspace) -> None:
     assert gpu_losses[:4] == pytest.approx(cpu_losses[:4], rel=1e-3)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("half", [{}, {"bf16": True}, {"fp16": True}], ids=["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
     "kind",
     [{}, {"use_dora": True}, {"finetuning_type": "full", "learning_rate": 1e-3}, {"optim": "muon"}],
     ids=["lora", "dora", "full", "muon"],
 )
-def test_the_same_bits_whether_interrupted_or_not(tmp_path: Path, kind: dict[str, Any], bf16: bool) -> None:
+def test_the_same_bits_whether_interrupted_or_not(tmp_path: Path, kind: dict[str, Any], half: dict[str, bool]) -> None:
     """On a model wide and deep enough for the kernels that real ones get."""
     folder = tiny_model(tmp_path / "model", hidden_size=256, layers=4)
-    config = settings(folder, **{"learning_rate": 1e-2, **kind}, bf16=bf16, max_steps=6, save_steps=2)
+    config = settings(folder, **{"learning_rate": 1e-2, **kind, **half}, max_steps=6, save_steps=2)
     whole = Run(folder, config)
     whole.train(checkpoints=tmp_path / "whole")
     looks = Counted()

@@ -67,6 +67,7 @@ def test_llama_factory() -> None:
         "weight_decay": 0.01,
         "max_grad_norm": 1.0,
         "bf16": True,
+        "fp16": False,
         "seed": 7,
         "val_size": 0.1,
         "report_to": "none",

@@ -645,9 +645,11 @@ def test_the_state_of_a_method_of_ones_own_goes_with_the_version(
 
 
 @pytest.mark.parametrize("kind", ["lora", "adapter", "norm", "full", "freeze"])
-@pytest.mark.parametrize("bf16", [False, True])
-def test_what_was_measured_is_what_serves(workspace: MakeWorkspace, model_folder: Path, kind: str, bf16: bool) -> None:
-    ws = workspace(finetuning_type=kind, bf16=bf16, max_steps=2, learning_rate=1e-2)
+@pytest.mark.parametrize("half", [{}, {"bf16": True}, {"fp16": True}], ids=["float32", "bfloat16", "float16"])
+def test_what_was_measured_is_what_serves(
+    workspace: MakeWorkspace, model_folder: Path, kind: str, half: dict[str, bool]
+) -> None:
+    ws = workspace(finetuning_type=kind, max_steps=2, learning_rate=1e-2, **half)
     for task in ("pens", "cups"):
         version = learned(ws, task)
         ws.promote(version.name, force=True)

@@ -81,6 +81,17 @@ def test_averages_of_shards_are_those_of_the_whole(scenarios: dict[str, Found], 
         torch.testing.assert_close(found[name], weight, rtol=1e-2, atol=2e-3)
 
 
+@pytest.mark.parametrize("name", ["float16", "shards, float16"])
+def test_a_step_that_overflows_in_one_is_skipped_by_all(
+    scenarios: dict[str, Found], model_folder: Path, name: str
+) -> None:
+    """That of the row that is left, which alone has the weight of a batch."""
+    found = scenarios[name]
+    losses, _ = alone(model_folder, **SCENARIOS[name][2])
+    assert found.losses == pytest.approx(losses, rel=0.02)
+    assert [entry["step"] for entry in found.told[0] if "skipped" in entry] == [2]
+
+
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "gone"])
 def test_all_have_the_same_weights(scenarios: dict[str, Found], name: str) -> None:
     first, second = scenarios[name].weights

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.training import Counted, KillAt, KilledError, Run, StopAt, same_bits, settings
-from treering import Workspace, rates, registry
+from treering import Workspace, rates, registry, scaling
 from treering.automate import culprit
 from treering.candidate import Candidate
 from treering.config import Config
@@ -317,3 +317,17 @@ def test_only_the_rows_named_are_read(model_folder: Path, monkeypatch: pytest.Mo
     test = RangeTest(run.model, known, sample, run.methods, run.config, pad_id=run.pad_id)
     test.choose(no_bar)
     assert all(ids in (set(sample.new_measured), set()) for ids in seen) and len(seen) >= 6
+
+
+def test_steps_that_overflow_speak_for_no_rate(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float16 each rate is tried with all its steps, however high the first scale is."""
+    config = settings(model_folder, fp16=True)
+    run = Run(model_folder, config)
+    monkeypatch.setattr(scaling, "FIRST", 2.0**12)
+    wanted = range_test(run).after(1e-2)
+    monkeypatch.setattr(scaling, "FIRST", 2.0**30)
+    before = run.weights()
+    found = range_test(run).after(1e-2)
+    assert found is not None and wanted is not None
+    assert (found.new, found.old) == pytest.approx((wanted.new, wanted.old), rel=1e-2)
+    assert same_bits(run.weights(), before)

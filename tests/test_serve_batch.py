@@ -91,15 +91,15 @@ def with_bias(folder: Path, model_folder: Path) -> Path:
     return made
 
 
-@pytest.mark.parametrize("kind", ["plain", "biased", "bf16"])
+@pytest.mark.parametrize("kind", ["plain", "biased", "bf16", "fp16"])
 def test_mixed_adapters_equal_peft_one_by_one(model_folder: Path, tmp_path: Path, kind: str) -> None:
     from peft import PeftModel
 
     base = with_bias(tmp_path / "biased", model_folder) if kind == "biased" else model_folder
-    config = Config(bf16=True) if kind == "bf16" else PLAIN
-    near: Any = {"atol": 0.25} if kind == "bf16" else {"atol": 1e-4}
+    config = {"bf16": Config(bf16=True), "fp16": Config(fp16=True)}.get(kind, PLAIN)
+    near: Any = {"atol": {"bf16": 0.25, "fp16": 0.03}.get(kind, 1e-4)}
     model = load_base(base, config).eval()
-    assert model.dtype == (torch.bfloat16 if kind == "bf16" else torch.float32)
+    assert model.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind, torch.float32)
     folders = [
         peft_adapter(base, tmp_path / "one"),
         peft_adapter(base, tmp_path / "two", r=8, lora_alpha=16, use_rslora=True),

@@ -37,7 +37,7 @@ from treering.serve.vllm.child import command
 from treering.testing import tiny_model, toy_rows
 
 FAKE = Path(__file__).with_name("fake_vllm.py")
-BASE = Base(name=None, folder="/m", sha256="0" * 64, bf16=False, tools=True)
+BASE = Base(name=None, folder="/m", sha256="0" * 64, dtype="float32", tools=True)
 TOLD = """
 import asyncio
 from treering.serve.vllm import base, engine
@@ -102,7 +102,7 @@ def base_of(ws: Workspace) -> Path:
 def known(trained: Workspace) -> Base:
     """What there is to know of the base model."""
     folder = base_of(trained)
-    return Base(name=str(folder), folder=str(folder), sha256=fingerprint(folder), bf16=False, tools=False)
+    return Base(name=str(folder), folder=str(folder), sha256=fingerprint(folder), dtype="float32", tools=False)
 
 
 @pytest.fixture

@@ -61,14 +61,3 @@ def test_words_of_settings(tmp_path: Path) -> None:
     found = Config.load(tmp_path / "treering.yaml")
     assert found.checks == {"html": "off"} and found.labels == {"t": ("yes", "no")}
     assert found.languages == ("no", "en") and found.bf16 is False
-
-
-def test_all_wrong_levels_are_told_at_once() -> None:
-    with pytest.raises(ConfigError) as told:
-        Config.build({"checks": {"htlm": "off", "html": "repair", "rules.py:f": "repair"}})
-    for words in (
-        "htlm is no rule, did you mean 'html'?",
-        "html is repair; it may be reject, warn, off",
-        "rules.py:f is repair",
-    ):
-        assert words in str(told.value)

@@ -121,6 +121,8 @@ SCENARIOS: dict[str, tuple[Callable[..., None], str, dict[str, Any]]] = {
     "shards, reptile": (sharded, "shards, reptile", {"protect": ["reptile"], "reptile": {"steps": 3}}),
     "shards, ema": (sharded, "shards, ema", {"protect": ["ema"]}),
     "shards, held": (sharded, "shards, held", {"protect": ["l2", "si"], "l2": {"weight": 10.0}}),
+    "float16": (plain, "float16", {"fp16": True}),
+    "shards, float16": (sharded, "shards, float16", {"fp16": True}),
     "dropout": (plain, "dropout", {"lora_dropout": 0.2}),
     "dropout, stopped": (stopped, "dropout, resumed", {"lora_dropout": 0.2}),
     "dropout, resumed": (plain, "dropout, resumed", {"lora_dropout": 0.2}),

@@ -185,7 +185,12 @@ def _softmax(scores: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _mask(*arguments: Any, **settings: Any) -> Tensor | None:
     """A flat batch needs none."""
-    return eager_mask(*arguments, **settings) if LAYOUT.get() is None else None
+    if LAYOUT.get() is not None:
+        return None
+    # What hides a key is the lowest number there is. Half of it hides as well, and stays finite with a score added: in
+    # float16 padding, which sees nothing, would have infinite scores alone, and be NaN.
+    found = eager_mask(*arguments, **settings)
+    return None if found is None else found / 2
 
 
 AttentionInterface.register(NAME, attend)

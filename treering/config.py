@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from treering.data.rules import ALL, LEVELS, is_custom
 from treering.errors import ConfigError
@@ -194,6 +194,10 @@ class Config(Section):
     bf16: bool | Literal["auto"] = "auto"
     """Compute in bfloat16; `auto`: where the machine has it in hardware."""
 
+    fp16: bool | Literal["auto"] = "auto"
+    """Compute in float16, with the loss scaled; `auto`: on a GPU that lacks bfloat16, where `bf16` is `auto` as well.
+    Where neither is used, it is float32."""
+
     report_to: tuple[str, ...] = ()
     """Trackers that are sent the training log and the scores; any subset, or `none`."""
 
@@ -252,6 +256,13 @@ class Config(Section):
         if values.get("finetuning_type", "lora") == "lora" and not vllm:
             return values
         return {**values, "protect": ("replay", "distill")}
+
+    @field_validator("fp16")
+    @classmethod
+    def _one_precision(cls, value: bool | str, info: ValidationInfo) -> bool | str:
+        if value is True and info.data.get("bf16") is True:
+            raise ValueError("bf16 is true as well, and products are in one of them: drop either")
+        return value
 
     @field_validator("checks")
     @classmethod

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from treering.data.example import Message
-from treering.model import compute, decoder_layers, encode_prompt, pad, use_bf16
+from treering.model import compute, decoder_layers, encode_prompt, pad, precision
 from treering.passes import in_parts
 from treering.progress import Advance, silent
 from treering.readings import Reading
@@ -85,7 +85,7 @@ def vectors(
     def one(part: Sequence[int]) -> list[Tensor]:
         inputs = pad([rows[at] for at in part], 0)
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        with compute(use_bf16(config)[0], model.device):
+        with compute(model.device, precision(config)[0]):
             hidden = [states.float() for states in read(inputs)]
         spans = [slice(starts[row], len(rows[row])) for row in part]
         return [_even([states[at, span].mean(0) for states in hidden]) for at, span in enumerate(spans)]

@@ -21,7 +21,7 @@ from treering.data.example import Message
 from treering.experts import routed
 from treering.guides import guides
 from treering.methods.recall import Recalled
-from treering.model import compute, encode_prompt, lean_output, pad, use_bf16
+from treering.model import compute, encode_prompt, lean_output, pad, precision
 from treering.progress import Advance, silent
 from treering.tree import Path, Tree
 
@@ -187,7 +187,7 @@ def _decode(model: PreTrainedModel, answers: Sequence[Answer], config: Config, e
     lean_output(model)
     inputs = pad([[*a.prompt, *a.written] for a in answers], pad_id, left=True)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    with compute(use_bf16(config)[0], model.device):
+    with compute(model.device, precision(config)[0]):
         written = cast(Any, model).generate(
             **inputs,
             max_new_tokens=max(a.limit - len(a.written) for a in answers),

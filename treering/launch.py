@@ -61,7 +61,7 @@ def check(config: Config, root: Path) -> None:
         )
     if found.get("mixed_precision", "no") != "no":
         raise ConfigError(
-            f"{said} mixed_precision {found['mixed_precision']}; set mixed_precision: 'no' there, and the setting bf16"
+            f"{said} mixed_precision {found['mixed_precision']}; set mixed_precision: 'no' there, and bf16 or fp16 here"
         )
     if found["distributed_type"] == "FSDP":
         _check_shards(config, found.get("fsdp_config") or {}, said)

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from treering import early, experts, launch, mix, rates
+from treering import early, experts, launch, mix, rates, scaling
 from treering.errors import TreeringError
 from treering.handover import Handover
 from treering.memory import Memory, Remembered, Teacher, some
 from treering.methods import Losses, Methods
 from treering.methods.lwf import TOP_K
-from treering.model import Tokens, load, use_bf16
+from treering.model import Tokens, load, precision
 from treering.passes import losses
 from treering.preference import with_rejected
 from treering.progress import bar
@@ -188,12 +188,13 @@ class Lesson:
         trained = time.perf_counter()
         self.methods.after_training(self.pupil.model, self._losses)
         self.ending_seconds = time.perf_counter() - trained
-        if use_bf16(self.config)[0]:
+        dtype, _ = precision(self.config)
+        if dtype != torch.float32:
             # As it will be saved, so that what is measured is what serves; buffers (rotary frequencies) and LoRA's
             # matrices stay float32.
             for name, parameter in self.pupil.model.named_parameters():
                 if parameter.requires_grad and "lora_" not in name:
-                    parameter.data = parameter.data.bfloat16()
+                    parameter.data = rounded(name, parameter.data, dtype)
         if self.expert is not None:
             self.weights = experts.weights(self.pupil.model)
         self.seconds += time.perf_counter() - started
@@ -239,7 +240,7 @@ class Lesson:
             )
         found |= self.written.choices
         found |= self.readings.choices | Readings(self.checkpoints).choices | self.methods.choices
-        return found | Recovery(self.checkpoints).choices(self.rate.value)
+        return found | Recovery(self.checkpoints).choices(self.rate.value) | scaling.choices(self.log)
 
     @property
     def _length(self) -> str:
@@ -375,6 +376,17 @@ def prepared(model: PreTrainedModel, methods: Methods, config: Config, parent: V
     """`model` as `methods` have made it ready to learn, with what they kept in `parent`."""
     torch.manual_seed(config.seed)  # New adapters begin at random.
     return methods.prepare(model, _state(parent))
+
+
+def rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` in `dtype`. Raises `TreeringError`, with its `name`, where a number is too large for that."""
+    found = weight.to(dtype)
+    if not found.isfinite().all():
+        raise TreeringError(
+            f"{name} has learned {float(weight.abs().max()):.6g}, and {dtype} ends at {torch.finfo(dtype).max:.6g}: "
+            "set fp16: false, or a lower learning_rate"
+        )
+    return found
 
 
 def _state(parent: Version | None) -> dict[str, torch.Tensor]:

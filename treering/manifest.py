@@ -116,13 +116,13 @@ def of_adoption(adapter: Path, config: Config, base: str) -> dict[str, Any]:
 
 def _choices(candidate: Candidate) -> dict[str, dict[str, Any]]:
     """What was chosen automatically, and why; of lessons but the main one under the name of their expert."""
-    from treering.model import use_bf16
+    from treering.model import precision, precision_name
 
     found, memory = candidate.main.choices, candidate.memory
     for lesson in candidate.lessons[1:]:
         found |= {f"{name}{lesson.of}": choice for name, choice in lesson.choices.items()}
     found |= {
-        "bf16": dict(zip(("value", "reason"), use_bf16(candidate.config), strict=True)),
+        "precision": {"value": precision_name(candidate.config), "reason": precision(candidate.config)[1]},
         "memory": {
             "value": len(memory),
             "reason": f"size {memory.size}, {memory.policy}",

@@ -197,7 +197,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def load_base(folder: Path, config: Config) -> PreTrainedModel:
-    """The weights in `folder`, in bfloat16 where that is used (`use_bf16`), else float32, on the best device here.
+    """The weights in `folder`, as they are computed in (`precision`), on the best device here.
 
     With `quantization_bit` its linear layers are in 4 or 8 bits, all but the output layer.
     """
@@ -205,7 +205,7 @@ def load_base(folder: Path, config: Config) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=_dtype(config),
+            dtype=precision(config)[0],
             quantization_config=quantized,
             attn_implementation=None if torch.cuda.is_available() else "eager",
             trust_remote_code=config.trust_remote_code,
@@ -225,10 +225,6 @@ def load_base(folder: Path, config: Config) -> PreTrainedModel:
     return cast("PreTrainedModel", model)
 
 
-def _dtype(config: Config) -> torch.dtype:
-    return torch.bfloat16 if use_bf16(config)[0] else torch.float32
-
-
 def _quantization(config: Config) -> BitsAndBytesConfig | None:
     """How the base is quantised: 8 bits as Dettmers et al. 2022 (arXiv:2208.07339), 4 as in QLoRA (arXiv:2305.14314).
 
@@ -243,7 +239,7 @@ def _quantization(config: Config) -> BitsAndBytesConfig | None:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=_dtype(config),
+        bnb_4bit_compute_dtype=precision(config)[0],
     )
 
 
@@ -337,19 +333,31 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def use_bf16(config: Config) -> tuple[bool, str]:
-    """Whether to compute in bfloat16, and why."""
+def precision(config: Config) -> tuple[torch.dtype, str]:
+    """What to compute in, and why."""
+    if config.fp16 is True:
+        return torch.float16, "as set"
     if config.bf16 != "auto":
-        return bool(config.bf16), "as set"
+        return torch.bfloat16 if config.bf16 else torch.float32, "as set"
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False), "what the GPU has in hardware"
-    found = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return found, "the processor has it in hardware" if found else "the processor lacks it in hardware"
+        where, found = "GPU", torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        where = "processor"
+        found = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if found:
+        return torch.bfloat16, f"the {where} has it in hardware"
+    half = where == "GPU" and config.fp16 == "auto"  # A processor gains nothing by it.
+    return torch.float16 if half else torch.float32, f"the {where} lacks bfloat16 in hardware"
 
 
-def compute(bf16: bool, device: torch.device) -> AbstractContextManager[Any]:
-    """The precision of a forward pass: bfloat16 products (float32 master weights are cast), or float32 throughout."""
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+def precision_name(config: Config) -> str:
+    """What `precision` says, as files and other programs call it: `bfloat16`, `float16` or `float32`."""
+    return str(precision(config)[0]).removeprefix("torch.")
+
+
+def compute(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """The precision of a forward pass: products in `dtype` (float32 master weights are cast), or float32 throughout."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example, last_only: bool = False) -> Tokens:

@@ -82,7 +82,7 @@ def make_plan(
     """
     import torch
 
-    from treering.model import use_bf16
+    from treering.model import precision_name
 
     rows = ws.catalog.waiting(registry.consumed(ws, parent) | without, file)
     measured = parent.manifest["held_out"] if parent else {}
@@ -95,7 +95,7 @@ def make_plan(
     machine = {
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "bf16": use_bf16(config)[0],
+        "precision": precision_name(config),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         **launch.machine(config, ws.root),

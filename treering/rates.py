@@ -17,6 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from treering import scaling
 from treering.brief import ROWS, STEPS, short, undone
 from treering.files import write_json
 from treering.memory import Memory, Teacher
@@ -145,6 +148,7 @@ class RangeTest:
     ) -> None:
         self._folder, self._readings = folder, Readings(folder)
         self._measured, self._trained, self._pieces = 0, 0, 1
+        self._scale: float | None = None
         self._model, self._rows, self._sample, self._methods = model, rows, sample, methods
         self._pad_id, self._teachers, self._parents, self._stop = pad_id, teachers, parents, stop
         self._config = short(config)
@@ -186,7 +190,7 @@ class RangeTest:
     def _after(self, rate: float, recovery: Recovery) -> Losses | None:
         try:
             with undone(self._model):
-                train(
+                log = train(
                     self._model,
                     self._rows,
                     self._steps,
@@ -198,10 +202,15 @@ class RangeTest:
                     recovery=recovery,
                     stop=self._stop,
                     quiet=True,
+                    scale=self._scale,
                 )
-                found = self.measure()
+                skipped = any(scaling.SKIPPED in entry for entry in log)
+                found = None if skipped else self.measure()
         except LossError:
             return None
+        if found is None:  # With fewer steps than others it could not be compared: again, at the scale it came to.
+            self._scale = scaling.scale(log, torch.float16)
+            return self._after(rate, recovery)
         return found if math.isfinite(found.new + found.old) else None
 
     def _mean(self, ids: Sequence[str], kind: str) -> float:

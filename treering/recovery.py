@@ -149,7 +149,7 @@ def check_loss(entry: Mapping[str, float], log: Sequence[Mapping[str, float]], v
     if not log:
         return
     blind = math.log(vocabulary)
-    if entry["grad_norm"] == 0 and math.isclose(entry["loss"], blind, rel_tol=0.01):
+    if entry.get("grad_norm") == 0 and math.isclose(entry["loss"], blind, rel_tol=0.01):
         raise LossError(
             f"grad_norm is 0 and loss {entry['loss']:.4g}, that of blind guessing: nothing is learned any more"
         )

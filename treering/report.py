@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treering.files import write_file
+from treering.scaling import SCALE, SKIPPED
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -30,7 +31,7 @@ SHADES = 21
 RAMPS = {"light": ("#f0f5fb", "#0a4286"), "dark": ("#1b2733", "#9fcdfb")}
 """Colours of score 0 and 100: one hue, so that it reads the same to every eye, and on paper."""
 
-NO_LOSSES = {"step", "lr", "grad_norm", "tokens_per_second"}
+NO_LOSSES = {"step", "lr", "grad_norm", "tokens_per_second", SCALE, SKIPPED}
 """What the log has beside losses."""
 
 NAMES = {"loss": "cross entropy", "eval_loss": "cross entropy on rows kept aside"}

@@ -54,12 +54,12 @@ def filled(batches: Sequence[Batch], count: int) -> list[Batch]:
 
 
 def gradients(
-    losses_of: Callable[[Batch], dict[str, Tensor]], parameters: Sequence[Tensor], batch: Batch
+    losses_of: Callable[[Batch], dict[str, Tensor]], parameters: Sequence[Tensor], scale: float, batch: Batch
 ) -> tuple[dict[str, float], tuple[Tensor | None, ...]]:
-    """What `batch` adds to the losses; to the gradients it is added on the way, by all processes together."""
+    """What `batch` adds to the losses; to the gradients, times `scale`, all processes add it on the way together."""
     try:
         losses = losses_of(batch)
-        torch.stack(list(losses.values())).sum().backward()
+        (scale * torch.stack(list(losses.values())).sum()).backward()
     except Exception as error:
         raise TreeringError(
             f"a pass over weights in shards failed ({type(error).__name__}: {error}), and no process can try it again "

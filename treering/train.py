@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 
-from treering import optimizers, preference, sharding, shares
+from treering import optimizers, preference, scaling, sharding, shares
 from treering.attention import recomputed
 from treering.batches import Batch, as_step, make_batch, with_noise
 from treering.checkpoints import Checkpoints, Log, random_state, set_random_state
@@ -25,7 +25,7 @@ from treering.early import LOSS, EarlyStopping
 from treering.errors import LESS_TO_LEARN, ConfigError, UpdateInterruptedError, first_line, no_memory
 from treering.memory import Teacher
 from treering.methods import Methods, trained
-from treering.model import Tokens, compute, logits_at, use_bf16
+from treering.model import Tokens, compute, logits_at, precision
 from treering.optimizers import Optimizer
 from treering.passes import losses, read
 from treering.progress import bar
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from treering.config import Config
+
+
+Gradients = tuple[dict[str, float], tuple[Tensor | None, ...]]
+"""What a batch adds to the losses of its step, by name, and to the gradients of all that learns."""
 
 
 @contextmanager
@@ -69,6 +73,7 @@ def train(
     stop: Stop | None = None,
     track: Callable[[Mapping[str, float]], None] | None = None,
     quiet: bool = False,
+    scale: float | None = None,
 ) -> list[dict[str, float]]:
     """Train the weights that require gradients, in place, over `steps`; returns one log entry a step.
 
@@ -81,6 +86,7 @@ def train(
     goes back to a checkpoint, and on from there at a lower rate. With rows `aside` their loss is measured every
     `eval_steps`, the log ends where it decides so (`early.over`), and the weights are those of its lowest. Where
     several processes train, each computes its share of every step and takes the whole step; one writes and tracks.
+    In float16 the loss of the first step is scaled by `scale`, if it is given.
 
     Raises:
         UpdateInterruptedError: `stop` was asked; there is a checkpoint of where the step under way began.
@@ -97,8 +103,8 @@ def train(
     share = rate_schedule(config, len(steps))
     parts = shares.count(config, accelerator.device)
     collate = partial(make_batch, pad_id=pad_id, device=accelerator.device, teachers=teachers, parents=parents)
-    names, weights = ["loss", *methods.by_name], list(parameters.values())
-    losses_of = partial(_losses, model, methods, use_bf16(config)[0], config.pref_beta)
+    names, weights, dtype = ["loss", *methods.by_name], list(parameters.values()), precision(config)[0]
+    losses_of = partial(_losses, model, methods, dtype, config.pref_beta)
     stop, sharded = stop or Stop(), sharding.asked()
     gradients_of = partial(sharding.gradients if sharded else partial(_gradients, stop), losses_of, weights)
     recovery = recovery or Recovery(checkpoints, writes=ranks.first)
@@ -117,11 +123,11 @@ def train(
         bar("training", len(steps), quiet) as advance,
         shares.side_by_side(parts) as compute_all,
     ):
-        computed = partial(_computed, collate, config, ranks, partial(compute_all, gradients_of), weights)
+        computed = partial(_computed, collate, config, ranks, compute_all, gradients_of, weights)
         advance(len(log))
         while _goes_on(log, len(steps), early, kept, track):
             started = time.perf_counter()
-            step = len(log) + 1
+            step, factor = len(log) + 1, scaling.scale(log, dtype, scale)
             shares_of_all = ranks.count * parts * recovery.pieces(step)
             pieces = [
                 [rows[id] for id in ids] for batch in steps[step - 1] for ids in shares.dealt(batch, shares_of_all)
@@ -129,13 +135,16 @@ def train(
             try:
                 with _undone_on_failure(optimizer):
                     ranks.begin(config.seed, step)
-                    own = _in_step(ranks, stop, partial(computed, step, pieces))
+                    own = _in_step(ranks, stop, partial(computed, step, factor, pieces))
                     summed = ranks.summed(own, names, [] if sharded else weights)
+                    scaling.undo(weights, factor)
                     entry = {"step": float(step), **summed, **_penalized(methods, model, weights)}
-                    entry["grad_norm"] = sharding.clipped(weights, config.max_grad_norm)
+                    entry |= {
+                        **scaling.noted(sharding.clipped(weights, config.max_grad_norm), factor, dtype),
+                        "lr": peak * share(step - 1) * recovery.rate,
+                    }
                     check_loss(entry, log, model.get_output_embeddings().weight.shape[0])
-                    entry["lr"] = peak * share(step - 1) * recovery.rate
-                    _take(model, optimizer, methods, entry["lr"], ranks)
+                    _take(model, optimizer, methods, entry, ranks)
             except Exception as error:
                 log = _after(error, pieces, log, kept, recovery, config, peak, partial(_loss_alone, losses_of, collate))
                 advance(len(log) - step + 1)
@@ -259,9 +268,15 @@ def _after(
         raise LossError(
             f"{error} at step {step}, after {len(recovery.retries)} retries at lower rates (max_loss_retries is "
             f"{config.max_loss_retries}; a first step has none). Set a learning_rate below "
-            f"{peak * recovery.rate:g}, or see to the rows of the step; {worst(losses)}"
+            f"{peak * recovery.rate:g}, or see to the rows of the step{_of_float16(config)}; {worst(losses)}"
         ) from None
     raise error
+
+
+def _of_float16(config: Config) -> str:
+    """What else may make a loss infinite."""
+    said = ", or set fp16: false, for a model may make numbers above 65504, which float16 lacks"
+    return said if precision(config)[0] == torch.float16 else ""
 
 
 def _in_step(ranks: Ranks, stop: Stop, computed: Callable[[], Mapping[str, float]]) -> Mapping[str, float]:
@@ -276,22 +291,26 @@ def _computed(
     collate: Callable[[Sequence[Tokens]], Batch],
     config: Config,
     ranks: Ranks,
-    compute: Callable[[Sequence[Batch]], Iterable[tuple[dict[str, float], tuple[Tensor | None, ...]]]],
+    compute_all: Callable[[Callable[[Batch], Gradients], Sequence[Batch]], Iterable[Gradients]],
+    gradients_of: Callable[[float, Batch], Gradients],
     parameters: Sequence[Tensor],
     step: int,
+    scale: float,
     pieces: Sequence[Sequence[Tokens]],
 ) -> Mapping[str, float]:
-    """The losses of this process's share of `step`, whose gradients `parameters` get."""
+    """The losses of this process's share of `step`, whose gradients, times `scale`, `parameters` get."""
     batches = as_step([collate(piece) for piece in pieces])
     if config.neftune_noise_alpha:
         batches = with_noise(batches, config.neftune_noise_alpha, f"{config.seed}:{step}")
     if sharding.asked():
         batches = sharding.filled(batches, ranks.count)
-    return _add_up(compute(ranks.own(batches)), parameters)
+    return _add_up(compute_all(partial(gradients_of, scale), ranks.own(batches)), parameters)
 
 
-def _take(model: PreTrainedModel, optimizer: Optimizer, methods: Methods, rate: float, ranks: Ranks) -> None:
-    """Change the weights by their gradients, in all processes.
+def _take(
+    model: PreTrainedModel, optimizer: Optimizer, methods: Methods, entry: Mapping[str, float], ranks: Ranks
+) -> None:
+    """Change the weights by their gradients, in all processes, unless the log's `entry` says that the step is skipped.
 
     A step cannot be undone here: some optimisers take memory weight by weight, all write over weights, state or
     gradients, and a copy of these would cost as much memory again. Raises `HalfStepError` where memory runs out.
@@ -299,9 +318,10 @@ def _take(model: PreTrainedModel, optimizer: Optimizer, methods: Methods, rate: 
 
     def take() -> None:
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        methods.after_step(model)
+            group["lr"] = entry["lr"]
+        if scaling.SKIPPED not in entry:
+            optimizer.step()
+            methods.after_step(model)
         optimizer.zero_grad()
 
     short = ""
@@ -325,9 +345,7 @@ def _penalized(methods: Methods, model: PreTrainedModel, parameters: Sequence[Te
     return {name: float(penalty.detach()) for name, penalty in penalties.items()}
 
 
-def _add_up(
-    computed: Iterable[tuple[dict[str, float], tuple[Tensor | None, ...]]], parameters: Sequence[Tensor]
-) -> Counter[str]:
+def _add_up(computed: Iterable[Gradients], parameters: Sequence[Tensor]) -> Counter[str]:
     """The losses of a step from those of its batches; `parameters` get the gradients, always in the same order."""
     losses: Counter[str] = Counter()
     for found, gradients in computed:
@@ -339,9 +357,13 @@ def _add_up(
 
 
 def _gradients(
-    stop: Stop, losses_of: Callable[[Batch], dict[str, Tensor]], parameters: Sequence[Tensor], batch: Batch
-) -> tuple[dict[str, float], tuple[Tensor | None, ...]]:
-    """What `batch` adds to the losses of its optimiser step, and to the gradients of `parameters`.
+    stop: Stop,
+    losses_of: Callable[[Batch], dict[str, Tensor]],
+    parameters: Sequence[Tensor],
+    scale: float,
+    batch: Batch,
+) -> Gradients:
+    """What `batch` adds to the losses of its optimiser step, and times `scale` to the gradients of `parameters`.
 
     On a processor, where a batch of long rows takes minutes, `stop` is looked at many times in every layer, forward and
     backward; on an accelerator once, for there it would be a good part of the time.
@@ -354,13 +376,16 @@ def _gradients(
     stop.check()
     with saved_tensors_hooks(look, look) if batch.targets.device.type == "cpu" else nullcontext():
         losses = losses_of(batch)
-    gradients = torch.autograd.grad(torch.stack(list(losses.values())).sum(), parameters, allow_unused=True)
+    total = scale * torch.stack(list(losses.values())).sum()
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     return {name: float(loss.detach()) for name, loss in losses.items()}, gradients
 
 
-def _losses(model: PreTrainedModel, methods: Methods, bf16: bool, beta: float, batch: Batch) -> dict[str, Tensor]:
+def _losses(
+    model: PreTrainedModel, methods: Methods, dtype: torch.dtype, beta: float, batch: Batch
+) -> dict[str, Tensor]:
     """What `batch` adds to the losses of its optimiser step: that of its rows and pairs, and those of the methods."""
-    with compute(bf16, batch.targets.device):
+    with compute(batch.targets.device, dtype):
         logits = logits_at(model, **batch.inputs, at=batch.at, noise=batch.noise)
     plain = (logits, batch.targets) if batch.plain is None else (logits[batch.plain], batch.targets[batch.plain])
     loss = cross_entropy(*plain, reduction="sum") / max(1, batch.of)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from treering import attention
-from treering.model import compute, lean_output, logits_at, pad, run, use_bf16
+from treering.model import compute, lean_output, logits_at, pad, precision, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +67,7 @@ class Tree:
         self._watched = sorted(set(watched))
         self._column = {token: at for at, token in enumerate(self._watched)}
         self._logs: dict[int, tuple[float, Tensor]] = {}
-        self._model, self._pad_id, self._bf16 = model, pad_id, use_bf16(config)[0]
+        self._model, self._pad_id, self._dtype = model, pad_id, precision(config)[0]
         self._kept = attention.Kept() if self.keeps and keep else None
         self._prefix: list[int] = []
         self._tokens: list[int] = []
@@ -148,7 +148,7 @@ class Tree:
     def _read(self, rows: Sequence[_Row], begun: int, wanted: Sequence[int]) -> Tensor:
         """Logits after the tokens `wanted`, all of them new."""
         lean_output(self._model)
-        with compute(self._bf16, self._model.device):
+        with compute(self._model.device, self._dtype):
             logits = self._along(rows, begun, wanted) if self.keeps else self._again(rows, wanted)
         self.likeliest.update(zip(wanted, logits.argmax(-1).tolist(), strict=True))
         if self._watched:

@@ -112,7 +112,7 @@ def by_hand(model: Any, found: list[Batch]) -> dict[str, list[float]]:
 def test_importance_by_hand(deep: Path) -> None:
     run = Run(deep, frozen(deep))
     before, rows = learns(run.model), batches(run)[:5]
-    found = importance(run.model, rows, bf16=False)
+    found = importance(run.model, rows, torch.float32)
     assert learns(run.model) == before
     assert all(weight.grad is None for weight in run.model.parameters())
     wanted = by_hand(load_base(deep, run.config), rows)
@@ -125,18 +125,18 @@ def test_some_of_many_rows_stand_for_all(deep: Path, monkeypatch: pytest.MonkeyP
     run = Run(deep, frozen(deep))
     rows = batches(run)
     monkeypatch.setattr(module, "ROWS", 10)
-    taken = importance(run.model, rows, bf16=False)  # 24 rows: every third.
+    taken = importance(run.model, rows, torch.float32)  # 24 rows: every third.
     monkeypatch.setattr(module, "ROWS", 8)
-    wanted = importance(run.model, rows[::3], bf16=False)
+    wanted = importance(run.model, rows[::3], torch.float32)
     for key, tensor in wanted.items():
         torch.testing.assert_close(taken[key], 3 * tensor)
-    assert not importance(run.model, [], bf16=False)["importance.mlp"].any()
+    assert not importance(run.model, [], torch.float32)["importance.mlp"].any()
 
 
 def test_it_adds_up_from_update_to_update(deep: Path) -> None:
     run = Run(deep, frozen(deep, freeze_by="importance"))
     rows = batches(run)[:3]
-    own = importance(run.model, rows, bf16=False)
+    own = importance(run.model, rows, torch.float32)
     run.methods.prepare(run.model, {f"freeze.{key}": tensor for key, tensor in STATE.items()})
     kept = run.methods.after_update(run.model, lambda: rows)
     for key, tensor in own.items():
@@ -152,7 +152,7 @@ def test_layers_of_little_importance_cost_old_rows_less(deep: Path) -> None:
     run = Run(deep, settings(deep, finetuning_type="full", learning_rate=3e-3, max_steps=40))
     run.train()
     rows = batches(run)[:12]
-    found = importance(run.model, rows, bf16=False)
+    found = importance(run.model, rows, torch.float32)
     ranked = torch.stack(list(found.values())).sum(0).argsort().tolist()
 
     @torch.no_grad()

@@ -290,7 +290,7 @@ def test_settings_that_do_not_fit(values: dict[str, Any], told: str) -> None:
 
 
 def test_a_server_of_vllm_has_room_for_ranks_to_come(tmp_path: Path) -> None:
-    base = Base(name=None, folder=str(tmp_path), sha256="0", bf16=False, tools=True)
+    base = Base(name=None, folder=str(tmp_path), sha256="0", dtype="float32", tools=True)
     for composition, room in (("continue", "16"), ("stack", "32")):
         line = command(Config.build({"adapter_composition": composition}), base, [12])
         assert line[line.index("--max-lora-rank") + 1] == room

@@ -106,14 +106,14 @@ def perplexity(
 
     from treering.experts import routed
     from treering.guides import guides
-    from treering.model import compute, use_bf16
+    from treering.model import compute, precision
 
     read = [(text, tokenizer(text, add_special_tokens=False)["input_ids"][:LONGEST]) for text in texts]
     read = [(text, ids) for text, ids in read if len(ids) > 1]
     asked = guides(model, tokenizer, [[Message("user", text)] for text, _ in read], config)
 
     def losses(part: Sequence[int]) -> list[float]:
-        with torch.inference_mode(), compute(use_bf16(config)[0], model.device):
+        with torch.inference_mode(), compute(model.device, precision(config)[0]):
             found = []
             for at in part:
                 ids = torch.tensor([read[at][1]], device=model.device)
@@ -176,11 +176,11 @@ def _merged(base: Path, version: Path | None, config: Config) -> tuple[Any, Any]
     import torch
     from transformers import AutoModelForCausalLM
 
-    from treering.model import load_tokenizer, use_bf16
+    from treering.model import load_tokenizer, precision
 
     adapted = version is not None and (version / "adapter_config.json").exists()
     whole = version if version is not None and not adapted else base
-    dtype = torch.bfloat16 if use_bf16(config)[0] else torch.float32
+    dtype, _ = precision(config)
     model: Any = AutoModelForCausalLM.from_pretrained(whole, dtype=dtype)
     if adapted:
         from peft import PeftModel

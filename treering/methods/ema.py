@@ -52,4 +52,4 @@ class EMA:
     def after_training(self, model: PreTrainedModel, measure: Callable[[], Losses]) -> None:
         """Put the averages in place."""
         for name, weight in trained(model).items():
-            weight.copy_(self.running[name])
+            weight.copy_(self.running.get(name, weight))  # There is none where no step was taken.

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from treering import scaling
 from treering.config import Config
 from treering.methods import trained
 from treering.methods.anchor import Anchor
-from treering.model import compute, logits_at, use_bf16
+from treering.model import compute, logits_at, precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,18 +71,24 @@ class EWC:
         """The sum over `rows`, each a batch, of the squared gradient of its loss."""
         learns, training = trained(model), model.training
         found = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in learns.items()}
-        bf16 = use_bf16(self.config)[0]
+        dtype, _ = precision(self.config)
+        scale = scaling.first(dtype)
         model.eval()
         for row in rows:
-            with compute(bf16, row.targets.device):
+            with compute(row.targets.device, dtype):
                 logits = logits_at(model, **row.inputs, at=row.at)
             loss = cross_entropy(logits, row.targets, reduction="sum")
-            gradients = torch.autograd.grad(loss, list(learns.values()), allow_unused=True)
+            scale, gradients = scaling.finite(scale, partial(_gradients, loss, list(learns.values())))
             for name, gradient in zip(learns, gradients, strict=True):
                 if gradient is not None:
-                    found[name] += gradient.float().square()
+                    found[name] += gradient.float().div_(scale).square()
         model.train(training)
         return found
+
+
+def _gradients(loss: Tensor, weights: Sequence[Tensor], scale: float) -> tuple[Tensor | None, ...]:
+    # Only what may have to be done again keeps its graph.
+    return torch.autograd.grad(scale * loss, weights, allow_unused=True, retain_graph=scale > scaling.LEAST)
 
 
 def _of_mean_one(found: dict[str, Tensor]) -> dict[str, Tensor]:

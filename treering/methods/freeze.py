@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from treering import scaling
 from treering.config import Config, names
 from treering.errors import ConfigError
-from treering.model import compute, decoder_layers, logits_at, use_bf16
+from treering.model import compute, decoder_layers, logits_at, precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +41,7 @@ class Freeze:
     def __init__(self, config: Config) -> None:
         self.layers, self.by = config.freeze_trainable_layers, config.freeze_by
         self.parts = [] if config.freeze_trainable_modules == "all" else names(config.freeze_trainable_modules)
-        self.bf16 = use_bf16(config)[0]
+        self.dtype, _ = precision(config)
         self.known: dict[str, Tensor] = {}
         self.choices: dict[str, dict[str, Any]] = {}
 
@@ -61,7 +62,7 @@ class Freeze:
         """With `freeze_by: importance`, what was known, and that of the new rows added to it."""
         if self.by == "position":
             return {}
-        found = importance(model, batches, self.bf16)
+        found = importance(model, batches, self.dtype)
         return {key: tensor + self.known.get(key, 0) for key, tensor in found.items()}
 
     def _parts(self, layer: nn.Module) -> list[nn.Module]:
@@ -90,19 +91,32 @@ class Freeze:
         return chosen
 
 
-def importance(model: PreTrainedModel, batches: Sequence[Batch], bf16: bool) -> dict[str, Tensor]:
+def importance(model: PreTrainedModel, batches: Sequence[Batch], dtype: torch.dtype) -> dict[str, Tensor]:
     """By part and layer the sum over rows of `(d log p(answer) / d weight)^2`, summed over the weights there.
 
     `batches` are rows, each alone; of many, `ROWS` at most are taken, at even distances, and stand for the others.
     """
     taken = batches[:: max(1, math.ceil(len(batches) / ROWS))]
     model.eval()
+    scale = scaling.first(dtype)
     with _measured(model) as found:
+        sums = {key: torch.zeros_like(tensor) for key, tensor in found.items()}
         for batch in taken:
-            with compute(bf16, batch.targets.device):
+            with compute(batch.targets.device, dtype):
                 logits = logits_at(model, **batch.inputs, at=batch.at)
-            cross_entropy(logits, batch.targets, reduction="sum").backward()
-    return {key: tensor * (len(batches) / max(1, len(taken))) for key, tensor in found.items()}
+            loss = cross_entropy(logits, batch.targets, reduction="sum")
+            scale, _ = scaling.finite(scale, partial(_backward, loss, list(found.values())))
+            for key, tensor in found.items():
+                sums[key] += tensor / scale**2
+    return {key: tensor * (len(batches) / max(1, len(taken))) for key, tensor in sums.items()}
+
+
+def _backward(loss: Tensor, found: Sequence[Tensor], scale: float) -> Sequence[Tensor]:
+    """`found` as a backward pass of `loss` at `scale` leaves it (`_measured`)."""
+    for tensor in found:
+        tensor.zero_()
+    (scale * loss).backward(retain_graph=scale > scaling.LEAST)  # Only what may have to be done again keeps its graph.
+    return found
 
 
 @contextmanager

@@ -77,7 +77,7 @@ class Sampler:
         if not math.isfinite(best):
             raise EngineError(
                 f"{job.version} gives no token a score to choose it by (the best is {best}): its weights may be "
-                "damaged, or too large for bfloat16; ask another version",
+                "damaged, or too large for float16 (fp16: false does without it); ask another version",
                 code="no_scores",
             )
         if self._temperature < COLDEST:

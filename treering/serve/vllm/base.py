@@ -25,8 +25,8 @@ class Base(BaseModel):
     """As in `model_name_or_path`."""
     folder: str
     sha256: str
-    bf16: bool
-    """Whether to compute in bfloat16 on this machine."""
+    dtype: str
+    """What this machine computes in, as torch calls it."""
     tools: bool
     """Whether its chat template shows tools to the model."""
     marks: str | None = None
@@ -76,7 +76,7 @@ def _tell(what: str, path: Path) -> dict[str, Any]:
         name=config.model_name_or_path,
         folder=str(folder),
         sha256=model.fingerprint(folder),
-        bf16=model.use_bf16(config)[0],
+        dtype=model.precision_name(config),
         tools="tools" in str(tokenizer.chat_template),
         marks=marks.pattern if marks else None,
     )

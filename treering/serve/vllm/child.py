@@ -35,7 +35,7 @@ def command(config: Config, base: Base, ranks: Iterable[int]) -> list[str]:
     settings: dict[str, object] = {
         "model": base.folder,
         "host": "127.0.0.1",
-        "dtype": "bfloat16" if base.bf16 else "float32",
+        "dtype": base.dtype,
         "max-loras": serve.max_loaded_versions + 2,  # The base model's stand-in, and one while `current` moves.
         "max-lora-rank": next((size for size in RANKS if size >= highest), RANKS[-1]),
         "max-num-seqs": serve.max_batch_size,
