@@ -129,6 +129,14 @@ def test_a_greeting_is_read_but_not_learned(model_folder: Path) -> None:
     assert "yes" in (said := run.tokenizer.decode([found.ids[at] for at in found.answers])) and "welcome" not in said
 
 
+def test_a_turn_of_weight_0_is_read_but_not_learned(model_folder: Path) -> None:
+    run = Run(model_folder, settings(model_folder))
+    turns = chat(("user", "hello"), ("assistant", "welcome"), ("user", "again"), ("assistant", "yes")).as_dicts()
+    found = encode(run.tokenizer, Example.of([turns[0], {**turns[1], "weight": 0}, *turns[2:]]))
+    assert "welcome" in run.tokenizer.decode(found.ids)
+    assert "yes" in (said := run.tokenizer.decode([found.ids[at] for at in found.answers])) and "welcome" not in said
+
+
 def test_prompts_are_learned_besides_where_that_is_asked_for(model_folder: Path) -> None:
     """Every token but the first counts in the loss; what is scored, and where teachers stand, are the answers still."""
     run = Run(model_folder, settings(model_folder))

@@ -363,8 +363,8 @@ def compute(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example, last_only: bool = False) -> Tokens:
     """Tokens of a whole conversation; `answers` covers every assistant turn with its end mark, or the last alone.
 
-    A greeting before the first question answers nothing, and is read but not learned. Of a plain text
-    all tokens but the first are learned.
+    A greeting before the first question answers nothing, and is read but not learned, as is a turn of weight 0. Of a
+    plain text all tokens but the first are learned.
     """
     if example.is_text:
         read = _text_ids(tokenizer, example.answer)
@@ -375,6 +375,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, last_only: bool
     asked = next((position for position, turn in enumerate(turns) if turn.role == "user"), 0)
     for position, turn in enumerate(turns):
         if turn.role != "assistant" or position < asked or (last_only and position < len(turns) - 1):
+            continue
+        if not turn.is_learned:
             continue
         start = len(_render(tokenizer, turns[:position], open_answer=True))
         ids = _render(tokenizer, turns[: position + 1], open_answer=False)

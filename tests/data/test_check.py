@@ -143,6 +143,24 @@ def test_the_last_question_counts(tokenizer: Any) -> None:
     assert checked(tokenizer, row).refused is None
 
 
+@pytest.mark.parametrize(
+    ("rule", "text"), [("control-characters", "a\x07"), ("html", "<p>a"), ("template-markers", "{{ a }}")]
+)
+def test_all_that_a_row_says_is_looked_at(tokenizer: Any, rule: str, text: str) -> None:
+    asked: dict[str, Any] = {"role": "user", "content": "q"}
+    pair = Example.of([asked, {"role": "assistant", "content": "b", "rejected": text}])
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": text}}}
+    calling: list[dict[str, Any]] = [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+    ]
+    for row in (pair, Example.of([asked, *calling, {"role": "assistant", "content": "b"}])):
+        found = checked(tokenizer, row, checks={rule: "reject"}).refused
+        assert found is not None and found[0] == rule
+    mended = checked(tokenizer, pair, checks={"control-characters": "repair"}).row
+    assert "\x07" not in mended.messages[-1].texts[-1]
+
+
 def test_a_task_may_have_certain_labels_only(tokenizer: Any) -> None:
     labels = {"support": ["refund", "Delivery"]}
     assert checked(tokenizer, example("a", "delivery."), "support", labels=labels).refused is None

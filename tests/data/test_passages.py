@@ -62,7 +62,10 @@ def test_the_first_row_of_a_file_tells(tmp_path: Path) -> None:
     one, two, bad = read(tmp_path / "a.jsonl", note=notes.append)
     assert isinstance(one, Row) and one.example.is_text and isinstance(two, Row)
     assert isinstance(bad, Bad) and "this row has a label" in bad.reason
-    assert notes == ["2 plain texts: all of each is learned, as in pre-training; no row of the file has a label"]
+    assert notes == [
+        "these are no part of a row and were not read: 'url'; --columns says what else is (docs/data.md)",
+        "2 plain texts: all of each is learned, as in pre-training; no row of the file has a label",
+    ]
     (tmp_path / "b.jsonl").write_text('{"text": "q", "label": "a"}\n{"text": "no label"}\n')
     _, second = read(tmp_path / "b.jsonl")
     assert isinstance(second, Bad) and second.rule == "no-answer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import pytest
@@ -117,6 +118,26 @@ def test_prediction_rows_keep_the_answer_they_have() -> None:
     assert turns({"text": "q", "label": "a"}, need_answer=False) == PLAIN
 
 
+def test_what_a_question_is_about_stands_with_it() -> None:
+    assert turns({"question": "q", "context": "c", "answer": "a"}) == [("user", "c\nq"), ("assistant", "a")]
+    dolly = {"instruction": "q", "context": "c", "response": "a", "category": "open"}
+    assert turns(dolly) == [("user", "q\nc"), ("assistant", "a")]
+
+
+def test_what_openai_had_before_is_known() -> None:
+    call = {"name": "f", "arguments": "{}"}
+    result = {"role": "function", "name": "f", "content": "1"}
+    row = {"messages": [ASK, {"role": "assistant", "content": None, "function_call": call}, result, ANSWER]}
+    assert json.loads(convert(row).messages[1].extra)["tool_calls"][0]["function"]["name"] == "f"
+
+
+def test_a_turn_of_weight_0_says_so() -> None:
+    row = {"messages": [ASK, {**ANSWER, "content": "bad", "weight": 0}, ASK, {**ANSWER, "weight": 1}]}
+    assert [turn.is_learned for turn in convert(row).messages] == [True, False, True, True]
+    assert convert(row).as_dicts() == [ASK, {**ANSWER, "content": "bad", "weight": 0}, ASK, ANSWER]
+    assert convert({"messages": convert(row).as_dicts()}).id == convert(row).id
+
+
 def test_an_empty_question_is_left_to_the_checks() -> None:
     assert turns({"prompt": " ", "completion": "a"})[0] == ("user", "")
 
@@ -141,6 +162,10 @@ WRONG: list[tuple[str, str, dict[str, object]]] = [
     ("bad-turns", "role of messages turn 1 is a list", {"messages": [{"role": [[]], "content": "q"}, ANSWER]}),
     ("bad-turns", "turn 2 is a number", {"messages": [ASK, {"role": "assistant", "content": 5}]}),
     ("bad-turns", "turn 2 is null", {"messages": [ASK, {"role": "assistant", "content": None}]}),
+    ("bad-turns", "beside it is only 'refusal'", {"messages": [ASK, {"role": "assistant", "refusal": "no"}]}),
+    ("bad-turns", "weight of messages turn 2 is 0.5", {"messages": [ASK, {**ANSWER, "weight": 0.5}]}),
+    ("undesired-answer", "the last turn has weight 0", {"messages": [ASK, {**ANSWER, "weight": 0}]}),
+    ("unknown-format", "input and context", {"instruction": "q", "input": "a", "context": "b", "output": "c"}),
     ("bad-turns", "not 'text'", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}),
     ("bad-turns", "not 'text'", {"messages": [{"role": "user", "content": ["q"]}, ANSWER]}),
     ("bad-turns", "call 1 needs a name", {"messages": [ASK, {**ANSWER, "tool_calls": [{"id": "1"}]}]}),

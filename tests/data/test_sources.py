@@ -235,7 +235,7 @@ def test_columns_that_are_told(ws: Workspace, tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"frage": "r", "antwort": "b"}\n{"other": 1}\n', encoding="utf-8")
     found = ws.ingest([tmp_path / "a.csv", tmp_path / "b.jsonl"], task="t", columns="question=frage, answer=antwort")
     assert texts(ws) == {"t": [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]}
-    assert "'frage', 'antwort' was told, but the keys found are 'other'" in found.refused[0]["reason"]
+    assert "'frage' was told, but the keys found are 'other'" in found.refused[0]["reason"]
     found = ws.ingest(tmp_path / "a.csv", task="t", columns={"question": "frage", "answer": "reply"})
     assert "'reply' was told, but the columns are 'Frage', 'Antwort'" in found.refused[0]["reason"]
 

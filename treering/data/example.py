@@ -17,6 +17,8 @@ TEXT = "text"
 """The role of the one turn of a plain text, which is no conversation: all of it is learned."""
 REJECTED = "rejected"
 EXTRA = (OFFERED, CALLED, "name", "tool_call_id", REJECTED)
+WEIGHT = "weight"
+"""Of an assistant's turn, 0: it is read and not learned."""
 
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode  # `dumps` would make an encoder for each row.
@@ -26,9 +28,9 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode  # `dumps` would make an e
 class Message:
     """One turn. `role` is one of `ROLES`; `content` is its text.
 
-    `extra` is what else OpenAI's format has of it, as JSON: `tools` that a system turn offers,
-    `tool_calls` of an assistant's, `name` and `tool_call_id` of a tool's; and of the last one the answer that was
-    `rejected` for it, where the row is a preference pair.
+    `extra` is what else OpenAI's format has of it, as JSON: `tools` that a system turn offers, `tool_calls` of an
+    assistant's, and its `weight` if that is 0, `name` and `tool_call_id` of a tool's; and of the last one the answer
+    that was `rejected` for it, where the row is a preference pair.
     """
 
     role: str
@@ -39,6 +41,8 @@ class Message:
     def of(cls, turn: Mapping[str, Any]) -> Message:
         """Build from an OpenAI-style dictionary."""
         extra = {key: turn[key] for key in EXTRA if turn.get(key)} if len(turn) > 2 else {}
+        if turn.get(WEIGHT) == 0:
+            extra[WEIGHT] = 0
         return cls(turn["role"], turn["content"], compact(extra) if extra else "")
 
     def as_dict(self) -> dict[str, Any]:
@@ -49,6 +53,23 @@ class Message:
         """The turn with every text of it, in tools and calls too, said so."""
         extra = compact(strings(json.loads(self.extra), how)) if self.extra else ""
         return Message(self.role, how(self.content), extra)
+
+    @property
+    def texts(self) -> list[str]:
+        """Every text of it, in tools and calls too."""
+        found = list[str]()
+
+        def note(text: str) -> str:
+            found.append(text)
+            return text
+
+        self.said(note)
+        return found
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether it has no weight of 0."""
+        return not self.extra or WEIGHT not in json.loads(self.extra)
 
     @property
     def text(self) -> str:
@@ -64,7 +85,7 @@ class Message:
 class Example:
     """A conversation whose last turn is the assistant's, or a plain text (`TEXT`).
 
-    Every assistant turn is trained; the last one is the answer that is scored.
+    Every assistant turn is trained but those of `weight` 0; the last one is the answer that is scored.
     """
 
     messages: tuple[Message, ...]

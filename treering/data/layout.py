@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from treering.data.names import KNOWN_KEYS
+from treering.data.names import KEYS, KNOWN_KEYS, ROW_KEYS
 from treering.data.records import CONTAINERS
 from treering.data.shapes import NAMED, known_columns
-from treering.data.values import RowError, plain
+from treering.data.values import RowError, called_here, plain
 from treering.errors import UsageError
+
+_ASKED = {key for asked, _ in KEYS.values() for key in asked}
+"""Keys of what is asked, which no row lacks."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,18 @@ class Layout:
         missing = [name for name in self.columns.values() if plain(name) not in there]
         if missing:
             raise RowError("unknown-format", f"{_listed(missing)} was told, but the columns are {_listed(names)}")
-        used = {plain(name) for name in (*self.columns.values(), *self.media, self.wanted) if name}
-        return [name for name in names if plain(name) in used]
+        return [name for name in names if plain(name) in self._used]
+
+    def unread(self, value: Mapping[object, object]) -> list[str]:
+        """Keys of a record that are not read."""
+        if not self.columns:
+            return [str(key) for key in value if called_here(key, ROW_KEYS) not in KNOWN_KEYS]
+        used = self._used
+        return [str(key) for key in value if plain(key) not in used]
+
+    @property
+    def _used(self) -> set[str]:
+        return {plain(name) for name in (*self.columns.values(), *self.media, self.wanted) if name}
 
     def record(self, value: object) -> object:
         """The record with treering's keys. Raises `RowError` for one that is not to be learned."""
@@ -61,8 +74,9 @@ class Layout:
         row = value
         if self.columns:
             row = {key: found[plain(name)] for key, name in self.columns.items() if plain(name) in found}
-            if not row:
-                told = _listed(list(self.columns.values()))
+            missing = [name for key, name in self.columns.items() if key in _ASKED and key not in row]
+            if missing or not row:
+                told = _listed(missing or list(self.columns.values()))
                 raise RowError("unknown-format", f"{told} was told, but the keys found are {_listed(list(value))}")
         return {key: self._turns(part) if _holds_turns(key) else part for key, part in row.items()}
 

@@ -69,6 +69,8 @@ ROW_KEYS = {
     "指示": "instruction",
     "输入": "input",
     "輸入": "input",
+    "上下文": "context",
+    "背景": "context",
     "输出": "output",
     "輸出": "output",
     "提示": "prompt",
@@ -123,7 +125,7 @@ TURN_KEYS = {
 KEYS = {
     "openai": (("messages",), ()),
     "sharegpt": (("conversations",), ()),
-    "alpaca": (("instruction",), ("output",)),
+    "alpaca": (("instruction",), ("output", "response")),
     "prompt": (("prompt",), ("completion", "response")),
     "question": (("question",), ("answer",)),
     "label": (("text", "sentence", "utterance", "message", "query"), ("label", "category", "intent")),
@@ -131,6 +133,10 @@ KEYS = {
 """Those that may hold the question of a row and its answer, by what users call such rows."""
 
 PAIR = frozenset({"chosen", "rejected"})
-KNOWN_KEYS = PAIR.union(("system", "input", "history", "tools"), *(asked + answer for asked, answer in KEYS.values()))
-KNOWN_TURN_KEYS = frozenset({"role", "from", "content", "value", "type", "name", "tool_call_id", "tool_calls"})
+KNOWN_KEYS = PAIR.union(
+    ("system", "input", "context", "history", "tools"), *(asked + answer for asked, answer in KEYS.values())
+)
+KNOWN_TURN_KEYS = frozenset(
+    {"role", "from", "content", "value", "type", "name", "tool_call_id", "tool_calls", "weight"}
+)
 """Keys of rows and of turns that mean something here."""

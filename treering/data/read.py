@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from treering.progress import say
 __all__ = ["DATA_SUFFIXES", "Bad", "Row", "RowError", "convert", "find_files", "named_in_utf8", "read", "split_of"]
 
 _RAW_LENGTH = 2000
+_TOLD = 20
 _PARTIAL = ("~", ".tmp", ".part", ".crdownload")
 _HELD_OUT = re.compile(r"(test|held[-_]?out)([-_.].*)?", re.DOTALL)
 _VAL = re.compile(r"(val|valid|validation|dev)([-_.].*)?", re.DOTALL)
@@ -150,12 +151,15 @@ def _rows(
     """`texts`: whether the file may be one of plain texts, which its first row tells."""
     empty = True
     pairs = kept = plain = 0
+    unread = dict[str, None]()
     try:
-        for found in records(path, layout.container, layout.header, note):
+        for found in records(path, layout.container, partial(_header, layout, unread), note):
             if empty and texts and layout.shape is None and _is_text(found, layout):
                 to_example = partial(convert, shape=PLAIN)
             empty = False
             row = _row(file, found, layout, to_example)
+            if isinstance(found.value, Mapping):
+                unread.update(dict.fromkeys(layout.unread(found.value) if len(unread) < _TOLD else ()))
             pairs += isinstance(row, Row) and is_pair(layout.record(found.value))
             kept += isinstance(row, Row) and row.example.rejected is not None
             plain += isinstance(row, Row) and row.example.is_text
@@ -166,12 +170,22 @@ def _rows(
         yield _bad(file, 0, error, error.raw)
     except (OSError, UnicodeError) as error:  # Unicode: the file changed after its encoding was checked
         yield _bad(file, 0, RowError("unreadable", f"{error}; make the file readable and add it again"), "")
+    if unread:
+        names = ", ".join(repr(name[:80]) for name in [*unread][:_TOLD])
+        note(f"these are no part of a row and were not read: {names}; --columns says what else is (docs/data.md)")
     if kept:
         note(f"{kept} preference pairs, both of whose answers are kept (stage: dpo)")
     elif pairs:
         note(f"{pairs} preference pairs: the chosen answers are learned, the rejected ones are not kept")
     if plain:
         note(f"{plain} plain texts: all of each is learned, as in pre-training; no row of the file has a label")
+
+
+def _header(layout: Layout, unread: dict[str, None], names: Sequence[str]) -> list[str]:
+    """`Layout.header`; what it leaves out is `unread`."""
+    kept = layout.header(names)
+    unread.update(dict.fromkeys(name for name in names if name not in kept))
+    return kept
 
 
 def _is_text(found: Found, layout: Layout) -> bool:

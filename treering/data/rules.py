@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from treering.data.example import Example, Message, normalise
@@ -84,10 +84,9 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 def control_characters(row: Example, _: Around) -> Finding | None:
     """A C0 control character, which text never needs apart from tab and line ends."""
-    for number, turn in enumerate(row.messages, 1):
-        if found := _CONTROL.search(turn.content):
-            place, code = found.start() + 1, ord(found[0])
-            return Finding(f"turn {number} holds U+{code:04X} at character {place}; delete it", _without(row, _CONTROL))
+    for number, found in _found(row, _CONTROL):
+        place, code = found.start() + 1, ord(found[0])
+        return Finding(f"turn {number} holds U+{code:04X} at character {place}; delete it", _without(row, _CONTROL))
     return None
 
 
@@ -280,11 +279,18 @@ def _of(turns: list[Message]) -> Example:
 
 
 def _without(row: Example, what: re.Pattern[str]) -> Example:
-    return _of([replace(turn, content=what.sub("", turn.content)) for turn in row.messages])
+    return _of([turn.said(partial(what.sub, "")) for turn in row.messages])
+
+
+def _found(row: Example, what: re.Pattern[str]) -> Iterator[tuple[int, re.Match[str]]]:
+    """Each text of a turn, tools and calls and rejected answers included, in which it is found, and where."""
+    for number, turn in enumerate(row.messages, 1):
+        for text in turn.texts:
+            if found := what.search(text):
+                yield number, found
 
 
 def _leftover(row: Example, what: re.Pattern[str], name: str) -> Finding | None:
-    for number, turn in enumerate(row.messages, 1):
-        if found := what.search(turn.content):
-            return Finding(f"turn {number} holds {name}: {found[0][:80]!r}; take it out unless it belongs there")
+    for number, found in _found(row, what):
+        return Finding(f"turn {number} holds {name}: {found[0][:80]!r}; take it out unless it belongs there")
     return None

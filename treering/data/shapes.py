@@ -7,6 +7,7 @@ and its answer wins.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from treering.data.example import TEXT, Example, Message
@@ -65,7 +66,7 @@ def is_plain_text(record: object) -> bool:
         return False
     filled = {called_here(key, ROW_KEYS) for key, value in record.items() if not is_blank(value)}
     named = {called_here(key, ROW_KEYS) for key in record}
-    return "text" in filled and not _LABELS & named and not (KNOWN_KEYS - {"text"}) & filled
+    return "text" in filled and not _LABELS & named and not (KNOWN_KEYS - {"text", "context"}) & filled
 
 
 def _plain_text(row: Fields) -> Example:
@@ -79,7 +80,7 @@ def _plain_text(row: Fields) -> Example:
 
 def known_columns(names: Sequence[str], shape: str | None = None) -> list[str]:
     """Those of a table's columns that a shape knows. Raises `RowError` where no row of it could be converted."""
-    row = keyed(((name, None) for name in names), ROW_KEYS)
+    row = keyed(((name, True) for name in names), ROW_KEYS)  # A header's keys have no values yet.
     if not row.keys() >= PAIR:
         _shape_of(row, SHAPES if shape is None else (NAMED[shape],))
     return [name for name in names if called_here(name, ROW_KEYS) in KNOWN_KEYS]
@@ -105,13 +106,21 @@ def _conversation(row: Fields, shape: Shape) -> list[Message]:
 
 
 def _alpaca(row: Fields, shape: Shape) -> list[Message]:
-    parts = (text_of(row.get("instruction"), "instruction"), text_of(row.get("input"), "input"))
+    parts = (text_of(row.get("instruction"), "instruction"), text_of(*_only(row, ("input", "context"))))
     asked = Message("user", "\n".join(part for part in parts if part))
     return [*_top_level_system(row), *history(row.get("history")), asked, *_side(row, shape.answer, "assistant")]
 
 
 def _pair(row: Fields, shape: Shape) -> list[Message]:
     return [*_top_level_system(row), *_side(row, shape.question, "user"), *_side(row, shape.answer, "assistant")]
+
+
+def _question(row: Fields, shape: Shape) -> list[Message]:
+    turns, context = _pair(row, shape), text_of(row.get("context"), "context")
+    asked = next(at for at, turn in enumerate(turns) if turn.role == "user")
+    if context:
+        turns[asked] = replace(turns[asked], content=f"{context}\n{turns[asked].content}".strip())
+    return turns
 
 
 def _labelled(row: Fields, shape: Shape) -> list[Message]:
@@ -126,7 +135,7 @@ _BUILDERS = {
     "sharegpt": _conversation,
     "alpaca": _alpaca,
     "prompt": _pair,
-    "question": _pair,
+    "question": _question,
     "label": _labelled,
 }
 NAMED = {name: Shape(*KEYS[name], build) for name, build in _BUILDERS.items()}
@@ -184,3 +193,5 @@ def _require_answer(last: Message, shape: Shape) -> None:
     if not last.text:
         place = " or ".join(shape.answer) or f"the last turn of {shape.question[0]}"
         raise RowError("no-answer", f"{place} is missing or empty; write the answer or delete the row")
+    if not last.is_learned:
+        raise RowError("undesired-answer", "the last turn has weight 0, and it is the answer to learn; end before it")

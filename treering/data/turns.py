@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NoReturn
 
-from treering.data.example import Message
+from treering.data.example import WEIGHT, Message
 from treering.data.names import CALLING, ROLES, TURN_KEYS
 from treering.data.tools import CALLED, OFFERED, ToolError, called, compact, offered
 from treering.data.values import Fields, RowError, called_here, clean, content_of, is_blank, keyed, kind, plain, text_of
@@ -33,14 +34,26 @@ def _turn(turn: object, where: str) -> list[Message]:
     try:
         if plain(_either(row, "role", "from")) in CALLING and not row.get(CALLED):
             extra, content = {CALLED: called(content)}, None  # ShareGPT: the text of such a turn is the call.
-        elif role == "assistant" and row.get(CALLED):
-            extra = {CALLED: called(row[CALLED])}
+        elif role == "assistant" and (calls := row.get(CALLED) or row.get("function_call")):
+            extra = {CALLED: called(calls)}  # OpenAI had `function_call` before there were several.
     except ToolError as error:
         raise RowError("bad-turns", f"{where}: {error}") from None
     if role == "tool":
         extra = {key: row[key] for key in ("name", "tool_call_id") if isinstance(row.get(key), str) and row[key]}
-    text = "" if extra and content is None else content_of(content, where)
+    if content is None and not extra:
+        _raise_empty(row, where)
+    text = "" if content is None else content_of(content, where)
+    if role == "assistant" and (weight := row.get(WEIGHT)) is not None:
+        if weight not in (0, 1):
+            raise RowError("bad-turns", f"the weight of {where} is {str(weight)[:80]}; it must be 0 or 1")
+        extra = {**extra, WEIGHT: weight}
     return [_with_extra(Message(role, text), extra, where)]
+
+
+def _raise_empty(row: Fields, where: str) -> NoReturn:
+    others = [repr(key[:80]) for key, value in row.items() if not is_blank(value) and key not in ("role", "from")]
+    rest = f", and beside it is only {', '.join(others[:10])}" if others else ""
+    raise RowError("bad-turns", f"the content of {where} is null{rest}; it must be text")
 
 
 def _either(row: Fields, openai: str, sharegpt: str) -> object:

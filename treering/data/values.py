@@ -63,7 +63,9 @@ def keyed(items: Iterable[tuple[object, object]], names: Mapping[str, str]) -> d
         name = key if type(key) is str and key in AS_THEY_ARE else called_here(key, names)
         if name != key and isinstance(value, str) and name in ("messages", "conversations"):
             name = plain(key)  # A text under another name is no list of turns.
-        if name in row and name in KNOWN_KEYS | KNOWN_TURN_KEYS:
+        if row.get(name) is not None and value is None:
+            continue
+        if row.get(name) is not None and name in KNOWN_KEYS | KNOWN_TURN_KEYS:
             raise RowError("unknown-format", f"two columns or keys are named {name!r}; keep one of them")
         row[name] = value
     return row
