@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -416,6 +418,48 @@ def test_an_export_that_was_cut_off_is_found(
     assert done.kept_exports == {}
     assert [path for path in out.iterdir() if SECRET in path.read_text()] == []
     assert done.exports == ([str(left)] if left.name == "a.json" else [])
+
+
+def test_a_deletion_may_be_cut_off_anywhere(
+    workspace: MakeWorkspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its tombstones are set all is as it was; after that nothing of the rows is left, exports included."""
+    ws = workspace(val_size=0.0)
+    (tmp_path / "r.jsonl").write_text(f"no JSON, {SECRET}\n")
+    ws.ingest([secret(), {**secret(), "text": secret()["text"] + " or so"}, *toy_rows("pens", 2)], task="pens")
+    ws.ingest(tmp_path / "r.jsonl", task="pens")
+    export(ws, ws.root / "rows.json", "openai")
+    quarantine.export(ws, ws.root / "refused.jsonl")
+    ws.catalog.flush()
+    ws.catalog.engine.dispose()
+    shutil.copytree(ws.root, tmp_path / "before")
+    plain, fates = os.fsync, list[str]()
+    for last in range(100):
+        shutil.rmtree(ws.root)
+        shutil.copytree(tmp_path / "before", ws.root)
+        ws, left = Workspace(ws.root), iter(range(last))
+
+        def cut(descriptor: int, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise PowerCut
+            plain(descriptor)
+
+        with monkeypatch.context() as patch, suppress(PowerCut):
+            patch.setattr(os, "fsync", cut)
+            ws.forget(where=f"text~{SECRET}")
+            fates.append("done")
+        ws.catalog.engine.dispose()
+        ws = Workspace(ws.root)
+        ws.catalog.flush()
+        found = traces(ws, SECRET)
+        if fates[-1:] == ["done"]:
+            assert found == []
+            break
+        fates.append("kept" if found else "gone")
+        assert len(found) in (0, 3), (last, found)
+        assert not (ws.root / ".deleting").exists()
+    assert fates == [*["kept"] * fates.count("kept"), *["gone"] * fates.count("gone"), "done"]
+    assert fates.count("gone") > 5
 
 
 @pytest.mark.parametrize("late", [False, True])
