@@ -84,19 +84,19 @@ def find(ws: Workspace, ids: Collection[str] | None = None, where: Sequence[str]
         raise UsageError("say which rows: --ids FILE, --where CONDITION, or both")
     picked, wanted = all_of(where), None if ids is None else {id.strip().lower() for id in ids}
     meant, named, lost = set[str](), 0, set(wanted or ())
-    for row, known in _everything(ws):
-        if wanted is not None:
-            lost -= known
-            if known.isdisjoint(wanted):
-                continue
-        if picked(row):
+    for row in _everything(ws):
+        if wanted is None and not picked(row):
+            continue
+        known = known_by(row)
+        lost -= known
+        if wanted is None or (not known.isdisjoint(wanted) and picked(row)):
             meant |= known
             named += 1
     for id in lost:
         if not any(id in known for known in _known_to_versions(ws)):
             raise UsageError(f"no row has the id {id!r}; `treering data trace vN --json` has whole ids")
     kept = set() if where else lost  # The catalog has lost them, versions have not.
-    found = [row for row, known in _everything(ws) if not known.isdisjoint(meant)]
+    found = [row for row in _everything(ws) if not known_by(row).isdisjoint(meant)] if meant else []
     refused = sum("rule" in row for row in found)
     return Found(
         frozenset(meant | kept),
@@ -168,13 +168,12 @@ def _finish(ws: Workspace, stones: Tombstones, found: Found) -> Forgotten:
     )
 
 
-def _everything(ws: Workspace) -> Iterator[tuple[Mapping[str, Any], set[str]]]:
-    """Each stored row and each in quarantine, which has a `rule`, and its marks."""
-    for row in ws.catalog.every():
-        yield row, known_by(row)
+def _everything(ws: Workspace) -> Iterator[Mapping[str, Any]]:
+    """Each stored row and each in quarantine, which has a `rule`."""
+    yield from ws.catalog.every()
     for row in ws.catalog.quarantined():
         if row["rule"] != HELD:  # Those are among the stored ones.
-            yield {**row, "messages": row["messages"] and json.loads(row["messages"])}, known_by(row)
+            yield {**row, "messages": row["messages"] and json.loads(row["messages"])}
 
 
 def _known_to_versions(ws: Workspace) -> Iterator[set[str]]:

@@ -29,6 +29,8 @@ def _answers(row: Mapping[str, Any]) -> list[str]:
 def _said(turn: Mapping[str, Any]) -> Iterator[str]:
     """Every text of a turn: what it says, and all of its tools and calls, but for the frame that each of them has."""
     yield turn["content"]
+    if len(turn) == 2:  # As nearly all are.
+        return
     for framed in (*turn.get(OFFERED, ()), *turn.get(CALLED, ())):
         yield from _strings([framed.get("id"), *framed["function"].values()])
     yield from _strings([turn.get(key) for key in ("name", "tool_call_id", REJECTED)])
