@@ -567,14 +567,14 @@ def test_bench_quality(cli: Runner, tmp_path: Path, model_folder: Path, monkeypa
 
 def test_forget(cli: Runner, shop: Path, tmp_path: Path) -> None:
     here = ("--workspace", shop)
-    assert cli.json("forget", "--rebuild", *here) == {"found": 0, "files": {}}
+    assert cli.json("forget", "--rebuild", *here) == {"found": 0, "alike": 0, "files": {}}
     [trained, *_] = Workspace(shop).catalog.train_ids("pens")
     ids = tmp_path / "ids"
     ids.write_text(trained)
     looked = cli.json("forget", "--ids", ids, "--dry-run", *here)
-    assert looked == {"found": 1, "files": {"<python>": 1}}
+    assert looked == {"found": 1, "alike": 0, "files": {"<python>": 1}}
     done = cli.json("forget", "--ids", ids, "--yes", "--rebuild", *here)
     assert (done["rows"], done["rebuilt"]["from"]) == (1, "base")
     out, _ = cli.text("forget", "--where", "text~cups item 3", "--yes", *here)
-    assert out.startswith("1 rows deleted; they do not come in again")
+    assert out.startswith("1 row deleted, not to come in again")
     assert cli.json("rollback", "base", *here) == {"current": None}

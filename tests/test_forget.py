@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from treering import Workspace, registry
+from treering import Workspace, files, registry
 from treering.cli import run
+from treering.data import export as exports
 from treering.data import quarantine
 from treering.data.example import Example
 from treering.data.export import export
@@ -124,7 +127,7 @@ def test_quarantine_and_what_it_quotes_are_deleted_too(workspace: MakeWorkspace)
     file.write_text("".join(json.dumps(line) + "\n" for line in lines) + f"no JSON, {SECRET}\n")
     assert ws.ingest().reasons == {"contradiction": 2, "bad-json": 1}
     found = find(ws, where=["answer=thither"])
-    assert (len(found.ids), len(found.numbers)) == (1, 1)
+    assert (found.stored, found.refused, found.alike) == (0, 1, 0)
     ws.forget(where="answer=thither")
     assert len(quarantine.listed(ws)) == 2
     assert [e["raw"] for e in quarantine.listed(ws) if "thither" in e["reason"] or "thither" in e["raw"]] == []
@@ -198,7 +201,7 @@ def test_nothing_is_deleted_unasked(ws: Workspace, capsys: pytest.CaptureFixture
     ids = tmp_path / "ids"
     ids.write_text(f"{id_of(secret())}\n")
     assert run(["forget", "--ids", str(ids), "--dry-run", *here]) == 0
-    assert "1 stored rows and 0 in quarantine are meant" in capsys.readouterr().out
+    assert "1 stored row and 0 in quarantine are meant" in capsys.readouterr().out
     assert run(["forget", "--ids", str(ids), *here]) == 3
     assert "--yes" in capsys.readouterr().err
     assert run(["forget", *here]) == 3
@@ -243,6 +246,286 @@ def test_the_index_of_near_duplicates_lets_go(workspace: MakeWorkspace) -> None:
     near = {**secret(), "text": secret()["text"] + " there"}
     assert ws.ingest([near], task="pens").accepted == 1  # Nothing is left that it could be near to.
     assert ws.ingest([{**near, "text": near["text"] + " again"}], task="pens").near == 1
+
+
+def turns(*said: tuple[str, str]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+CALLING: dict[str, Any] = {
+    "messages": [
+        {"role": "user", "content": "is it warm there?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [
+                {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": SECRET}}}
+            ],
+        },
+        {"role": "tool", "content": "21", "name": "weather", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "21 degrees"},
+    ],
+    "tools": [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}],
+}
+
+
+def test_an_export_that_cannot_say_all_of_a_row_is_cleaned_too(workspace: MakeWorkspace, tmp_path: Path) -> None:
+    ws = workspace(val_size=0.0)
+    ws.ingest([CALLING, secret()], task="tools")
+    for format, name in (
+        ("sharegpt", "s.json"),
+        ("sharegpt", "s.jsonl"),
+        ("openai", "o.json"),
+        ("parquet", "o.parquet"),
+    ):
+        export(ws, tmp_path / name, format)
+    shutil.copy(tmp_path / "s.json", tmp_path / "copy.json")
+    done = ws.forget(where=f"text~{SECRET}")
+    assert (done.rows, len(done.exports), done.kept_exports) == (2, 4, {})
+    assert json.loads((tmp_path / "s.json").read_text()) == []
+    assert [path.name for path in tmp_path.iterdir() if path.is_file() and SECRET.encode() in path.read_bytes()] == [
+        "copy.json"
+    ]
+    assert ws.ingest(tmp_path / "copy.json", task="tools").reasons == {"deleted": 2}
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        turns(("user", "Where does Jane  Doe live?"), ("assistant", "In Main Street 5.")),
+        turns(("user", "where does jane doe live"), ("assistant", "in main street 5")),
+        turns(("system", "Be brief."), ("user", "Where does Jane Doe live?"), ("assistant", "In Main Street 5.")),
+        {"question": "Where does Jane Doe live", "answer": "In Main Street 5!"},
+    ],
+)
+def test_a_row_is_known_by_what_it_says(workspace: MakeWorkspace, again: dict[str, Any]) -> None:
+    ws = workspace(val_size=0.0)
+    ws.ingest([turns(("user", "Where does Jane Doe live?"), ("assistant", "In Main Street 5."))], task="t")
+    ws.forget(where="text~jane")
+    found = ws.ingest([again, {"question": "Where does Jane Doe live?", "answer": "in Main Street 6"}], task="t")
+    assert (found.reasons, found.accepted) == ({"deleted": 1}, 1)
+
+
+def test_what_says_the_same_goes_too_and_is_told(workspace: MakeWorkspace, capsys: pytest.CaptureFixture[str]) -> None:
+    ws = workspace(val_size=0.0)
+    one, two = (turns(("system", who), ("user", "who?"), ("assistant", SECRET)) for who in ("a pirate", "a butler"))
+    ws.ingest([one, two, *toy_rows("pens", 2)], task="t")
+    here = ["forget", "--where", "text~pirate", "-w", str(ws.root)]
+    assert run([*here, "--dry-run"]) == 0
+    assert "2 stored rows and 0 in quarantine are meant\n  1 of them for saying the same" in capsys.readouterr().out
+    assert run([*here, "--yes"]) == 0
+    assert capsys.readouterr().out.startswith("2 rows deleted, not to come in again\n")
+    assert traces(ws, SECRET, "butler") == []
+
+
+def test_what_is_no_row_does_not_come_in_again_either(workspace: MakeWorkspace) -> None:
+    ws = workspace(val_size=0.0)
+    (ws.inbox / "t").mkdir()
+    file = ws.inbox / "t" / "rows.jsonl"
+    lines = [f"no JSON, {SECRET}", json.dumps({"question": f"{SECRET}?", "answer": ""}), f"no JSON, {SECRET * 1000}"]
+    file.write_text("\n".join([*lines, "nor this", ""]))
+    assert ws.ingest().quarantined == 4
+    done = ws.forget(where=f"text~{SECRET}")
+    assert (done.rows, done.unknown) == (3, 0)
+    assert ws.ingest(file).reasons == {"deleted": 3, "bad-json": 1}
+    assert traces(ws, SECRET) == []
+
+
+def test_what_has_no_text_is_deleted_and_may_come_again(
+    workspace: MakeWorkspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ws = workspace(val_size=0.0)
+    for task in ("t", "other"):
+        (ws.inbox / task).mkdir()
+        (ws.inbox / task / "rows.jsonl").write_text("")
+    assert ws.ingest().reasons == {"empty-file": 2}
+    assert run(["forget", "--where", "task=t", "--yes", "-w", str(ws.root)]) == 0
+    assert "1 row deleted, not to come in again\n  but for 1 of which quarantine had no text" in capsys.readouterr().out
+    assert [entry["task"] for entry in quarantine.listed(ws)] == ["other"]
+    assert ws.ingest(ws.inbox / "t").reasons == {"empty-file": 1}
+
+
+class PowerCut(BaseException):
+    """Nothing comes behind it."""
+
+
+def test_what_is_no_row_goes_when_a_deletion_that_was_cut_off_is_finished(
+    workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ws = workspace(val_size=0.0)
+    file = ws.inbox / "t" / "rows.jsonl"
+    file.parent.mkdir()
+    file.write_text(f"no JSON, {SECRET}\n")
+    (ws.inbox / "t" / "empty.jsonl").write_text("")
+    ws.ingest([secret()], task="t")
+    ws.ingest()
+
+    def cut(_: Workspace) -> None:
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        patch.setattr("treering.forget.clear", cut)
+        with pytest.raises(PowerCut):
+            ws.forget(where="task=t")
+    assert traces(ws, SECRET) != []
+    ws = Workspace(ws.root)
+    assert traces(ws, SECRET) == []
+    assert quarantine.listed(ws) == []
+    assert not (ws.root / ".deleting").exists()
+
+
+def test_what_comes_in_while_a_deletion_begins_is_known_too(
+    workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ws = workspace(val_size=0.0)
+    ws.ingest([secret(), *toy_rows("pens", 4)], task="pens")
+    near = {**secret(), "text": secret()["text"] + " or beyond"}
+
+    def meanwhile(_: Workspace) -> None:
+        assert ws.ingest([near], task="pens").near == 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr("treering.forget.clear", meanwhile)
+        ws.forget([id_of(secret())])
+    assert ws.ingest([near], task="pens").reasons == {"deleted": 1}
+
+
+@pytest.mark.parametrize("where", ["before it has its name", "once it has"])
+def test_an_export_that_was_cut_off_is_found(
+    workspace: MakeWorkspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    ws = workspace(val_size=0.0)
+    ws.ingest([secret(), *toy_rows("pens", 4)], task="pens")
+    out = tmp_path / "out"
+    out.mkdir()
+    plain = files.fsync_folder
+
+    def cut(path: Path, *_: Any) -> None:
+        if out in (path, path.parent):
+            raise PowerCut
+        plain(path)
+
+    with monkeypatch.context() as patch:
+        if where == "once it has":
+            patch.setattr(files, "fsync_folder", cut)
+        else:
+            patch.setattr(Path, "replace", cut)
+        with pytest.raises(PowerCut):
+            export(ws, out / "a.json", "openai")
+    [left] = out.iterdir()
+    assert SECRET in left.read_text()
+    done = ws.forget([id_of(secret())])
+    assert done.kept_exports == {}
+    assert [path for path in out.iterdir() if SECRET in path.read_text()] == []
+    assert done.exports == ([str(left)] if left.name == "a.json" else [])
+
+
+def test_a_deletion_may_be_cut_off_anywhere(
+    workspace: MakeWorkspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its tombstones are set all is as it was; after that nothing of the rows is left, exports included."""
+    ws = workspace(val_size=0.0)
+    (tmp_path / "r.jsonl").write_text(f"no JSON, {SECRET}\n")
+    ws.ingest([secret(), {**secret(), "text": secret()["text"] + " or so"}, *toy_rows("pens", 2)], task="pens")
+    ws.ingest(tmp_path / "r.jsonl", task="pens")
+    export(ws, ws.root / "rows.json", "openai")
+    quarantine.export(ws, ws.root / "refused.jsonl")
+    ws.catalog.flush()
+    ws.catalog.engine.dispose()
+    shutil.copytree(ws.root, tmp_path / "before")
+    plain, fates = os.fsync, list[str]()
+    for last in range(100):
+        shutil.rmtree(ws.root)
+        shutil.copytree(tmp_path / "before", ws.root)
+        ws, left = Workspace(ws.root), iter(range(last))
+
+        def cut(descriptor: int, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise PowerCut
+            plain(descriptor)
+
+        with monkeypatch.context() as patch, suppress(PowerCut):
+            patch.setattr(os, "fsync", cut)
+            ws.forget(where=f"text~{SECRET}")
+            fates.append("done")
+        ws.catalog.engine.dispose()
+        ws = Workspace(ws.root)
+        ws.catalog.flush()
+        found = traces(ws, SECRET)
+        if fates[-1:] == ["done"]:
+            assert found == []
+            break
+        fates.append("kept" if found else "gone")
+        assert len(found) in (0, 3), (last, found)
+        assert not (ws.root / ".deleting").exists()
+    assert fates == [*["kept"] * fates.count("kept"), *["gone"] * fates.count("gone"), "done"]
+    assert fates.count("gone") > 5
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_export_that_a_deletion_meets_is_not_written(
+    workspace: MakeWorkspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    ws = workspace(val_size=0.0)
+    ws.ingest([secret(), *toy_rows("pens", 4)], task="pens")
+    plain = exports._stored if not late else Path.replace
+
+    def meet(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        ws.forget([id_of(secret())])
+        return plain(*arguments)
+
+    if late:
+        monkeypatch.setattr(Path, "replace", meet)
+    else:
+        monkeypatch.setattr(exports, "_stored", meet)
+    with pytest.raises(TreeringError, match=r"a\.json was not written, for rows were deleted meanwhile"):
+        export(ws, tmp_path / "a.json", "openai")
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == []
+
+
+def test_exports_that_cannot_be_read_are_told(workspace: MakeWorkspace, tmp_path: Path) -> None:
+    ws = workspace(val_size=0.0)
+    ws.ingest([secret(), *toy_rows("pens", 4)], task="pens")
+    for name in ("a.jsonl", "b.json"):
+        export(ws, tmp_path / name, "openai")
+    (tmp_path / "a.jsonl").write_text(f"no JSON, {SECRET}\n")
+    (tmp_path / "b.json").write_text("[")
+    done = ws.forget([id_of(secret())])
+    assert done.exports == []
+    assert sorted(done.kept_exports) == [str(tmp_path / "a.jsonl"), str(tmp_path / "b.json")]
+    assert all("cannot be read" in why for why in done.kept_exports.values())
+
+
+def test_files_of_quarantine_are_written_anew_too(workspace: MakeWorkspace, tmp_path: Path) -> None:
+    ws = workspace(val_size=0.0)
+    file = ws.inbox / "pens" / "rows.jsonl"
+    file.parent.mkdir()
+    lines = [{"question": "who is it?", "answer": answer} for answer in (SECRET, "nobody")]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + f"no JSON, {SECRET}\nnor this\n")
+    assert ws.ingest().reasons == {"contradiction": 2, "bad-json": 2}
+    for name in ("all.txt", "changed.txt"):
+        quarantine.export(ws, tmp_path / name)
+    with (tmp_path / "changed.txt").open("a") as changed:
+        changed.write("\n")
+    done = ws.forget(where=f"text~{SECRET}")
+    assert (done.exports, list(done.kept_exports)) == ([str(tmp_path / "all.txt")], [str(tmp_path / "changed.txt")])
+    assert SECRET not in (tmp_path / "all.txt").read_text()
+    left = [json.loads(line) for line in (tmp_path / "all.txt").read_text().splitlines()]
+    assert [(row["line"], row["rule"]) for row in left] == [(4, "bad-json"), (2, "contradiction")]
+    with pytest.raises(UsageError, match="no file in an existing folder"):
+        quarantine.export(ws, tmp_path / "none" / "a.jsonl")
+
+
+def test_every_text_of_a_row_is_searched(workspace: MakeWorkspace) -> None:
+    ws = workspace(val_size=0.0, stage="dpo")
+    pair = {"question": "who?", "chosen": "you", "rejected": f"{SECRET} himself"}
+    ws.ingest([CALLING, pair], task="t")
+    assert find(ws, where=[f"text~{SECRET}"]).stored == 2
+    assert find(ws, where=[f"answer={SECRET} himself"]).stored == 1
+    assert find(ws, where=["text~object"]).stored == 1
+    for frame in ("function", "arguments", "assistant"):
+        assert find(ws, where=[f"text~{frame}"]).stored == 0
 
 
 @pytest.mark.parametrize(

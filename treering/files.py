@@ -24,7 +24,7 @@ def write_file(path: Path, content: bytes) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """The same for content that comes in pieces; where the block raises, what was there before stays."""
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_of(path)
     # A link somebody left under that name is not followed.
     with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644), "wb") as file:
         try:
@@ -36,6 +36,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
     partial.replace(path)
     fsync_folder(path.parent)
+
+
+def partial_of(path: Path) -> Path:
+    """The file that becomes `path` once it is whole; a crash leaves it."""
+    return path.with_name(path.name + ".partial")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,15 +7,16 @@ of the workspace bears one of them goes. So a crash in the middle is made good b
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from treering import registry
 from treering.data import export, index
-from treering.data.erase import erase, like
-from treering.data.example import Example
+from treering.data.erase import erase, known_by
+from treering.data.intake import DELETED
 from treering.data.tombstones import Tombstones
 from treering.data.where import all_of
 from treering.data.writer import HELD
@@ -32,25 +33,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Found:
-    """What is to be deleted: `ids` of rows, `numbers` of rows in quarantine, and the `files` that they came from."""
+    """What is to be deleted, by its `marks` (`data/tombstones.py`): `stored` rows and `refused` ones, in quarantine.
 
-    ids: frozenset[str]
-    numbers: frozenset[int]
-    files: dict[str, int]
+    `alike`: those of them that nobody named, but that say the same as others. `unknown`: those of which quarantine has
+    no text, so that they are not known if they come again. `files`: where all came from, and how many.
+    """
+
+    marks: frozenset[str] = frozenset()
+    stored: int = 0
+    refused: int = 0
+    alike: int = 0
+    unknown: int = 0
+    files: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """All of them."""
+        return self.stored + self.refused
 
 
 @dataclass(frozen=True)
 class Forgotten:
     """What was deleted. `versions`: those that learned some of it, themselves or by an ancestor; `current`: whether the
-    one that serves did. `files`: where the rows came from, and how many; they are the user's, and stay. `exports`:
-    files that were written anew without them; `kept_exports`: such as may have them still, and why. `damaged`: versions
-    that could not be read, and stay as they are.
+    one that serves did. `files`: where the rows came from, and how many; they are the user's, and stay. `unknown`:
+    as in `Found`. `exports`: files that were written anew without them; `kept_exports`: such as may have them still,
+    and why. `damaged`: versions that could not be read, and stay as they are.
     """
 
     rows: int
     versions: list[str]
     current: bool
     files: dict[str, int]
+    unknown: int
     exports: list[str]
     kept_exports: dict[str, str]
     damaged: list[str]
@@ -63,45 +77,51 @@ class Forgotten:
 def find(ws: Workspace, ids: Collection[str] | None = None, where: Sequence[str] = ()) -> Found:
     """The rows with these ids, of all if `ids` is None, for which all conditions hold (`data/where.py`).
 
-    Whole ids are wanted. Raises `UsageError` where an id is unknown, or neither ids nor conditions are given.
+    With them come all that say the same. Whole ids are wanted. Raises `UsageError` where an id is unknown, or neither
+    ids nor conditions are given.
     """
     if ids is None and not where:
         raise UsageError("say which rows: --ids FILE, --where CONDITION, or both")
     picked, wanted = all_of(where), None if ids is None else {id.strip().lower() for id in ids}
-    found, numbers, files = set[str](), set[int](), dict[str, int]()
-    met = set[str]()
-    for id, number, row in _everything(ws):
-        if wanted is not None and id not in wanted:
+    meant, named, lost = set[str](), 0, set(wanted or ())
+    for row in _everything(ws):
+        if wanted is None and not picked(row):
             continue
-        met |= {id} if id else set()
-        if picked(row):
-            found |= {id} if id else set()
-            numbers |= {number} if number is not None else set()
-            files[row["file"]] = files.get(row["file"], 0) + 1
-    for id in (wanted or set()) - met:
+        known = known_by(row)
+        lost -= known
+        if wanted is None or (not known.isdisjoint(wanted) and picked(row)):
+            meant |= known
+            named += 1
+    for id in lost:
         if not any(id in known for known in _known_to_versions(ws)):
             raise UsageError(f"no row has the id {id!r}; `treering data trace vN --json` has whole ids")
-        if not where:
-            found.add(id)  # The catalog has lost it, versions have not.
-    return Found(frozenset(found), frozenset(numbers), files)
+    kept = set() if where else lost  # The catalog has lost them, versions have not.
+    found = [row for row in _everything(ws) if not known_by(row).isdisjoint(meant)] if meant else []
+    refused = sum("rule" in row for row in found)
+    return Found(
+        frozenset(meant | kept),
+        len(found) - refused + len(kept),
+        refused,
+        len(found) - named,
+        sum(not row["messages"] and not row["raw"] and row["rule"] != DELETED for row in found),
+        dict(Counter(row["file"] for row in found)),
+    )
 
 
 def forget(ws: Workspace, found: Found) -> Forgotten:
     """Delete what was found. Raises `LockError` while an update runs: it holds the rows in memory."""
     with ws.lock("forget", "update"), full_disk_is_clear(ws.root):
         stones = Tombstones(ws.root)
-        with ws.catalog.writing() as writer:
-            ids = found.ids | set(like(writer, found.ids))
         (ws.root / DELETING).touch()
         fsync_folder(ws.root)
-        stones.add(ids)
-        return _finish(ws, stones, ids, found)
+        stones.add(found.marks)
+        return _finish(ws, stones, found)
 
 
 def finish(ws: Workspace) -> None:
     """Finish a deletion that a crash cut off."""
     with suppress(LockError), ws.lock("forget", "update"), full_disk_is_clear(ws.root):
-        _finish(ws, Tombstones(ws.root), frozenset(), Found(frozenset(), frozenset(), {}))
+        _finish(ws, Tombstones(ws.root), Found())
 
 
 def untaught(ws: Workspace) -> Version | None:
@@ -110,11 +130,11 @@ def untaught(ws: Workspace) -> Version | None:
     return next((version for version in line if not registry.unlearned(ws, version)), None)
 
 
-def _finish(ws: Workspace, stones: Tombstones, ids: Collection[str], found: Found) -> Forgotten:
-    """Have everything in the workspace conform to the tombstones; those of `ids` are told of."""
+def _finish(ws: Workspace, stones: Tombstones, found: Found) -> Forgotten:
+    """Have everything in the workspace conform to the tombstones; what was `found` is told of."""
     clear(ws)  # What an interrupted update left has rows in it.
     with ws.catalog.writing() as writer:
-        rows = erase(writer, stones.__contains__, found.numbers)
+        rows, gone = erase(writer, stones)
     with ws.catalog.writing() as writer:
         index.clear(writer.index, writer.runs()[0])
     ws.catalog.flush()
@@ -126,10 +146,10 @@ def _finish(ws: Workspace, stones: Tombstones, ids: Collection[str], found: Foun
             except VersionError as error:
                 damaged.append(f"{version.name}: {error}")
         registry.forget_rows(ws, stones.__contains__)
-    exports, kept = export.without(ws, stones.__contains__)
+    exports, kept = export.without(ws, stones)
     (ws.root / DELETING).unlink()
     fsync_folder(ws.root)
-    here = {stones.of(id) for id in ids}
+    here = {stones.of(mark) for mark in found.marks | gone}
     taught = [
         version
         for version in registry.readable(ws)
@@ -141,21 +161,19 @@ def _finish(ws: Workspace, stones: Tombstones, ids: Collection[str], found: Foun
         [version.name for version in taught],
         current is not None and any(version.name == current.name for version in taught),
         found.files,
+        found.unknown,
         exports,
         kept,
         damaged,
     )
 
 
-def _everything(ws: Workspace) -> Iterator[tuple[str, int | None, dict[str, Any]]]:
-    """Each stored row and each in quarantine: its id ("" where it is no row), its number there, and what it is."""
-    for row in ws.catalog.every():
-        yield row["id"], None, row
+def _everything(ws: Workspace) -> Iterator[Mapping[str, Any]]:
+    """Each stored row and each in quarantine, which has a `rule`."""
+    yield from ws.catalog.every()
     for row in ws.catalog.quarantined():
-        if row["rule"] == HELD:
-            continue  # It is among the stored ones.
-        messages = json.loads(row["messages"]) if row["messages"] else None
-        yield Example.of(messages).id if messages else "", row["seq"], {**row, "messages": messages}
+        if row["rule"] != HELD:  # Those are among the stored ones.
+            yield {**row, "messages": row["messages"] and json.loads(row["messages"])}
 
 
 def _known_to_versions(ws: Workspace) -> Iterator[set[str]]:

@@ -16,6 +16,7 @@ from treering import Workspace
 from treering.data.example import Example
 from treering.data.export import FORMATS, export
 from treering.data.shapes import convert
+from treering.data.tombstones import marks
 from treering.errors import UsageError
 
 MakeWorkspace = Callable[..., Workspace]
@@ -136,3 +137,40 @@ def test_what_is_said_in_a_format_is_the_same_row(row: list[dict[str, str]], for
         assert format in ("alpaca", "text")
         return
     assert convert(json.loads(json.dumps(said))).id == example.id
+
+
+name = st.text(st.characters(categories=["Ll"]), min_size=1, max_size=6)
+call = st.fixed_dictionaries(
+    {
+        "id": name,
+        "function": st.fixed_dictionaries({"name": name, "arguments": st.dictionaries(name, texts, max_size=2)}),
+    }
+)
+exchange = st.tuples(st.lists(call, min_size=1, max_size=2), texts.filter(bool), name).map(
+    lambda parts: [
+        {"role": "assistant", "content": None, "tool_calls": parts[0]},
+        {"role": "tool", "content": parts[1], "name": parts[2], "tool_call_id": parts[0][0]["id"]},
+    ]
+)
+offer = st.lists(st.fixed_dictionaries({"name": name, "parameters": st.just({"type": "object"})}), max_size=2)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@given(first=system, asked=texts, calls=exchange, end=last, tools=offer, format=st.sampled_from(sorted(FORMATS)))
+def test_a_deletion_knows_a_row_in_every_format(
+    first: list[dict[str, str]],
+    asked: str,
+    calls: list[dict[str, Any]],
+    end: list[dict[str, str]],
+    tools: list[dict[str, Any]],
+    format: str,
+) -> None:
+    turns = [*first, {"role": "user", "content": asked}, *calls, *end]
+    example = convert({"messages": turns, "tools": tools})
+    said = FORMATS[format](example)
+    if isinstance(said, str):
+        assert format in ("alpaca", "text")
+        return
+    back = convert(json.loads(json.dumps(said)))
+    assert marks(back)[1] == marks(example)[1]
+    assert back.id == example.id or format == "sharegpt"

@@ -35,11 +35,11 @@ def forget(
     from treering import forget as forgetting
 
     ws = opened(workspace)
-    result: dict[str, Any] = {"found": 0, "files": {}}
+    result: dict[str, Any] = {"found": 0, "alike": 0, "files": {}}
     lines: list[str] = []
     if ids is not None or where or not rebuild:
         found = forgetting.find(ws, None if ids is None else _read(ids), where or ())
-        result |= {"found": len(found.ids) + len(found.numbers), "files": found.files}
+        result |= {"found": found.rows, "alike": found.alike, "files": found.files}
         if not dry_run and result["found"]:
             _ask(result["found"], yes, as_json)
             done = forgetting.forget(ws, found)
@@ -65,25 +65,32 @@ def _ask(rows: int, yes: bool, as_json: bool) -> None:
     if yes:
         return
     if as_json or not sys.stdin.isatty():
-        raise UsageError(f"{rows} rows would be deleted for good; say so with --yes, or look first with --dry-run")
-    typer.confirm(f"delete {rows} rows for good?", abort=True, err=True)
+        raise UsageError(f"{_rows(rows)} would be deleted for good; say so with --yes, or look first with --dry-run")
+    typer.confirm(f"delete {_rows(rows)} for good?", abort=True, err=True)
+
+
+def _rows(count: int, of: str = "") -> str:
+    return f"{count} {of}row{'' if count == 1 else 's'}"
 
 
 def _would_go(found: Found) -> list[str]:
-    lines = [f"{len(found.ids)} stored rows and {len(found.numbers)} in quarantine are meant"]
+    lines = [f"{_rows(found.stored, 'stored ')} and {found.refused} in quarantine are meant"]
+    lines += [f"  {found.alike} of them for saying the same as others that were named"] if found.alike else []
     return lines + [f"  {file}: {count}" for file, count in found.files.items()]
 
 
 def _told(done: Forgotten) -> list[str]:
-    lines = [f"{done.rows} rows deleted; they do not come in again"]
+    lines = [f"{_rows(done.rows)} deleted, not to come in again"]
+    if done.unknown:
+        lines += [f"  but for {done.unknown} of which quarantine had no text to know them by"]
     lines += [f"  {count} came from {file}, which is yours and stays as it is" for file, count in done.files.items()]
     lines += [f"  written anew without them: {file}" for file in done.exports]
     lines += [f"  MAY STILL HAVE THEM: {file}: {why}" for file, why in done.kept_exports.items()]
     lines += [f"  DAMAGED, STAYS AS IT IS: {what}" for what in done.damaged]
     if done.versions:
-        lines += [f"  {', '.join(done.versions)} learned from them, and still know in their weights what they learned"]
+        lines += [f"  what was learned from them stays in the weights of {', '.join(done.versions)}"]
     if done.current:
-        lines += ["  the current version is one of these: `treering forget --rebuild` teaches all else again"]
+        lines += ["  and so in the current version's: `treering forget --rebuild` teaches all else again"]
     return lines
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,6 +16,7 @@ from treering.data.index import Index
 from treering.data.schema import duplicates as _duplicates
 from treering.data.schema import quarantine as _quarantine
 from treering.data.schema import rows as _rows
+from treering.data.tombstones import Tombstones, marks
 from treering.data.writer import CHUNK, Writer
 
 GONE = "a row that answers the same with something else; it was deleted on request since"
@@ -23,23 +24,29 @@ GONE = "a row that answers the same with something else; it was deleted on reque
 _QUOTED = re.compile(r"(?P<file>.*), line (?P<line>\d+), ", re.DOTALL)
 
 
-def erase(writer: Writer, is_gone: Callable[[str], bool], numbers: Collection[int] = ()) -> int:
-    """Delete all rows whose ids are gone, wherever they are, and those of quarantine with these numbers.
+def erase(writer: Writer, stones: Tombstones) -> tuple[int, set[str]]:
+    """Delete all that bears a tombstone, wherever it is, and rows that were left out because one of it says the same.
 
-    What quotes them loses the quote. Returns how many were deleted.
+    What quotes them loses the quote. Returns how many were deleted, and by what they were known: all of that has
+    tombstones before anything is deleted, so that a deletion which is cut off finds the same again.
     """
     db = writer.db
-    found = [seq for seq, id in db.execute(sa.select(_rows.c.seq, _rows.c.id)) if is_gone(id)]
-    parts = [found[start : start + CHUNK] for start in range(0, len(found), CHUNK)]
+    seqs = [row.seq for row in db.execute(sa.select(_rows)) if _is_gone(known_by(row._mapping), stones)]
+    parts = [seqs[start : start + CHUNK] for start in range(0, len(seqs), CHUNK)]
     rows = [row for part in parts for row in db.execute(sa.select(_rows).where(_rows.c.seq.in_(part)))]
+    refused = [row for row in db.execute(sa.select(_quarantine)) if _is_gone(known_by(row._mapping), stones)]
+    gone = {mark for row in [*rows, *refused] for mark in known_by(row._mapping)}
+    left_out = [
+        id
+        for id, like in db.execute(sa.select(_duplicates.c.id, _duplicates.c.like))
+        if like in gone or _is_gone((id, like), stones)
+    ]
+    gone.update(left_out)
+    stones.add(gone)
     for row in rows:
         writer.take_back(row.id)  # What was set aside stands in quarantine, too.
-    refused = list(_refused(writer, is_gone, numbers))
-    left_out = [
-        id for id, like in db.execute(sa.select(_duplicates.c.id, _duplicates.c.like)) if is_gone(id) or is_gone(like)
-    ]
     for table, column, values in (
-        (_rows, _rows.c.seq, found),
+        (_rows, _rows.c.seq, seqs),
         (_quarantine, _quarantine.c.seq, [entry.seq for entry in refused]),
         (_duplicates, _duplicates.c.id, left_out),
     ):
@@ -47,22 +54,24 @@ def erase(writer: Writer, is_gone: Callable[[str], bool], numbers: Collection[in
             db.execute(table.delete().where(column.in_(values[start : start + CHUNK])))
     _unquote(writer, {(row.file, row.line) for row in [*rows, *refused]})
     _unlearn_words(writer, [(row.task, row.messages) for row in [*rows, *refused] if row.messages])
-    _drop_from_index(writer, found)
-    return len(rows) + len(refused)
+    _drop_from_index(writer, seqs)
+    return len(rows) + len(refused), gone
 
 
-def like(writer: Writer, ids: Collection[str]) -> Iterator[str]:
-    """Ids of the rows that were left out because one of these says the same."""
-    for id, other in writer.db.execute(sa.select(_duplicates.c.id, _duplicates.c.like)):
-        if other in ids:
-            yield id
+def known_by(row: Mapping[str, Any] | sa.RowMapping) -> set[str]:
+    """The marks of a stored row or of one in quarantine, as the tables have them or with its messages decoded.
+
+    What is no row and has no text is known by where it stood, and when: as long as it stands there.
+    """
+    if turns := row["messages"]:
+        example = Example.of(json.loads(turns) if isinstance(turns, str) else turns)
+        return {*marks(example), *([row["id"]] if "id" in row else ())}
+    place = [row[key] for key in ("file", "line", "rule", "reason", "added")]
+    return {*marks(row["raw"])} or {f"place:{json.dumps(place)}"}
 
 
-def _refused(writer: Writer, is_gone: Callable[[str], bool], numbers: Collection[int]) -> Iterator[Any]:
-    """Rows of quarantine that are gone, as the table has them."""
-    for entry in writer.db.execute(sa.select(_quarantine)):
-        if entry.seq in numbers or (entry.messages and is_gone(Example.of(json.loads(entry.messages)).id)):
-            yield entry
+def _is_gone(known: Iterable[str], stones: Tombstones) -> bool:
+    return any(mark in stones for mark in known)
 
 
 def _unquote(writer: Writer, places: Collection[tuple[str, int]]) -> None:

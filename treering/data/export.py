@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from treering.data.example import REJECTED, Example, Message
-from treering.data.read import Row, read
+from treering.data.records import Found, records
+from treering.data.shapes import PLAIN, convert, is_plain_text
+from treering.data.tombstones import Tombstones
 from treering.data.tools import CALLED, OFFERED, compact
+from treering.data.values import RowError
 from treering.data.writer import Split
-from treering.errors import UsageError, full_disk_is_clear
-from treering.files import append_line, replacing, sha256, timestamp, whole_lines
+from treering.errors import TreeringError, UsageError, full_disk_is_clear
+from treering.files import append_line, partial_of, replacing, sha256, timestamp, whole_lines
 
 if TYPE_CHECKING:
     from treering.workspace import Workspace
@@ -21,7 +26,10 @@ _SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt", "tool": "o
 _CHUNK = 500
 
 NOTES = "exports.jsonl"
-"""What was exported, in the workspace: a line a file."""
+"""What was exported, in the workspace: two lines a file, one before it is written and one, with its hash, after."""
+
+QUARANTINED = "quarantine"
+"""The format in which `quarantine export` writes, line by line."""
 
 
 def export(ws: Workspace, target: Path, format: str, task: str | None = None, split: Split = "train") -> dict[str, Any]:
@@ -45,48 +53,104 @@ def export(ws: Workspace, target: Path, format: str, task: str | None = None, sp
         tasks = ", ".join(map(repr, found)) or "none"
         raise UsageError(f"no {split} rows{of} are stored; tasks with such rows: {tasks}")
     left: dict[str, int] = {}
-    with full_disk_is_clear(target.parent), full_disk_is_clear(ws.root):
-        with replacing(target) as file:
-            _WRITERS[ending](file, _converted(_stored(ws, ids), format, left))
-            written = len(ids) - sum(left.values())
-            if not written:
-                raise UsageError(f"none of the {len(ids)} rows can be said in {format}: {', '.join(left)}")
-        _note(ws, target.resolve(), format)
+    with full_disk_is_clear(target.parent), full_disk_is_clear(ws.root), noted(ws, target, format) as file:
+        _WRITERS[ending](file, _converted(_stored(ws, ids), format, left))
+        written = len(ids) - sum(left.values())
+        if not written:
+            raise UsageError(f"none of the {len(ids)} rows can be said in {format}: {', '.join(left)}")
     return {"rows": written, "left_out": left, "format": format, "split": split, "out": str(target)}
 
 
-def without(ws: Workspace, is_gone: Callable[[str], bool]) -> tuple[list[str], dict[str, str]]:
-    """Take rows whose ids are gone out of all files that `export` wrote.
+@contextmanager
+def noted(ws: Workspace, target: Path, format: str) -> Iterator[BinaryIO]:
+    """`replacing`, for a file that deletions have to find: noted before there is any of it, and what it holds before
+    it has its name.
+
+    Raises `UsageError` where rows were deleted while it was written: it may have them.
+    """
+    path = target.parent.resolve() / target.name  # A link of that name is replaced, not followed.
+    deleted = len(Tombstones(ws.root))
+    met = UsageError(f"{target} was not written, for rows were deleted meanwhile; export them again")
+    _note(ws, path, format, None)
+    try:
+        with replacing(path) as file:
+            yield file
+            file.flush()
+            _note(ws, path, format, sha256(partial_of(path)))
+            if len(Tombstones(ws.root)) != deleted:
+                raise met
+    except (FileNotFoundError, TreeringError) as error:
+        # A deletion that comes behind the look takes the file before it has its name.
+        if not isinstance(error, FileNotFoundError) and len(Tombstones(ws.root)) == deleted:
+            raise
+        raise met from None
+
+
+def without(ws: Workspace, stones: Tombstones) -> tuple[list[str], dict[str, str]]:
+    """Take deleted rows out of all files that were `noted`, and what is left of such as a crash cut off.
 
     Returns the files that were written anew, and those that may still have such rows, each with the reason.
     """
-    notes = {note["path"]: note for note in (json.loads(line) for _, line in whole_lines(ws.root / NOTES))}
+    notes: dict[str, list[dict[str, Any]]] = {}
+    for _, line in whole_lines(ws.root / NOTES):
+        note = json.loads(line)
+        notes.setdefault(note["path"], []).append(note)
     done, kept = list[str](), dict[str, str]()
-    for name, note in notes.items():
-        path = Path(name)
+    for name, of in notes.items():
+        path, format, known = Path(name), of[-1]["format"], {note["sha256"] for note in of}
         try:
-            if not path.exists() or not any(is_gone(example.id) for example in _read(path)):
+            _clear(partial_of(path), of[-1]["sha256"])
+            if not path.exists():
                 continue
-            if sha256(path) != note["sha256"]:
-                kept[name] = "it was changed since it was exported; delete the rows, or the file, by hand"
-                continue
-            with replacing(path) as file:
-                left = (example for example in _read(path) if not is_gone(example.id))
-                _WRITERS[path.suffix.lower()](file, _converted(left, note["format"], {}))
-            _note(ws, path, note["format"])
+            gone = Counter(_is_gone(found, stones) for found in _records(path, format))
+            if gone[None]:
+                kept[name] = f"{gone[None]} of its rows cannot be read; look for yourself"
+            if gone[True] and sha256(path) not in known:
+                kept[name] = "it is not as it was exported; delete the rows, or the file, by hand"
+            elif gone[True]:
+                with noted(ws, path, format) as file:
+                    left = (found.value for found in _records(path, format) if not _is_gone(found, stones))
+                    _WRITERS[_ending(path, format)](file, cast("Iterator[dict[str, Any]]", left))
+                done.append(name)
         except OSError as error:
-            kept[name] = f"it cannot be written anew ({error.strerror}); delete the rows, or the file, by hand"
-        else:
-            done.append(name)
+            kept[name] = (
+                f"it cannot be read, or not be written anew ({error.strerror}); delete it, or its rows, by hand"
+            )
+        except RowError as error:
+            kept[name] = f"it cannot be read ({error.reason}); look for yourself"
     return done, kept
 
 
-def _note(ws: Workspace, path: Path, format: str) -> None:
-    append_line(ws.root / NOTES, {"time": timestamp(), "path": str(path), "format": format, "sha256": sha256(path)})
+def _ending(path: Path, format: str) -> str:
+    return ".jsonl" if format == QUARANTINED else path.suffix.lower()
 
 
-def _read(path: Path) -> Iterator[Example]:
-    return (row.example for row in read(path, pairs=True, note=lambda _: None) if isinstance(row, Row))
+def _records(path: Path, format: str) -> Iterator[Found]:
+    return records(path, "jsonl" if format == QUARANTINED else None, note=lambda _: None)
+
+
+def _note(ws: Workspace, path: Path, format: str, sha256: str | None) -> None:
+    append_line(ws.root / NOTES, {"time": timestamp(), "path": str(path), "format": format, "sha256": sha256})
+
+
+def _clear(partial: Path, noted: str | None) -> None:
+    """Remove what an export that was cut off left; one that goes on ends then, for it may have deleted rows."""
+    with suppress(FileNotFoundError):
+        if noted in (None, sha256(partial)):
+            partial.unlink()
+
+
+def _is_gone(found: Found, stones: Tombstones) -> bool | None:
+    """Whether a record of an export is of a deleted row; None: it cannot be read."""
+    try:
+        if found.error:
+            return None
+        row = found.value
+        if isinstance(row, Mapping) and "raw" in row and "rule" in row:
+            return stones.know(row["raw"])
+        return stones.know(convert(row, pairs=True, shape=PLAIN if is_plain_text(row) else None))
+    except RowError:
+        return None
 
 
 def _stored(ws: Workspace, ids: list[str]) -> Iterator[Example]:
@@ -201,7 +265,7 @@ def _write_json(file: BinaryIO, rows: Iterable[dict[str, Any]]) -> None:
     for row in rows:
         file.write(before + _as_json(row))
         before = b",\n"
-    file.write(b"\n]\n")
+    file.write(b"[]\n" if before == b"[\n" else b"\n]\n")
 
 
 def _write_parquet(file: BinaryIO, rows: Iterable[dict[str, Any]]) -> None:

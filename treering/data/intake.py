@@ -257,7 +257,7 @@ class _Intake:
     def _deleted(self, one: Fit | Bad) -> Fit | Bad:
         """The row, or where it was deleted on request what may be said of it."""
         row = one.row if isinstance(one, Fit) else one
-        if row.example is None or row.example.id not in self.stones:
+        if not self.stones.know(one.row.example if isinstance(one, Fit) else one.example or one.raw):
             return one
         return Bad(row.file, row.line, DELETED, DELETED_REASON, "")
 

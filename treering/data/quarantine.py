@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treering.data.dedup import LEAKAGE, TRAINED
+from treering.data.dedup import CONTRADICTION, LEAKAGE, TRAINED
 from treering.data.example import Example
+from treering.data.export import QUARANTINED, noted
 from treering.data.intake import DELETED, Ingested, retake
 from treering.data.read import Row, RowError, convert
 from treering.data.rules import ALL
 from treering.data.writer import HELD
 from treering.errors import UsageError
-from treering.files import write_file
 
 if TYPE_CHECKING:
     from treering.workspace import Workspace
@@ -29,6 +29,9 @@ _FINAL = {
     ),
 }
 """Rules whose rows cannot be taken in as they are, and why."""
+
+_DISPUTED = "another row answers the same with something else; keep the one that is true, or set dedup.contradictions"
+"""In place of a reason that quotes the other row: who has that one deleted would not find it in this one's line."""
 
 
 def listed(ws: Workspace, rule: str | None = None, task: str | None = None) -> list[dict[str, Any]]:
@@ -98,16 +101,21 @@ def fix(ws: Workspace, number: int, record: Mapping[str, Any]) -> Ingested:
 def export(ws: Workspace, file: Path, rule: str | None = None, task: str | None = None) -> int:
     """Write rows as JSON Lines, to be corrected and ingested: as `messages` where they are rows, else as `raw`, each
     with where it stood, the rule and the reason. Returns how many.
+
+    The file is noted, so that rows which are deleted later can be taken out of it again.
     """
-    found = listed(ws, rule, task)
-    lines = [json.dumps(_written(entry), ensure_ascii=False) + "\n" for entry in found]
-    write_file(file, "".join(lines).encode())
+    if file.is_dir() or not file.parent.is_dir():
+        raise UsageError(f"{file} is no file in an existing folder; name one")
+    with noted(ws, file, QUARANTINED) as out:
+        found = listed(ws, rule, task)
+        out.writelines(json.dumps(_written(entry), ensure_ascii=False).encode() + b"\n" for entry in found)
     return len(found)
 
 
 def _written(entry: Mapping[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {"messages": entry["messages"]} if entry["messages"] else {"raw": entry["raw"]}
-    return content | {key: entry[key] for key in ("task", "file", "line", "rule", "reason")}
+    told = content | {key: entry[key] for key in ("task", "file", "line", "rule", "reason")}
+    return told | ({"reason": _DISPUTED} if entry["rule"] == CONTRADICTION else {})
 
 
 def rules(entries: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -1,4 +1,7 @@
-"""What stays of rows that were deleted on request: a keyed hash of each id, so that it is known if it comes again.
+"""What stays of rows that were deleted on request: keyed hashes, so that they are known if they come again.
+
+A row is known by its id, and by what it says: read from another format, in another case or under another system turn it
+has another id. What is no row is known by the text that quarantine had of it.
 
 The hashes are in `deleted.jsonl`, their key beside it. Neither is in the catalog, so that one which is lost and made
 again takes in nothing that was deleted. Without the key nobody can find out from a version whether it had a given row.
@@ -13,12 +16,27 @@ import secrets
 from collections.abc import Collection
 from pathlib import Path
 
+from treering.data.example import Example, normalise
+from treering.data.tools import compact
 from treering.errors import TreeringError
 from treering.files import append_line, fsync_folder, timestamp, whole_lines
 
 FILE, KEY = "deleted.jsonl", ".deleted.key"
 
 _WAY_OUT = "restore both from a backup: without them rows that were deleted would come in again"
+
+
+def marks(what: Example | str) -> list[str]:
+    """By what a row is known, its id first; of what is no row, its text as quarantine has it. No text, no mark."""
+    if isinstance(what, str):
+        return [f"text:{_digest(what)}"] if what else []
+    # A turn of nothing but punctuation has no normal form.
+    said = [(turn.role, normalise(turn.text) or turn.text.strip()) for turn in what.messages if turn.role != "system"]
+    return [what.id, f"said:{_digest(compact(said))}"]
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 class Tombstones:
@@ -43,18 +61,24 @@ class Tombstones:
     def __len__(self) -> int:
         return len(self._known)
 
-    def __contains__(self, id: str) -> bool:
-        return bool(self._known) and self.of(id) in self._known
+    def __contains__(self, mark: str) -> bool:
+        return bool(self._known) and self.of(mark) in self._known
 
-    def of(self, id: str) -> str:
-        """The tombstone of the row with this id."""
-        return hashlib.blake2b(id.encode(), digest_size=16, key=self._key).hexdigest()
+    def know(self, what: Example | str) -> bool:
+        """Whether this row, or this text of what is none, was deleted."""
+        return bool(self._known) and any(mark in self for mark in marks(what))
 
-    def add(self, ids: Collection[str]) -> None:
+    def of(self, mark: str) -> str:
+        """The tombstone of the row with this id, or another mark."""
+        return hashlib.blake2b(mark.encode(), digest_size=16, key=self._key).hexdigest()
+
+    def add(self, marks: Collection[str]) -> None:
         """Set those of rows that are to be deleted; on disk once this returns."""
+        if not marks:
+            return
         if not self._key:
             self._key = self._make_key()
-        new = sorted({self.of(id) for id in ids} - self._known)
+        new = sorted({self.of(mark) for mark in marks} - self._known)
         if new:
             append_line(self._path, {"time": timestamp(), "key": self._proof(), "rows": new})
             self._known.update(new)

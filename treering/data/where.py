@@ -3,29 +3,58 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from treering.data.example import REJECTED
+from treering.data.tools import CALLED, OFFERED, compact
 from treering.errors import UsageError
 
 _CONDITION = re.compile(r"\s*(?P<field>\w+)\s*(?P<sign>[=~<>])\s*(?P<value>.*?)\s*", re.DOTALL)
 
 
-def _text(row: Mapping[str, Any]) -> str:
+def _texts(row: Mapping[str, Any]) -> list[str]:
+    """All that it says; of what is no row, the text that quarantine has of it."""
     turns = row["messages"]
-    return "\n".join(turn["content"] for turn in turns) if turns else str(row.get("raw", ""))
+    return [text for turn in turns for text in _said(turn)] if turns else [str(row.get("raw", ""))]
 
 
-_FIELDS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
-    "task": ("=~", lambda row: str(row["task"])),
-    "file": ("=~", lambda row: str(row["file"])),
-    "answer": ("=~", lambda row: str(row["messages"][-1]["content"]) if row["messages"] else ""),
-    "text": ("~", _text),
-    "added": ("<>", lambda row: str(row["added"])),
+def _answers(row: Mapping[str, Any]) -> list[str]:
+    """The answer, what it calls, and the one that was rejected for it."""
+    return list(_said(row["messages"][-1])) if row["messages"] else []
+
+
+def _said(turn: Mapping[str, Any]) -> Iterator[str]:
+    """Every text of a turn: what it says, and all of its tools and calls, but for the frame that each of them has."""
+    yield turn["content"]
+    if len(turn) == 2:  # As nearly all are.
+        return
+    for framed in (*turn.get(OFFERED, ()), *turn.get(CALLED, ())):
+        yield from _strings([framed.get("id"), *framed["function"].values()])
+    yield from _strings([turn.get(key) for key in ("name", "tool_call_id", REJECTED)])
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """The texts and numbers of a JSON value, names of keys included."""
+    if isinstance(value, Mapping):
+        value = [part for pair in value.items() for part in pair]
+    if isinstance(value, list):
+        for part in value:
+            yield from _strings(part)
+    elif value is not None:
+        yield value if isinstance(value, str) else compact(value)
+
+
+_FIELDS: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
+    "task": ("=~", lambda row: [str(row["task"])]),
+    "file": ("=~", lambda row: [str(row["file"])]),
+    "answer": ("=~", _answers),
+    "text": ("~", _texts),
+    "added": ("<>", lambda row: [str(row["added"])]),
 }
-"""Which signs each field takes, and where it stands in a row."""
+"""Which signs each field takes, and what a row has for it: one of these texts is to fit."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +80,9 @@ class Condition:
 
     def holds(self, row: Mapping[str, Any]) -> bool:
         """Whether it is true of a row: `task`, `file`, `added`, `messages`, of what could not be read `raw`."""
-        found = _FIELDS[self.field][1](row)
+        return any(map(self._fits, _FIELDS[self.field][1](row)))
+
+    def _fits(self, found: str) -> bool:
         if self.sign == "=":
             return found == self.value
         if self.sign == "~":
