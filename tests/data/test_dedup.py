@@ -103,7 +103,8 @@ def test_contradictions_of_one_ingest_all_go_to_quarantine(ws: Workspace) -> Non
     assert sides(ws)["train"] == {"else": "yes"}
     refused = {bad["line"]: bad["reason"] for bad in ws.catalog.quarantined()}
     assert refused.keys() == {1, 3, 4}
-    assert "<python>, line 3, answers the same with 'two'" in refused[1]
+    assert "<python>, line 3, answers the same with something else" in refused[1]
+    assert not any(repr(said) in reason for reason in refused.values() for said in ("one", "two", "three"))
     assert balanced(ws.ingest([row("how much", "four")], task="a")).accepted == 1  # Nothing stored speaks against it.
 
 

@@ -239,8 +239,7 @@ def _where(row: Stored) -> str:
 
 def _differs(other: Stored, how: str = "") -> str:
     which = f"{_where(other)} which {how}," if how else _where(other)
-    said = other.example.answer[:80]
-    return f"{which} answers the same with {said!r}; keep the one that is true, or set dedup.contradictions"
+    return f"{which} answers the same with something else; keep the one that is true, or set dedup.contradictions"
 
 
 def _by_question(rows: Iterable[Stored]) -> dict[int, list[Stored]]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
 from treering.data.alike import Said
-from treering.data.dedup import CONTRADICTION
 from treering.data.example import Example
 from treering.data.index import Index
 from treering.data.schema import duplicates as _duplicates
@@ -18,15 +16,11 @@ from treering.data.schema import quarantine as _quarantine
 from treering.data.schema import rows as _rows
 from treering.data.writer import CHUNK, Writer
 
-GONE = "a row that answers the same with something else; it was deleted on request since"
-
-_QUOTED = re.compile(r"(?P<file>.*), line (?P<line>\d+), ", re.DOTALL)
-
 
 def erase(writer: Writer, is_gone: Callable[[str], bool], numbers: Collection[int] = ()) -> int:
     """Delete all rows whose ids are gone, wherever they are, and those of quarantine with these numbers.
 
-    What quotes them loses the quote. Returns how many were deleted.
+    Returns how many were deleted.
     """
     db = writer.db
     found = [seq for seq, id in db.execute(sa.select(_rows.c.seq, _rows.c.id)) if is_gone(id)]
@@ -45,7 +39,6 @@ def erase(writer: Writer, is_gone: Callable[[str], bool], numbers: Collection[in
     ):
         for start in range(0, len(values), CHUNK):
             db.execute(table.delete().where(column.in_(values[start : start + CHUNK])))
-    _unquote(writer, {(row.file, row.line) for row in [*rows, *refused]})
     _unlearn_words(writer, [(row.task, row.messages) for row in [*rows, *refused] if row.messages])
     _drop_from_index(writer, found)
     return len(rows) + len(refused)
@@ -63,15 +56,6 @@ def _refused(writer: Writer, is_gone: Callable[[str], bool], numbers: Collection
     for entry in writer.db.execute(sa.select(_quarantine)):
         if entry.seq in numbers or (entry.messages and is_gone(Example.of(json.loads(entry.messages)).id)):
             yield entry
-
-
-def _unquote(writer: Writer, places: Collection[tuple[str, int]]) -> None:
-    """Reasons name the row that others contradict, and what it answered."""
-    query = sa.select(_quarantine.c.seq, _quarantine.c.reason).where(_quarantine.c.rule == CONTRADICTION)
-    for seq, reason in writer.db.execute(query).all():
-        quoted = _QUOTED.match(reason)
-        if quoted and (quoted["file"], int(quoted["line"])) in places:
-            writer.db.execute(_quarantine.update().where(_quarantine.c.seq == seq).values(reason=GONE))
 
 
 def _unlearn_words(writer: Writer, rows: Sequence[tuple[str, str]]) -> None:

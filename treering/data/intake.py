@@ -21,6 +21,7 @@ from treering.data.rules import ALL, BALANCE, SLIP
 from treering.data.shapes import PLAIN, is_plain_text
 from treering.data.sources import How, Place, data_files
 from treering.data.tombstones import Tombstones
+from treering.data.values import RAW_LENGTH
 from treering.data.writer import Split, Stored, Writer, choose_held_out
 from treering.errors import UsageError
 from treering.files import one_line, printable, sha256
@@ -226,11 +227,12 @@ class _Intake:
         free = [row for row in self.writer.numbered(new) if row.example.id not in self.judge.needed]
         for row in free:
             said = row.example.answer
-            reason = f"the rare label {said!r} looks like {slips[said]!r}; correct it if it is a slip"
-            if levels[SLIP] == "reject":
-                self._take_out(row, SLIP, f"{reason}, or set its level to warn")
+            if levels[SLIP] == "reject":  # What is kept of a row quotes no other: that one may be deleted.
+                reason = f"the rare label {said!r} looks like a frequent one of its task; correct it if it is a slip"
+                self._take_out(row, SLIP, f"{reason}, or set the level of {SLIP} to warn")
             else:
                 self.warned[SLIP] += 1
+                reason = f"the rare label {said!r} looks like {slips[said]!r}; correct it if it is a slip"
                 self._note(task, f"{row.file}, line {row.line}: {reason}")
         ratio = labels.imbalance()
         if ratio and levels[BALANCE] == "warn":
@@ -346,7 +348,7 @@ def _convert(items: Sequence[Any], config: Config) -> Iterable[Row | Bad]:
 
 def _shown(item: object) -> str:
     try:
-        return printable(repr(item)[:2000])
+        return printable(repr(item)[:RAW_LENGTH])
     except (RecursionError, ValueError):  # Nested too deep, or a number with too many digits.
         return ""
 

@@ -20,6 +20,7 @@ from treering.data.schema import quarantine as _quarantine
 from treering.data.schema import rows as _rows
 from treering.data.schema import runs as _runs
 from treering.data.schema import words as _words
+from treering.data.values import RAW_LENGTH
 from treering.files import timestamp
 
 Split = Literal["train", "held_out"]
@@ -35,7 +36,6 @@ still find their text."""
 CHUNK = 5000
 """Values that are bound at once; SQLite takes 32,766."""
 
-_RAW_LENGTH = 2000
 _PAGE = 10_000
 
 
@@ -138,7 +138,7 @@ class Writer:
                 "task": row.task,
                 "split": row.split,
                 "given": row.given,
-                "messages": _json(row.example),
+                "messages": row.example.as_json(),
                 "file": row.file,
                 "line": row.line,
                 "added": self.added,
@@ -181,7 +181,7 @@ class Writer:
             here = sa.and_(_rows.c.id.in_(part), sa.not_(_rows.c.given), _rows.c.split.in_(("train", "held_out")))
             query = sa.select(_rows.c.task, _rows.c.file, _rows.c.line, _rows.c.messages).where(here)
             for row in self.db.execute(query.order_by(_rows.c.seq)).all():
-                self.refuse(row.task, [Bad(row.file, row.line, HELD, reason, row.messages[:_RAW_LENGTH])])
+                self.refuse(row.task, [Bad(row.file, row.line, HELD, reason, row.messages[:RAW_LENGTH])])
                 moved += 1
             self.db.execute(_rows.update().where(here).values(split=ASIDE + _rows.c.split))
         return moved
@@ -194,13 +194,13 @@ class Writer:
         split: str = row.split.removeprefix(ASIDE)
         self.db.execute(_rows.update().where(_rows.c.id == id).values(split=split))
         same = (_quarantine.c.file == row.file, _quarantine.c.line == row.line)
-        raw = _quarantine.c.raw == row.messages[:_RAW_LENGTH]
+        raw = _quarantine.c.raw == row.messages[:RAW_LENGTH]
         self.db.execute(_quarantine.delete().where(_quarantine.c.rule == HELD, *same, raw))
         return split
 
     def remove(self, row: Stored, rule: str, reason: str) -> None:
         """Move a stored row that no version has learned to quarantine."""
-        raw = _json(row.example)[:_RAW_LENGTH]
+        raw = row.example.as_json()[:RAW_LENGTH]
         self.refuse(row.task, [Bad(row.file, row.line, rule, reason, raw, row.example)], row.split)
         self.db.execute(_rows.delete().where(_rows.c.seq == row.seq))
 
@@ -216,7 +216,7 @@ class Writer:
                 "raw": b.raw,
                 "added": self.added,
                 "split": split,
-                "messages": _json(b.example) if b.example else None,
+                "messages": b.example.as_json() if b.example else None,
             }
             for b in bad
         ]
@@ -271,13 +271,6 @@ def choose_held_out(ids: Sequence[str], share: float, stored: int = 0, held_out:
         wanted = max(1, wanted)
     count = max(0, wanted - held_out)
     return set(sorted(ids, key=lambda id: hashlib.blake2b(f"held-out:{id}".encode(), digest_size=8).digest())[:count])
-
-
-_encode = json.JSONEncoder(ensure_ascii=False).encode  # `dumps` would make an encoder for each row.
-
-
-def _json(example: Example) -> str:
-    return _encode(example.as_dicts())
 
 
 def _parts(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
