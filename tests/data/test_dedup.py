@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ NEAR = LONG.replace("please ", "")
 
 def row(question: str, answer: str = "yes") -> Mapping[str, object]:
     return {"question": question, "answer": answer}
+
+
+def write(path: Path, rows: Iterable[Mapping[str, object]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def balanced(found: Ingested) -> Ingested:
@@ -56,6 +63,19 @@ def test_what_says_nearly_the_same_is_left_out(ws: Workspace, together: bool) ->
     assert sides(ws)["train"] == {LONG: "yes", "something else": "yes"}
     again = balanced(ws.ingest(rows[::-1], task="a"))
     assert (again.accepted, again.duplicates, again.near) == (0, 4, 0)
+
+
+def test_what_was_left_out_comes_in_once_nothing_stored_says_the_same(ws: Workspace, tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", [row(LONG, "one"), row(NEAR, "one"), row(LONG, "two")])
+    found = balanced(ws.ingest(file, task="a"))
+    assert (found.accepted, found.near, found.reasons) == (0, 1, {"contradiction": 2})
+    assert balanced(ws.ingest(write(file, [row(NEAR, "one")]), task="a")).accepted == 1
+    assert ws.catalog.tasks()["a"] == {"train": 1}  # It counts no longer as left out.
+    ws.ingest([row("How much?", "one"), row("something else")], task="a")
+    assert ws.ingest([row(f"{NEAR}!", "one")], task="a").near == 1
+    ws.ingest([row(NEAR, "two")], task="a")
+    found = balanced(ws.ingest([row(f"{NEAR}!", "one")], task="a"))
+    assert (found.duplicates, found.near) == (1, 0)  # What is no longer true is stored.
 
 
 def test_numbers_and_answers_tell_rows_apart(ws: Workspace) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from treering import registry
 from treering.data import ahead
+from treering.data.alike import Said
 from treering.data.check import Checks, Fit, fit, opened, refused
 from treering.data.dedup import Judge, Judged
 from treering.data.fetch import STDIN
@@ -179,6 +180,7 @@ class _Intake:
 
     def _take_part(self, batch: _Batch, found: Sequence[Fit | Bad]) -> None:
         part = [self._deleted(one) for one in found] if self.stones else found
+        part = self._past_the_rules(part)
         self.counts["rows"] += len(part)
         good, bad = [one for one in part if isinstance(one, Fit)], [one for one in part if isinstance(one, Bad)]
         judged = self.judge.judge(good, batch.task, batch.split, batch.split == "held_out")
@@ -262,6 +264,17 @@ class _Intake:
         if row.example is None or row.example.id not in self.stones:
             return one
         return Bad(row.file, row.line, DELETED, DELETED_REASON, "")
+
+    def _past_the_rules(self, part: Sequence[Fit | Bad]) -> Sequence[Fit | Bad]:
+        """Rows that a rule refuses, but that are stored, as they were released, are judged as any other."""
+        known = self.writer.known([one.example.id for one in part if isinstance(one, Bad) and one.example])
+
+        def past(one: Fit | Bad) -> Fit | Bad:
+            if isinstance(one, Fit) or one.example is None or known.get(one.example.id, "like") == "like":
+                return one
+            return Fit(Row(one.file, one.line, one.example), Said.of(one.example))
+
+        return [past(one) for one in part] if known else part
 
     def _refuse(self, batch: _Batch, bad: Sequence[Bad]) -> None:
         for row in bad:

@@ -67,13 +67,12 @@ class Writer:
         """Which of these ids are stored, and on which side.
 
         `aside`: in quarantine since a version was held; `superseded`: no longer true; `like`: left out, for another row
-        says the same.
+        that is stored says the same.
         """
         found: dict[str, Any] = {}
         for part in _parts(ids):
-            found |= dict.fromkeys(
-                self.db.execute(sa.select(_duplicates.c.id).where(_duplicates.c.id.in_(part))).scalars(), "like"
-            )
+            left_out = sa.select(_duplicates.c.id).join(_rows, _rows.c.id == _duplicates.c.like)
+            found |= dict.fromkeys(self.db.execute(left_out.where(_duplicates.c.id.in_(part))).scalars(), "like")
             found |= dict(self.db.execute(sa.select(_rows.c.id, _rows.c.split).where(_rows.c.id.in_(part))).all())
         return {id: split.partition(":")[0] for id, split in found.items()}
 
@@ -129,7 +128,7 @@ class Writer:
             found.setdefault(task, []).append(id)
         return found
 
-    def add(self, rows: Iterable[Stored]) -> None:
+    def add(self, rows: Sequence[Stored]) -> None:
         """Store rows whose ids are not stored yet."""
         values = [
             {
@@ -147,6 +146,7 @@ class Writer:
             for row in rows
         ]
         if values:
+            self._judge_anew([row.example.id for row in rows])
             self.db.execute(_rows.insert(), values)
 
     def leave_out(self, task: str, rows: Sequence[tuple[Row, str]]) -> None:
@@ -156,7 +156,13 @@ class Writer:
             for row, like in rows
         ]
         if values:
+            self._judge_anew([row.example.id for row, _ in rows])
             self.db.execute(_duplicates.insert(), values)
+
+    def _judge_anew(self, ids: Sequence[str]) -> None:
+        """Forget that these rows were left out."""
+        for part in _parts(ids):
+            self.db.execute(_duplicates.delete().where(_duplicates.c.id.in_(part)))
 
     def to_held_out(self, ids: Sequence[str]) -> None:
         """Hold out stored training rows."""
