@@ -204,6 +204,48 @@ def test_where_the_catalog_was_lost_what_versions_know_is_kept(workspace: MakeWo
     assert len(ws.catalog.examples(needed)) == 12
 
 
+def words_known(ws: Workspace) -> dict[str, tuple[int, set[str]]]:
+    """How many rows of each task have had their words counted, and the words."""
+    with sqlite3.connect(ws.root / "treering.db") as db:
+        found = db.execute("SELECT task, rows, counts FROM words").fetchall()
+    db.close()
+    return {task: (count, set(json.loads(counts))) for task, count, counts in found}
+
+
+def test_words_of_stored_rows_alone_are_known(workspace: MakeWorkspace, tmp_path: Path) -> None:
+    ws = workspace(val_size=0.0, checks={"look-alike-label": "reject"})
+    kept = [row("kept alpha beta"), row("kept gamma", "no")]
+    left_out = row(f"{LONG} zanzibar")
+    disputed = [write(tmp_path / f"{said}.jsonl", [row("which quagga", said)]) for said in ("one", "two")]
+    found = balanced(ws.ingest([write(tmp_path / "rows.jsonl", [*kept, row(LONG), left_out]), *disputed], task="a"))
+    assert (found.accepted, found.near, found.quarantined) == (3, 1, 2)
+    count, known = words_known(ws)["a"]
+    assert count == 3 and {"alpha", "lamp"} <= known and not {"zanzibar", "quagga"} & known
+    ws.ingest([row("which quagga", "one")], task="a")
+    ws.ingest([row("which quagga", "two")], task="a")  # What is superseded is stored.
+    assert words_known(ws)["a"][0] == 5
+    ws.ingest([row(f"{NEAR} xebec")], task="b")
+    assert words_known(ws)["b"][0] == 0  # Nearly the same is stored in the other task.
+    ws.ingest([], task="b", held_out=[row(f"{NEAR} yacht"), row("kept gamma", "no")])
+    assert ws.catalog.tasks() == {
+        "a": {"train": 2, "superseded": 1, "left_out": 1, "quarantined": 3},
+        "b": {"held_out": 2, "left_out": 1},
+    }
+    with ws.catalog.writing() as writer:
+        indexed = [seq for run in index.Index(writer.index, writer.runs()[0]).runs for seq in run.rows]
+    with sqlite3.connect(ws.root / "treering.db") as db:
+        assert sorted(indexed) == [seq for (seq,) in db.execute("SELECT seq FROM rows ORDER BY seq")]
+    db.close()
+    a, b = words_known(ws)["a"], words_known(ws)["b"]
+    assert (a[0], b[0]) == (3, 2) and {"gamma", "yacht"} <= b[1] and not {"gamma", "please", "xebec"} & a[1]
+    many = [row(f"{word} labels", "refund") for word in "abcdefghijklmnopqrst"]
+    assert ws.ingest([*many, row("mandrill", "Refund")], task="c").reasons == {"look-alike-label": 1}
+    assert words_known(ws)["c"][0] == 20 and "mandrill" not in words_known(ws)["c"][1]
+    ws.forget(where="file~python")
+    ws.forget(where="file~jsonl")
+    assert words_known(ws) == dict.fromkeys("abc", (0, set()))
+
+
 @pytest.mark.parametrize("lost", ["index", "run", "file"])
 def test_a_lost_index_is_made_again(ws: Workspace, lost: str) -> None:
     ws.ingest([row(LONG), row("something else")], task="a")

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from treering.data import index
-from treering.data.alike import Common
+from treering.data.alike import Common, Said
 from treering.data.check import Fit
+from treering.data.example import Example
 from treering.data.index import Index, within
 from treering.data.read import Row
 from treering.data.writer import Known, Split, Stored, Writer
@@ -88,6 +89,8 @@ class Judge:
         """The rows that are being judged by their numbers."""
         self._gone: set[int] = set()
         """The numbers of those that went to quarantine meanwhile."""
+        self._left: list[int] = []
+        """The numbers of rows that were stored and are no longer."""
         self._index = self._opened(names, upto)
 
     def judge(self, fits: Sequence[Fit], task: str, split: Split, given: bool) -> list[Judged]:
@@ -110,8 +113,20 @@ class Judge:
         self._compare(new, task)
         return found
 
+    def let_go(self, row: Stored) -> None:
+        """Know nothing more of a row that is stored no longer."""
+        self._common_of(row.task).unlearn([row.said.words])
+        self._left.append(row.seq)
+
+    def move(self, row: Example, before: str, task: str) -> None:
+        """Count the words of a row in its new task."""
+        said = Said.of(row)
+        self._common_of(before).unlearn([said.words])
+        self._common_of(task).learn([said.words])
+
     def close(self) -> None:
         """Keep what was learned of the rows for the next ingest, in the same transaction."""
+        self._index.drop(self._left)
         for task, common in self._common.items():
             self.writer.keep_common(task, common)
         self.writer.keep_runs(self._index.save(), self.last)
@@ -123,8 +138,7 @@ class Judge:
         rows = [one.stored for one in new if one.stored]
         self._batch = {row.seq: one for row, one in zip(rows, new, strict=True)}
         self._gone = set()
-        common = self._common_of(task)
-        common.learn(row.said.words for row in rows)
+        common = self._common_of(task).beside(row.said.words for row in rows)
         signed = index.signatures([common.without(row.said.words) for row in rows])
         asking, near = _by_question(self.writer.asking(row.said.asked for row in rows)), self._near(signed)
         earlier = [set[int]() for _ in rows]
@@ -140,6 +154,7 @@ class Judge:
             same.append(place)
         kept = [place for place, one in enumerate(new) if one.is_kept]
         self._index.add(signed[kept], [rows[place].seq for place in kept])
+        self._common_of(task).learn(rows[place].said.words for place in kept)
 
     def _settle(self, one: Judged, row: Stored, others: Sequence[Stored], common: Common) -> None:
         """What `row` is to others that came before it."""

@@ -39,7 +39,7 @@ def erase(writer: Writer, is_gone: Callable[[str], bool], numbers: Collection[in
     ):
         for start in range(0, len(values), CHUNK):
             db.execute(table.delete().where(column.in_(values[start : start + CHUNK])))
-    _unlearn_words(writer, [(row.task, row.messages) for row in [*rows, *refused] if row.messages])
+    _unlearn_words(writer, [(row.task, row.messages) for row in rows])
     _drop_from_index(writer, found)
     return len(rows) + len(refused)
 

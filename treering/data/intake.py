@@ -200,9 +200,9 @@ class _Intake:
 
     def finish(self) -> Ingested:
         """Settle the sides of all rows that were taken in; returns what became of them."""
-        self.judge.close()
         for task in [task for task, count in self.tasks.items() if count]:
             self._look_at_labels(task)
+        self.judge.close()
         self._hold_out()
         return Ingested(
             self.counts["rows"],
@@ -297,6 +297,7 @@ class _Intake:
 
     def _take_out(self, row: Stored, rule: str, reason: str) -> None:
         self.writer.remove(row, rule, reason)
+        self.judge.let_go(row)
         if row.seq > self.judge.first:  # It came with this ingest, and was counted as accepted.
             self.tasks[row.task] -= 1
             self.counts["held_out"] -= row.split == "held_out"
@@ -314,7 +315,7 @@ class _Intake:
             self.counts["held_out"] += self.writer.take_back(id) == "held_out"
             self.tasks[task] += 1
         elif one.fate == "to_held_out":
-            self.writer.hold_out(id, task)
+            self.judge.move(one.row.example, self.writer.hold_out(id, task), task)
             self.counts["held_out"] += 1
             self.tasks[task] += 1
         else:

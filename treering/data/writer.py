@@ -169,10 +169,12 @@ class Writer:
         for part in _parts(ids):
             self.db.execute(_rows.update().where(_rows.c.id.in_(part)).values(split="held_out"))
 
-    def hold_out(self, id: str, task: str) -> None:
-        """Move a stored training row to the held-out side of `task`, as the user wants it."""
+    def hold_out(self, id: str, task: str) -> str:
+        """Move a stored training row to the held-out side of `task`, as the user wants it; returns its task before."""
         self.take_back(id)
+        before: str = self.db.execute(sa.select(_rows.c.task).where(_rows.c.id == id)).scalar_one()
         self.db.execute(_rows.update().where(_rows.c.id == id).values(split="held_out", given=True, task=task))
+        return before
 
     def supersede(self, ids: Sequence[str]) -> None:
         """Rows that are no longer true: neither trained nor held out from now on."""
