@@ -102,7 +102,7 @@ def test_leakage_is_refused(ws: Workspace) -> None:
 def test_a_held_out_row_takes_its_likes_out_of_training(ws: Workspace) -> None:
     ws.ingest([row(NEAR), row("something else")], task="a")
     found = balanced(ws.ingest([], task="a", held_out=[row(LONG)]))
-    assert (found.accepted, found.quarantined) == (1, 0)  # What is moved came with another ingest.
+    assert (found.accepted, found.quarantined, found.withdrawn) == (1, 0, 1)  # It came with another ingest.
     assert sides(ws) == {"train": {"something else": "yes"}, "held_out": {LONG: "yes"}}
     assert [bad["rule"] for bad in ws.catalog.quarantined()] == ["leakage"]
 

@@ -111,6 +111,11 @@ def _taken(done: Ingested) -> list[str]:
         if done.superseded
         else []
     )
+    lines += (
+        [f"  {done.withdrawn} older rows say nearly what a held-out one says; they went to quarantine"]
+        if done.withdrawn
+        else []
+    )
     lines += [f"  mended by {rule}: {count}" for rule, count in done.mended.items()]
     lines += [f"  warned of by {rule}: {count}" for rule, count in done.warned.items()]
     lines += [f"  note: {notice}" for notice in done.notices]

@@ -56,8 +56,9 @@ class Ingested:
 
     `reasons`: quarantined rows by rule. `refused`: the first 100 of them, each with `file`, `line`, `rule`, `reason`.
     `near`: those of the duplicates that another row is only nearly the same as; `superseded`: stored rows that newer
-    ones have made untrue. `mended` and `warned`: accepted rows by the rules that changed them, or only warn. `notices`:
-    what is to be known of files that could be read.
+    ones have made untrue; `withdrawn`: stored ones that went to quarantine, for a new held-out row says nearly the same.
+    `mended` and `warned`: accepted rows by the rules that changed them, or only warn. `notices`: what is to be known of
+    files that could be read.
     """
 
     rows: int = 0
@@ -70,6 +71,7 @@ class Ingested:
     refused: list[dict[str, Any]] = field(default_factory=list)
     near: int = 0
     superseded: int = 0
+    withdrawn: int = 0
     mended: dict[str, int] = field(default_factory=dict)
     warned: dict[str, int] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
@@ -215,6 +217,7 @@ class _Intake:
             self.told,
             self.counts["near"],
             self.counts["superseded"],
+            self.counts["withdrawn"],
             dict(self.mended),
             dict(self.warned),
             self.notices,
@@ -302,6 +305,8 @@ class _Intake:
             self.tasks[row.task] -= 1
             self.counts["held_out"] -= row.split == "held_out"
             self._tell(Bad(row.file, row.line, rule, reason, ""))
+        else:
+            self.counts["withdrawn"] += 1
 
     def _store(self, rows: Sequence[Stored], task: str) -> None:
         self.writer.add(rows)
