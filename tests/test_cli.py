@@ -288,6 +288,7 @@ def test_ingest_counts(cli: Runner, shop: Path, tmp_path: Path) -> None:
         "near": 0,
         "superseded": 0,
         "withdrawn": 0,
+        "restored": 0,
         "mended": {},
         "warned": {},
         "notices": [],

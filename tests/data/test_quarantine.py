@@ -92,7 +92,7 @@ def test_a_released_row_is_known_when_its_file_is_read_again(workspace: MakeWork
     write(row("a", "A"), row("b", "B"), row("good"))
     found = ws.ingest()
     assert (found.rows, found.accepted, found.duplicates, found.quarantined) == (3, 1, 1, 1)
-    assert [key for key in numbers(ws)] == [("answer-equals-question", 2)]
+    assert list(numbers(ws)) == [("answer-equals-question", 2)]
     test = file.with_name("test.jsonl")
     test.write_text(json.dumps(row("a", "A")))
     assert ws.ingest().held_out == 1

@@ -14,7 +14,8 @@ from treering import registry
 from treering.data import ahead
 from treering.data.alike import Said
 from treering.data.check import Checks, Fit, fit, opened, refused
-from treering.data.dedup import Judge, Judged
+from treering.data.dedup import Judge
+from treering.data.fates import Judged
 from treering.data.fetch import STDIN
 from treering.data.labels import Labels
 from treering.data.read import Bad, Row, RowError, convert, named_in_utf8
@@ -56,8 +57,8 @@ class Ingested:
 
     `reasons`: quarantined rows by rule. `refused`: the first 100 of them, each with `file`, `line`, `rule`, `reason`.
     `near`: those of the duplicates that another row is only nearly the same as; `superseded`: stored rows that newer
-    ones have made untrue; `withdrawn`: stored ones that went to quarantine, for a new held-out row says nearly the same.
-    `mended` and `warned`: accepted rows by the rules that changed them, or only warn. `notices`: what is to be known of
+    ones have made untrue; `withdrawn`: stored ones that went to quarantine, for a new held-out row says nearly the same;
+    `restored`: accepted ones that were superseded until now, and are said anew. `mended` and `warned`: accepted rows by the rules that changed them, or only warn. `notices`: what is to be known of
     files that could be read.
     """
 
@@ -72,6 +73,7 @@ class Ingested:
     near: int = 0
     superseded: int = 0
     withdrawn: int = 0
+    restored: int = 0
     mended: dict[str, int] = field(default_factory=dict)
     warned: dict[str, int] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
@@ -119,10 +121,10 @@ def ingest(
     checks = opened(config, ws.root)
     with ws.catalog.writing() as writer, bar("ingesting files", len(batches), quiet) as advance:
         intake = _Intake(ws, writer, config, checks, named=source is not None)
+        for name in {batch.name for batch in batches} - {_PYTHON, STDIN}:
+            intake.judge.disputes.read_again(name)
         # Held-out files first, so that a row in both is held out.
         for batch in sorted(batches, key=lambda b: b.split != "held_out"):
-            if batch.name not in (_PYTHON, STDIN):
-                writer.read_again(batch.name)
             intake.take(batch, advance)
             advance()
         found = intake.finish()
@@ -140,7 +142,7 @@ def retake(ws: Workspace, rows: Sequence[tuple[int, str, Split, Row]], *, checke
     config = config.model_copy(update={"dedup": newest} | ({} if checked else {"checks": off}))
     checks = opened(config, ws.root)
     with ws.catalog.writing() as writer:
-        intake = _Intake(ws, writer, config, checks, named=True)
+        intake = _Intake(ws, writer, config, checks, named=True, released=True)
         for number, task, split, row in rows:
             writer.drop_refused(number)
             intake.take(_Batch(row.file, task, split, partial(fit, [row], task=task), None))
@@ -154,15 +156,18 @@ def retake(ws: Workspace, rows: Sequence[tuple[int, str, Split, Row]], *, checke
 class _Intake:
     """One ingest: takes its batches in, and counts what becomes of their rows.
 
-    `named`: the user named the files, which takes back rows that a hold set aside.
+    `named`: the user named the files, which takes back rows that a hold set aside; `released`: the rows themselves, so
+    that they are said anew.
     """
 
-    def __init__(self, ws: Workspace, writer: Writer, config: Config, checks: Checks, named: bool) -> None:
+    def __init__(
+        self, ws: Workspace, writer: Writer, config: Config, checks: Checks, named: bool, released: bool = False
+    ) -> None:
         versions = registry.readable(ws)
         trained = {id for version in versions for id in version.rows}
         judged = {id for version in versions for id in registry.measured(version)}
         self.writer, self.checks, self.named, self.stones = writer, checks, named, Tombstones(ws.root)
-        self.judge, self.share = Judge(writer, config, trained, judged), config.val_size
+        self.judge, self.share = Judge(writer, config, trained, judged, released), config.val_size
         self.counts: Counter[str] = Counter()
         self.tasks: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
@@ -195,10 +200,10 @@ class _Intake:
                 self.warned.update(row.warned)
             elif one.fate != "new" and not one.refused:
                 self._meet_again(one, batch.task)
-        left_out = [(one.row, one.like) for one in judged if one.like]
-        self.counts["duplicates"] += len(left_out)
-        self.counts["near"] += len(left_out)
-        self.writer.leave_out(batch.task, left_out)
+        near = sum(one.like is not None for one in judged)
+        self.counts["duplicates"] += near
+        self.counts["near"] += near
+        self.writer.leave_out(batch.task, [(one.row, one.like) for one in judged if one.like and not one.was])
 
     def finish(self) -> Ingested:
         """Settle the sides of all rows that were taken in; returns what became of them."""
@@ -218,6 +223,7 @@ class _Intake:
             self.counts["near"],
             self.counts["superseded"],
             self.counts["withdrawn"],
+            self.counts["restored"],
             dict(self.mended),
             dict(self.warned),
             self.notices,
@@ -297,14 +303,24 @@ class _Intake:
         replaced = list(dict.fromkeys(id for one in judged if one.is_kept for id in one.replaces))
         self.counts["superseded"] += len(replaced)
         self.writer.supersede(replaced)
+        for was in [one.was for one in judged if one.is_kept and one.was]:
+            self.writer.delete(was)
+            self.judge.let_go(was)
+            self.counts["restored"] += 1
 
     def _take_out(self, row: Stored, rule: str, reason: str) -> None:
-        self.writer.remove(row, rule, reason)
-        self.judge.let_go(row)
+        bad = refused(Row(row.file, row.line, row.example), rule, reason)
+        self.writer.refuse(row.task, [bad], row.split)
+        if row.seq in self.judge.restored:
+            self.writer.supersede([row.example.id])
+            self.counts["restored"] -= 1
+        else:
+            self.writer.delete(row)
+            self.judge.let_go(row)
         if row.seq > self.judge.first:  # It came with this ingest, and was counted as accepted.
             self.tasks[row.task] -= 1
             self.counts["held_out"] -= row.split == "held_out"
-            self._tell(Bad(row.file, row.line, rule, reason, ""))
+            self._tell(bad)
         else:
             self.counts["withdrawn"] += 1
 

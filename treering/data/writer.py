@@ -100,13 +100,29 @@ class Writer:
             yield found
             seq = found[-1].seq
 
-    def _stored(self, which: sa.ColumnElement[bool], most: int | None = None) -> list[Stored]:
-        query = sa.select(_rows).where(which, _rows.c.split.in_(("train", "held_out"))).order_by(_rows.c.seq)
+    def superseded(self, ids: Sequence[str]) -> list[Stored]:
+        """Those of these rows that are no longer true, each on the side it was on."""
+        return [row for part in _parts(ids) for row in self._stored(_rows.c.id.in_(part), before=SUPERSEDED)]
+
+    def _stored(self, which: sa.ColumnElement[bool], most: int | None = None, before: str = "") -> list[Stored]:
+        """`before`: what stands before the split."""
+        sides = (f"{before}train", f"{before}held_out")
+        query = sa.select(_rows).where(which, _rows.c.split.in_(sides)).order_by(_rows.c.seq)
         found = []
         for row in self.db.execute(query.limit(most)):
             example = Example.of(json.loads(row.messages))
-            said = Said.of(example)
-            found.append(Stored(row.seq, example, said, row.task, row.split, row.given, row.file, row.line))
+            split: Any = row.split.removeprefix(before)
+            found.append(Stored(row.seq, example, Said.of(example), row.task, split, row.given, row.file, row.line))
+        return found
+
+    def quarantined(self, rule: str, file: str | None = None) -> list[Stored]:
+        """The rows (of `file`) that this rule sent to quarantine, by their numbers there."""
+        which = [_quarantine.c.rule == rule, _quarantine.c.messages.is_not(None)]
+        which += [] if file is None else [_quarantine.c.file == file]
+        found = []
+        for row in self.db.execute(sa.select(_quarantine).where(*which).order_by(_quarantine.c.seq)):
+            example = Example.of(json.loads(row.messages))
+            found.append(Stored(row.seq, example, Said.of(example), row.task, row.split, False, row.file, row.line))
         return found
 
     def sizes(self, task: str) -> tuple[int, int]:
@@ -206,10 +222,8 @@ class Writer:
         self.db.execute(_quarantine.delete().where(_quarantine.c.rule == HELD, *same, raw))
         return split
 
-    def remove(self, row: Stored, rule: str, reason: str) -> None:
-        """Move a stored row that no version has learned to quarantine."""
-        raw = row.example.as_json()[:RAW_LENGTH]
-        self.refuse(row.task, [Bad(row.file, row.line, rule, reason, raw, row.example)], row.split)
+    def delete(self, row: Stored) -> None:
+        """Store a row no longer."""
         self.db.execute(_rows.delete().where(_rows.c.seq == row.seq))
 
     def refuse(self, task: str, bad: Sequence[Bad], split: Split = "train") -> None:

@@ -58,7 +58,9 @@ def _column_names(header: list[str] | RowError, raw: str, source: Source) -> lis
             raise header
         source.columns(header)
     except RowError as error:
-        raise RowError(error.rule, f"the first line must name the columns, but {error.reason}", raw[:RAW_LENGTH]) from None
+        raise RowError(
+            error.rule, f"the first line must name the columns, but {error.reason}", raw[:RAW_LENGTH]
+        ) from None
     return header
 
 
