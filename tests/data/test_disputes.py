@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from treering import Workspace
+from treering import Workspace, overview
 from treering.data import quarantine
 from treering.data.intake import Ingested
+from treering.data.stats import stats
+from treering.memory import Memory
 
 MakeWorkspace = Callable[..., Workspace]
 Say = Callable[..., Ingested]
@@ -116,10 +118,14 @@ def test_rows_from_python_are_of_one_file(ws: Workspace) -> None:
     assert (found.duplicates, true(ws)) == (2, {"12"})
 
 
-def test_one_that_is_near_a_held_out_row_or_another_stays_superseded(ws: Workspace, say: Say) -> None:
+def test_one_that_is_near_a_held_out_row_or_another_stays_superseded(ws: Workspace) -> None:
     long = "please tell me what I have to pay for a pound of the best black tea"
-    ask = lambda answer, text=long: ws.ingest([row(answer, text)], task="t")  # noqa: E731
-    ask("10"), ask("12")
+
+    def ask(answer: str, text: str = long) -> Ingested:
+        return ws.ingest([row(answer, text)], task="t")
+
+    ask("10")
+    ask("12")
     ask("10", long.replace("please ", ""))
     for _ in range(2):
         found = balanced(ask("10"))
@@ -168,6 +174,36 @@ def test_what_was_learned_does_not_judge_when_it_is_said_anew(ws: Workspace) -> 
     assert balanced(ws.ingest([], task="t", held_out=[row("10")])).reasons == {"held-out-was-trained": 1}
     assert true(ws) == {"12"}
     assert (balanced(ws.ingest([row("10")], task="t")).restored, true(ws)) == (1, {"10"})
+
+
+def test_it_is_learned_again_by_who_learned_the_other_since(ws: Workspace) -> None:
+    others = [row("yes", f"what of {name}") for name in "abcd"]
+    settings: dict[str, Any] = {"max_steps": 1, "gate": {"floor": 1.0, "margin": 1.0}, "memory": {"size": 100}}
+
+    def waiting() -> dict[str, int]:
+        found: dict[str, int] = overview.status(ws)["waiting"]
+        return found
+
+    ws.ingest([row("10"), *others], task="t")
+    first = ws.update(**settings)
+    ws.ingest([row("12")], task="t")
+    ws.ingest([row("10")], task="t")
+    assert waiting() == {}  # Nobody has learned anything else.
+    ws.ingest([row("12")], task="t")
+    second = ws.update(**settings)
+    assert waiting() == {}
+    ws.ingest([row("10")], task="t")
+    assert waiting() == {"t": 1} and stats(ws)["t"]["rows"]["waiting"] == 1
+    third = ws.update(**settings)
+    assert first is not None and second is not None and third is not None
+    [ten] = third.rows
+    assert ten in first.rows and not third.problems()
+    assert ten in Memory.load(third.folder).rows and second.rows[0] not in Memory.load(third.folder).rows
+    assert waiting() == {} and ws.update(**settings) is None
+    ws.rollback()
+    assert waiting() == {"t": 1}
+    ws.rollback()
+    assert waiting() == {}  # It knows the first answer, and nothing else.
 
 
 # In quarantine

@@ -17,7 +17,7 @@ CONTRADICTION = "contradiction"
 
 
 class Disputes:
-    """Those of one ingest with what came before it. `released`: all its rows are said anew, whatever file they are of."""
+    """Those of one ingest with what came before it. `released`: all its rows are said anew, whatever their file."""
 
     def __init__(self, writer: Writer, config: DedupConfig, released: bool = False) -> None:
         self.writer, self.config, self.released = writer, config, released

@@ -57,9 +57,9 @@ class Ingested:
 
     `reasons`: quarantined rows by rule. `refused`: the first 100 of them, each with `file`, `line`, `rule`, `reason`.
     `near`: those of the duplicates that another row is only nearly the same as; `superseded`: stored rows that newer
-    ones have made untrue; `withdrawn`: stored ones that went to quarantine, for a new held-out row says nearly the same;
-    `restored`: accepted ones that were superseded until now, and are said anew. `mended` and `warned`: accepted rows by the rules that changed them, or only warn. `notices`: what is to be known of
-    files that could be read.
+    ones have made untrue; `withdrawn`: stored rows that went to quarantine, for a held-out one says nearly the same;
+    `restored`: accepted rows that were superseded until now, and are said anew. `mended` and `warned`: accepted rows by
+    the rules that changed them, or only warn. `notices`: what is to be known of files that could be read.
     """
 
     rows: int = 0

@@ -43,8 +43,8 @@ class Bad:
     """Content that gave no example.
 
     `line` is the line a record starts on, counted from 1 (JSON Lines, CSV, TSV), or the number of the element, counted
-    from 1 (JSON, Parquet, Arrow); 0 means the whole file. `raw` is at most `RAW_LENGTH` characters of the offending text. In
-    all three texts, what UTF-8 or a database cannot hold is written as a backslash escape.
+    from 1 (JSON, Parquet, Arrow); 0 means the whole file. `raw` is at most `RAW_LENGTH` characters of the offending
+    text. In all three texts, what UTF-8 or a database cannot hold is written as a backslash escape.
     """
 
     file: str
