@@ -47,7 +47,7 @@ class Of:
 
 
 def stats(ws: Workspace, task: str | None = None, looks: Looks | None = None) -> dict[str, dict[str, Any]]:
-    """By task, or of one; with `looks` models read the rows as well. Raises `UsageError` where there is no such task."""
+    """By task, or of one; with `looks` models read the rows as well. Raises `UsageError` if there is no such task."""
     tasks = ws.catalog.tasks()
     if task is not None and task not in tasks:
         near = difflib.get_close_matches(task, list(tasks), n=1)
