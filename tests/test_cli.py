@@ -287,6 +287,8 @@ def test_ingest_counts(cli: Runner, shop: Path, tmp_path: Path) -> None:
         "reasons": {"no-answer": 1, "unknown-format": 1},
         "near": 0,
         "superseded": 0,
+        "withdrawn": 0,
+        "restored": 0,
         "mended": {},
         "warned": {},
         "notices": [],

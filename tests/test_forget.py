@@ -116,7 +116,7 @@ def test_it_does_not_come_in_again_nor_does_what_says_the_same(workspace: MakeWo
     assert Workspace(ws.root).ingest([secret()], task="pens").reasons == {"deleted": 1}  # The catalog was lost.
 
 
-def test_quarantine_and_what_it_quotes_are_deleted_too(workspace: MakeWorkspace) -> None:
+def test_rows_in_quarantine_are_deleted_too(workspace: MakeWorkspace) -> None:
     ws = workspace(val_size=0.0)
     file = ws.inbox / "pens" / "rows.jsonl"
     file.parent.mkdir()
@@ -130,9 +130,31 @@ def test_quarantine_and_what_it_quotes_are_deleted_too(workspace: MakeWorkspace)
     assert (found.stored, found.refused, found.alike) == (0, 1, 0)
     ws.forget(where="answer=thither")
     assert len(quarantine.listed(ws)) == 2
-    assert [e["raw"] for e in quarantine.listed(ws) if "thither" in e["reason"] or "thither" in e["raw"]] == []
+    assert traces(ws, "thither") == []
     ws.forget(where=[f"text~{SECRET}", "task=pens"])
     assert quarantine.listed(ws) == []
+    assert traces(ws, SECRET) == []
+
+
+def test_no_reason_quotes_a_row_that_is_gone(workspace: MakeWorkspace) -> None:
+    ws = workspace(val_size=0.0)
+    folder = ws.inbox / "pens"
+    folder.mkdir()
+
+    def write(name: str, answer: str, question: str = "who is the boss") -> None:
+        (folder / name).write_text(json.dumps({"question": question, "answer": answer}))
+
+    write("one.jsonl", f"{SECRET}, line 9, is it")
+    write("two.jsonl", "somebody else")
+    assert ws.ingest().reasons == {"contradiction": 2}
+    write("one.jsonl", "yes it is", "something else entirely")  # Its row has left quarantine before it is deleted.
+    ws.ingest()
+    assert SECRET not in json.dumps(quarantine.listed(ws))
+    write("three.jsonl", f"{SECRET}, line 9, is it")
+    write("four.jsonl", "yet another")
+    ws.ingest()
+    ws.forget(where=f"text~{SECRET}")
+    assert len(quarantine.listed(ws)) == 2
     assert traces(ws, SECRET) == []
 
 

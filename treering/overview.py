@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def status(ws: Workspace) -> dict[str, Any]:
     """What serves, what waits, what is stored."""
     here = registry.current(ws)
-    waiting = ws.catalog.waiting(registry.consumed(ws, here))
+    waiting = ws.catalog.waiting(registry.known(ws, here))
     given_back = registry.given_back(ws)
     rolled_back = {task: sum(id in given_back for id in ids) for task, ids in waiting.items()}
     return {

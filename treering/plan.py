@@ -84,7 +84,7 @@ def make_plan(
 
     from treering.model import precision_name
 
-    rows = ws.catalog.waiting(registry.consumed(ws, parent) | without, file)
+    rows = ws.catalog.waiting(registry.known(ws, parent) | without, file)
     measured = parent.manifest["held_out"] if parent else {}
     seen = registry.measured(parent) | without
     fresh = {}

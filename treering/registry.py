@@ -255,6 +255,19 @@ def consumed(ws: Workspace, version: Version | None) -> set[str]:
     return {id for ancestor in lineage(ws, version) for id in ancestor.rows}
 
 
+def known(ws: Workspace, version: Version | None) -> set[str]:
+    """Of these rows those that need not be learned again.
+
+    One that was superseded and is said anew needs it where something else was learned since.
+    """
+    age: dict[str, int] = {}
+    for number, ancestor in enumerate(lineage(ws, version)):
+        for id in ancestor.rows:
+            age.setdefault(id, number)
+    untaught = {id for id, rival in ws.catalog.rivals() if id in age and rival in age and age[rival] < age[id]}
+    return age.keys() - untaught
+
+
 def given_back(ws: Workspace) -> set[str]:
     """Ids of the rows, to train on and held out, of versions that were current once, less those of what is now."""
     here = current(ws)

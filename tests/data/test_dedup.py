@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ NEAR = LONG.replace("please ", "")
 
 def row(question: str, answer: str = "yes") -> Mapping[str, object]:
     return {"question": question, "answer": answer}
+
+
+def write(path: Path, rows: Iterable[Mapping[str, object]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def balanced(found: Ingested) -> Ingested:
@@ -58,6 +65,19 @@ def test_what_says_nearly_the_same_is_left_out(ws: Workspace, together: bool) ->
     assert (again.accepted, again.duplicates, again.near) == (0, 4, 0)
 
 
+def test_what_was_left_out_comes_in_once_nothing_stored_says_the_same(ws: Workspace, tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", [row(LONG, "one"), row(NEAR, "one"), row(LONG, "two")])
+    found = balanced(ws.ingest(file, task="a"))
+    assert (found.accepted, found.near, found.reasons) == (0, 1, {"contradiction": 2})
+    assert balanced(ws.ingest(write(file, [row(NEAR, "one")]), task="a")).accepted == 1
+    assert ws.catalog.tasks()["a"] == {"train": 1}  # It counts no longer as left out.
+    ws.ingest([row("How much?", "one"), row("something else")], task="a")
+    assert ws.ingest([row(f"{NEAR}!", "one")], task="a").near == 1
+    ws.ingest([row(NEAR, "two")], task="a")
+    found = balanced(ws.ingest([row(f"{NEAR}!", "one")], task="a"))
+    assert (found.duplicates, found.near) == (1, 0)  # What is no longer true is stored.
+
+
 def test_numbers_and_answers_tell_rows_apart(ws: Workspace) -> None:
     rows = [row(f"{LONG}, order {number}") for number in range(5)] + [row(NEAR, "no")]
     assert balanced(ws.ingest(rows, task="a")).accepted == 6
@@ -82,7 +102,7 @@ def test_leakage_is_refused(ws: Workspace) -> None:
 def test_a_held_out_row_takes_its_likes_out_of_training(ws: Workspace) -> None:
     ws.ingest([row(NEAR), row("something else")], task="a")
     found = balanced(ws.ingest([], task="a", held_out=[row(LONG)]))
-    assert (found.accepted, found.quarantined) == (1, 0)  # What is moved came with another ingest.
+    assert (found.accepted, found.quarantined, found.withdrawn) == (1, 0, 1)  # It came with another ingest.
     assert sides(ws) == {"train": {"something else": "yes"}, "held_out": {LONG: "yes"}}
     assert [bad["rule"] for bad in ws.catalog.quarantined()] == ["leakage"]
 
@@ -103,7 +123,8 @@ def test_contradictions_of_one_ingest_all_go_to_quarantine(ws: Workspace) -> Non
     assert sides(ws)["train"] == {"else": "yes"}
     refused = {bad["line"]: bad["reason"] for bad in ws.catalog.quarantined()}
     assert refused.keys() == {1, 3, 4}
-    assert "<python>, line 3, answers the same with 'two'" in refused[1]
+    assert "<python>, line 3, answers the same with something else" in refused[1]
+    assert not any(repr(said) in reason for reason in refused.values() for said in ("one", "two", "three"))
     assert balanced(ws.ingest([row("how much", "four")], task="a")).accepted == 1  # Nothing stored speaks against it.
 
 
@@ -181,6 +202,48 @@ def test_where_the_catalog_was_lost_what_versions_know_is_kept(workspace: MakeWo
     assert found.reasons == {"contradiction": 1} and found.accepted == 12
     needed = [*version.rows, *version.manifest["held_out"]["a"]]
     assert len(ws.catalog.examples(needed)) == 12
+
+
+def words_known(ws: Workspace) -> dict[str, tuple[int, set[str]]]:
+    """How many rows of each task have had their words counted, and the words."""
+    with sqlite3.connect(ws.root / "treering.db") as db:
+        found = db.execute("SELECT task, rows, counts FROM words").fetchall()
+    db.close()
+    return {task: (count, set(json.loads(counts))) for task, count, counts in found}
+
+
+def test_words_of_stored_rows_alone_are_known(workspace: MakeWorkspace, tmp_path: Path) -> None:
+    ws = workspace(val_size=0.0, checks={"look-alike-label": "reject"})
+    kept = [row("kept alpha beta"), row("kept gamma", "no")]
+    left_out = row(f"{LONG} zanzibar")
+    disputed = [write(tmp_path / f"{said}.jsonl", [row("which quagga", said)]) for said in ("one", "two")]
+    found = balanced(ws.ingest([write(tmp_path / "rows.jsonl", [*kept, row(LONG), left_out]), *disputed], task="a"))
+    assert (found.accepted, found.near, found.quarantined) == (3, 1, 2)
+    count, known = words_known(ws)["a"]
+    assert count == 3 and {"alpha", "lamp"} <= known and not {"zanzibar", "quagga"} & known
+    ws.ingest([row("which quagga", "one")], task="a")
+    ws.ingest([row("which quagga", "two")], task="a")  # What is superseded is stored.
+    assert words_known(ws)["a"][0] == 5
+    ws.ingest([row(f"{NEAR} xebec")], task="b")
+    assert words_known(ws)["b"][0] == 0  # Nearly the same is stored in the other task.
+    ws.ingest([], task="b", held_out=[row(f"{NEAR} yacht"), row("kept gamma", "no")])
+    assert ws.catalog.tasks() == {
+        "a": {"train": 2, "superseded": 1, "left_out": 1, "quarantined": 3},
+        "b": {"held_out": 2, "left_out": 1},
+    }
+    with ws.catalog.writing() as writer:
+        indexed = [seq for run in index.Index(writer.index, writer.runs()[0]).runs for seq in run.rows]
+    with sqlite3.connect(ws.root / "treering.db") as db:
+        assert sorted(indexed) == [seq for (seq,) in db.execute("SELECT seq FROM rows ORDER BY seq")]
+    db.close()
+    a, b = words_known(ws)["a"], words_known(ws)["b"]
+    assert (a[0], b[0]) == (3, 2) and {"gamma", "yacht"} <= b[1] and not {"gamma", "please", "xebec"} & a[1]
+    many = [row(f"{word} labels", "refund") for word in "abcdefghijklmnopqrst"]
+    assert ws.ingest([*many, row("mandrill", "Refund")], task="c").reasons == {"look-alike-label": 1}
+    assert words_known(ws)["c"][0] == 20 and "mandrill" not in words_known(ws)["c"][1]
+    ws.forget(where="file~python")
+    ws.forget(where="file~jsonl")
+    assert words_known(ws) == dict.fromkeys("abc", (0, set()))
 
 
 @pytest.mark.parametrize("lost", ["index", "run", "file"])

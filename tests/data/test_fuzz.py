@@ -58,8 +58,8 @@ def taken(ws: Workspace, folder: Path, task: str) -> Ingested:
     assert found.rows == found.accepted + found.duplicates + found.quarantined
     assert sum(found.tasks.values()) == found.accepted and sum(found.reasons.values()) == found.quarantined
     assert {key: after[key] - before[key] for key in after} == {
-        "rows": found.accepted,
-        "superseded": found.superseded,
+        "rows": found.accepted - found.restored,
+        "superseded": found.superseded - found.restored,
         "quarantined": found.quarantined,
         "left out": found.near,
     }

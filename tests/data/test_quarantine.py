@@ -78,6 +78,27 @@ def test_a_released_row_is_taken_as_it_is_on_its_own_side(ws: Workspace) -> None
     assert ("answer-equals-question", 1) not in numbers(ws)
 
 
+def test_a_released_row_is_known_when_its_file_is_read_again(workspace: MakeWorkspace) -> None:
+    ws = workspace(val_size=0.0)
+    file = ws.inbox / "t" / "rows.jsonl"
+    file.parent.mkdir()
+
+    def write(*rows: dict[str, str]) -> None:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write(row("a", "A"), row("b", "B"))
+    assert ws.ingest().reasons == {"answer-equals-question": 2}
+    quarantine.release(ws, [numbers(ws)["answer-equals-question", 1]])
+    write(row("a", "A"), row("b", "B"), row("good"))
+    found = ws.ingest()
+    assert (found.rows, found.accepted, found.duplicates, found.quarantined) == (3, 1, 1, 1)
+    assert list(numbers(ws)) == [("answer-equals-question", 2)]
+    test = file.with_name("test.jsonl")
+    test.write_text(json.dumps(row("a", "A")))
+    assert ws.ingest().held_out == 1
+    assert sides(ws) == {"a A": "held_out", "good yes": "train"}
+
+
 def test_releasing_one_of_two_that_contradict_each_other_says_which_is_true(ws: Workspace) -> None:
     at = numbers(ws)
     assert quarantine.release(ws, [at["contradiction", 4]]).accepted == 1

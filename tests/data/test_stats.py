@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from treering import Workspace, registry
+from treering.cli import run
 from treering.data.stats import stats
 from treering.data.story import story, trace
 from treering.errors import UsageError
@@ -49,6 +50,17 @@ def test_figures_of_a_task(ws: Workspace) -> None:
     assert found["b"]["labels"] == {} and found["b"]["drift"] is None  # Open answers; nothing of it was learned.
     assert stats(ws, "b").keys() == {"b"}
     assert found["c"]["rows"] == {"quarantined": 1, "waiting": 0} and found["c"]["labels"] == {}
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [("nope", "there is no task 'nope'; there are: a, b, c"), ("", "there is no task ''"), ("aa", "did you mean 'a'")],
+)
+def test_a_task_that_is_not_there(ws: Workspace, capsys: pytest.CaptureFixture[str], task: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        stats(ws, task)
+    assert run(["data", "stats", "--task", task, "-w", str(ws.root)]) == 3
+    assert said in capsys.readouterr().err
 
 
 def test_a_task_out_of_balance(workspace: Callable[..., Workspace]) -> None:

@@ -66,7 +66,7 @@ class Agenda:
 
     def _waiting(self) -> list[str]:
         """The rows that are to be learned. What a rollback gave back is the user's to say."""
-        known = registry.consumed(self.ws, registry.current(self.ws)) | registry.given_back(self.ws)
+        known = registry.known(self.ws, registry.current(self.ws)) | registry.given_back(self.ws)
         return [id for ids in self.ws.catalog.waiting(known).values() for id in ids]
 
     def _hash(self, ids: list[str]) -> str:

@@ -41,21 +41,21 @@ def careful(ws: Workspace, file: str) -> list[str]:
 
 def files(ws: Workspace, version: Version) -> list[str]:
     """The files that the rows of its update came from and that still wait, in the order they came."""
-    waiting = ws.catalog.waiting(registry.consumed(ws, registry.current(ws)) | registry.given_back(ws)).values()
+    waiting = ws.catalog.waiting(registry.known(ws, registry.current(ws)) | registry.given_back(ws)).values()
     tried = set(version.rows)
     rows = [id for ids in waiting for id in ids if id in tried]
     return list(dict.fromkeys(origin.file for origin in ws.catalog.origins(rows).values()))
 
 
 def quarantine(ws: Workspace, file: str, version: Version) -> int:
-    """Move what came from `file` and no version that was ever current is made of to quarantine; returns how many rows.
+    """Move what came from `file` and waits, but for what a rollback gave back, to quarantine; returns how many rows.
 
     Its held-out rows go with it: they would go on judging the files that come after.
     """
     here = registry.current(ws)
     others = registry.given_back(ws)
     kept = registry.measured(here) | others
-    waiting = ws.catalog.waiting(registry.consumed(ws, here) | others, file)
+    waiting = ws.catalog.waiting(registry.known(ws, here) | others, file)
     rows = [id for ids in waiting.values() for id in ids]
     rows += [id for ids in ws.catalog.held_out(file).values() for id in ids if id not in kept]
     reason = f"{version.name}, which learned this file, was {version.summary}"

@@ -92,4 +92,5 @@ def export(
 def _taken(done: Any, as_json: bool) -> None:
     lines = [f"{done.accepted} accepted ({done.held_out} held out), {done.duplicates} duplicates"]
     lines += [f"{done.superseded} older rows no longer count"] if done.superseded else []
+    lines += [f"{done.withdrawn} older rows went to quarantine"] if done.withdrawn else []
     output(done.as_dict(), as_json, lines)

@@ -111,6 +111,12 @@ def _taken(done: Ingested) -> list[str]:
         if done.superseded
         else []
     )
+    lines += [f"  {done.restored} of the accepted ones no longer counted, and are said anew"] if done.restored else []
+    lines += (
+        [f"  {done.withdrawn} older rows say nearly what a held-out one says; they went to quarantine"]
+        if done.withdrawn
+        else []
+    )
     lines += [f"  mended by {rule}: {count}" for rule, count in done.mended.items()]
     lines += [f"  warned of by {rule}: {count}" for rule, count in done.warned.items()]
     lines += [f"  note: {notice}" for notice in done.notices]

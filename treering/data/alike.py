@@ -101,6 +101,12 @@ class Common:
         if self.rows >= ENOUGH:
             self._words = self._above(COMMON)
 
+    def beside(self, rows: Iterable[Set[str]]) -> Common:
+        """The same with more rows, as they are compared; this one does not learn them."""
+        found = Common(self.rows, self.counts.copy())
+        found.learn(rows)
+        return found
+
     def unlearn(self, rows: Iterable[Set[str]]) -> None:
         """Take rows out again, and with them words that fewer than `ENOUGH` others have: these could tell of them."""
         for row in rows:

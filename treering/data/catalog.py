@@ -123,6 +123,21 @@ class Catalog:
                 found.update(db.execute(sa.select(_rows.c.id).where(here)).scalars())
         return found
 
+    def rivals(self) -> list[tuple[str, str]]:
+        """Training rows, each with a row that was true in between: the same question, and another answer."""
+        found = []
+        with self.engine.connect() as db:
+            query = sa.select(_rows.c.asked, _rows.c.id).where(_rows.c.split.startswith(SUPERSEDED))
+            untrue = db.execute(query).all()
+            true = sa.select(_rows.c.asked, _rows.c.id).where(_rows.c.split == "train")
+            for start in range(0, len(untrue), CHUNK):
+                rivals: dict[int, list[str]] = {}
+                for asked, id in untrue[start : start + CHUNK]:
+                    rivals.setdefault(asked, []).append(id)
+                for asked, id in db.execute(true.where(_rows.c.asked.in_(list(rivals)))):
+                    found += [(id, rival) for rival in rivals[asked]]
+        return found
+
     def origins(self, ids: Sequence[str]) -> dict[str, Origin]:
         """File and time of arrival of these rows, in the order they came."""
         found: list[tuple[int, str, Origin]] = []

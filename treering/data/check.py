@@ -14,6 +14,7 @@ from treering.data.example import Example
 from treering.data.lengths import Lengths
 from treering.data.read import Bad, Row
 from treering.data.rules import ALL, RULES, Around, Finding, Rule, is_custom
+from treering.data.values import RAW_LENGTH
 from treering.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def fit(rows: Iterable[Row | Bad], checks: Checks, task: str) -> Generator[list[
 
 def refused(row: Row, rule: str, reason: str) -> Bad:
     """The row as it goes to quarantine."""
-    raw = " | ".join(turn.text for turn in row.example.messages)[:2000]
+    raw = " | ".join(turn.text for turn in row.example.messages)[:RAW_LENGTH]
     return Bad(row.file, row.line, rule, reason, raw, row.example)
 
 

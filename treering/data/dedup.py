@@ -2,77 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence, Set
+from typing import TYPE_CHECKING
 
 from treering.data import index
-from treering.data.alike import Common
+from treering.data.alike import Common, Said
 from treering.data.check import Fit
+from treering.data.disputes import CONTRADICTION, Disputes, by_question
+from treering.data.example import Example
+from treering.data.fates import Judged, fate
 from treering.data.index import Index, within
-from treering.data.read import Row
 from treering.data.writer import Known, Split, Stored, Writer
 
 if TYPE_CHECKING:
     from treering.config import Config
 
-Fate = Literal["new", "duplicate", "aside", "to_held_out", "already_trained"]
-
-LEAKAGE, CONTRADICTION, TRAINED = "leakage", "contradiction", "held-out-was-trained"
+LEAKAGE, TRAINED = "leakage", "held-out-was-trained"
 """Rules of quarantine."""
 
 
-def fate(id: str, split: Split, known: Mapping[str, Known], trained: Set[str]) -> Fate:
-    """What to do with an incoming row, by its id alone.
-
-    `known` maps the ids already met to where they are; `trained` holds the ids that a version has learned.
-    A held-out row is held out everywhere: it is never stored for training, and a stored training row moves to the
-    held-out side when a user's file names it, unless some version has already learned it. A row that was set aside
-    (`aside`) after a hold stays so until the user names its file; one that is superseded, or left out because another
-    says the same, stays so when its file is read again.
-    """
-    where = known.get(id)
-    if where is None or (where == "like" and split == "held_out"):
-        return "already_trained" if split == "held_out" and id in trained else "new"
-    if where == "aside" and split == "train":
-        return "aside"
-    if split == "train" or where in ("held_out", "superseded"):
-        return "duplicate"
-    return "already_trained" if id in trained else "to_held_out"
-
-
-@dataclass
-class Judged:
-    """An incoming row and what becomes of it; a new one is stored as `stored`.
-
-    `refused` is why it goes to quarantine instead, a rule and a reason; `like` the id of a row that says the same, for
-    which it is left out. `replaces` are stored rows that it makes untrue, `removes` those that go to quarantine for it,
-    each with a rule and a reason.
-    """
-
-    row: Row
-    fate: Fate
-    stored: Stored | None = None
-    refused: tuple[str, str] | None = None
-    like: str | None = None
-    replaces: list[str] = field(default_factory=list)
-    removes: list[tuple[Stored, str, str]] = field(default_factory=list)
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether it is to be stored."""
-        return self.fate == "new" and self.refused is None and self.like is None
-
-
 class Judge:
-    """Judges the rows of one ingest, batch by batch.
+    """Judges the rows of one ingest, batch by batch; `released`: as said just now, whatever file they are of.
 
     `trained` are the ids that a version has learned, `judged` those that one was judged by: where a catalog was lost,
     such rows come in as new, and all of them are kept on their side, for the versions need them. What is kept has to be
     stored before the next batch comes.
     """
 
-    def __init__(self, writer: Writer, config: Config, trained: Set[str], judged: Set[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        writer: Writer,
+        config: Config,
+        trained: Set[str],
+        judged: Set[str] = frozenset(),
+        released: bool = False,
+    ) -> None:
         self.writer, self.config, self.trained, self.judged = writer, config, trained, judged
         self.needed = trained | judged
         self.threshold = config.dedup.threshold
@@ -81,6 +45,9 @@ class Judge:
         """The highest numbers of rows that were there before, and that were given until now."""
         self.tied: set[str] = set()
         """Rows of which one that says the same is kept: as a pair they stay on the training side."""
+        self.restored: set[int] = set()
+        """The numbers of rows that were no longer true before this ingest."""
+        self.disputes = Disputes(writer, config.dedup, released)
         self._disputed: set[int] = set()
         """What rows of this ingest answered differently, where all of them went to quarantine."""
         self._common: dict[str, Common] = {}
@@ -88,21 +55,30 @@ class Judge:
         """The rows that are being judged by their numbers."""
         self._gone: set[int] = set()
         """The numbers of those that went to quarantine meanwhile."""
+        self._left: list[int] = []
+        """The numbers of rows that were stored and are no longer."""
         self._index = self._opened(names, upto)
 
     def judge(self, fits: Sequence[Fit], task: str, split: Split, given: bool) -> list[Judged]:
         """What becomes of these rows of one task, in their order."""
         known: dict[str, Known] = self.writer.known([fit.row.example.id for fit in fits])
+        anew = self.disputes.said_anew(fits, known)
         found, new = list[Judged](), list[Judged]()
-        for fit in fits:
+        for place, fit in enumerate(fits):
             row, id = fit.row, fit.row.example.id
-            one = Judged(row, fate(id, split, known, self.trained))
+            was = anew.get(place) if known.get(id) == "superseded" else None
+            if was:
+                del known[id]
+            one = Judged(row, fate(id, split, known, self.trained), was=was)
             found.append(one)
             if one.fate == "new":
                 known[id] = split
                 self.last += 1
-                side: Split = "held_out" if id in self.judged else split
-                one.stored = Stored(self.last, row.example, fit.said, task, side, given, row.file, row.line)
+                held_out = id in self.judged or (was is not None and was.split == "held_out")
+                side: Split = "held_out" if held_out else split
+                own = given or (was is not None and was.given)
+                one.stored = Stored(self.last, row.example, fit.said, task, side, own, row.file, row.line)
+                self.restored |= {self.last} if was else set()
                 new.append(one)
             elif one.fate == "already_trained":
                 why = "it is to be held out, but a version has already learned it; leave it out of the held-out file"
@@ -110,8 +86,20 @@ class Judge:
         self._compare(new, task)
         return found
 
+    def let_go(self, row: Stored) -> None:
+        """Know nothing more of a row that is stored no longer."""
+        self._common_of(row.task).unlearn([row.said.words])
+        self._left.append(row.seq)
+
+    def move(self, row: Example, before: str, task: str) -> None:
+        """Count the words of a row in its new task."""
+        said = Said.of(row)
+        self._common_of(before).unlearn([said.words])
+        self._common_of(task).learn([said.words])
+
     def close(self) -> None:
         """Keep what was learned of the rows for the next ingest, in the same transaction."""
+        self._index.drop(self._left)
         for task, common in self._common.items():
             self.writer.keep_common(task, common)
         self.writer.keep_runs(self._index.save(), self.last)
@@ -123,10 +111,9 @@ class Judge:
         rows = [one.stored for one in new if one.stored]
         self._batch = {row.seq: one for row, one in zip(rows, new, strict=True)}
         self._gone = set()
-        common = self._common_of(task)
-        common.learn(row.said.words for row in rows)
+        common = self._common_of(task).beside(row.said.words for row in rows)
         signed = index.signatures([common.without(row.said.words) for row in rows])
-        asking, near = _by_question(self.writer.asking(row.said.asked for row in rows)), self._near(signed)
+        asking, near = by_question(self.writer.asking(row.said.asked for row in rows)), self._near(signed)
         earlier = [set[int]() for _ in rows]
         for place, other in within(signed, self.threshold):
             earlier[place].add(other)
@@ -140,10 +127,11 @@ class Judge:
             same.append(place)
         kept = [place for place, one in enumerate(new) if one.is_kept]
         self._index.add(signed[kept], [rows[place].seq for place in kept])
+        self._common_of(task).learn(rows[place].said.words for place in kept)
 
     def _settle(self, one: Judged, row: Stored, others: Sequence[Stored], common: Common) -> None:
         """What `row` is to others that came before it."""
-        if row.example.id in self.needed:
+        if row.example.id in self.needed and not one.was:
             return
         alike = [other for other in others if row.said.like(other.said, common, self.threshold)]
         if row.split == "train":
@@ -154,9 +142,13 @@ class Judge:
             return
         if row.said.asked in self._disputed:
             one.refused = (CONTRADICTION, "rows of this ingest answer the same with something else; keep the true one")
-        for other in others:
-            if row.said.contradicts(other.said, self.threshold):
-                self._contradict(one, row, other)
+        against = [other for other in others if row.said.contradicts(other.said, self.threshold)]
+        rival = self.disputes.rival(row, [other for other in against if other.seq <= self.first])
+        if rival:
+            one.refused = (CONTRADICTION, _differs(rival))
+            return
+        for other in against:
+            self._contradict(one, row, other)
 
     def _train(self, one: Judged, row: Stored, alike: Sequence[Stored]) -> None:
         held_out = next((other for other in alike if other.split == "held_out"), None)
@@ -196,7 +188,7 @@ class Judge:
 
     def _remove(self, one: Judged, other: Stored, rule: str, reason: str) -> None:
         """Have `other` go to quarantine because of `one`: from the same batch, or from among stored rows."""
-        if other.example.id in self.needed:
+        if other.example.id in self.needed and other.seq not in self.restored:
             return
         self._gone.add(other.seq)
         if other.seq in self._batch:
@@ -239,12 +231,4 @@ def _where(row: Stored) -> str:
 
 def _differs(other: Stored, how: str = "") -> str:
     which = f"{_where(other)} which {how}," if how else _where(other)
-    said = other.example.answer[:80]
-    return f"{which} answers the same with {said!r}; keep the one that is true, or set dedup.contradictions"
-
-
-def _by_question(rows: Iterable[Stored]) -> dict[int, list[Stored]]:
-    found: dict[int, list[Stored]] = {}
-    for row in rows:
-        found.setdefault(row.said.asked, []).append(row)
-    return found
+    return f"{which} answers the same with something else; keep the one that is true, or set dedup.contradictions"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
 from treering.data.alike import Said
-from treering.data.dedup import CONTRADICTION
 from treering.data.example import Example
 from treering.data.index import Index
 from treering.data.schema import duplicates as _duplicates
@@ -19,16 +17,12 @@ from treering.data.schema import rows as _rows
 from treering.data.tombstones import Tombstones, marks
 from treering.data.writer import CHUNK, Writer
 
-GONE = "a row that answers the same with something else; it was deleted on request since"
-
-_QUOTED = re.compile(r"(?P<file>.*), line (?P<line>\d+), ", re.DOTALL)
-
 
 def erase(writer: Writer, stones: Tombstones) -> tuple[int, set[str]]:
     """Delete all that bears a tombstone, wherever it is, and rows that were left out because one of it says the same.
 
-    What quotes them loses the quote. Returns how many were deleted, and by what they were known: all of that has
-    tombstones before anything is deleted, so that a deletion which is cut off finds the same again.
+    Returns how many were deleted, and by what they were known: all of that has tombstones before anything is deleted,
+    so that a deletion which is cut off finds the same again.
     """
     db = writer.db
     seqs = [row.seq for row in db.execute(sa.select(_rows)) if _is_gone(known_by(row._mapping), stones)]
@@ -52,8 +46,7 @@ def erase(writer: Writer, stones: Tombstones) -> tuple[int, set[str]]:
     ):
         for start in range(0, len(values), CHUNK):
             db.execute(table.delete().where(column.in_(values[start : start + CHUNK])))
-    _unquote(writer, {(row.file, row.line) for row in [*rows, *refused]})
-    _unlearn_words(writer, [(row.task, row.messages) for row in [*rows, *refused] if row.messages])
+    _unlearn_words(writer, [(row.task, row.messages) for row in rows])
     _drop_from_index(writer, seqs)
     return len(rows) + len(refused), gone
 
@@ -72,15 +65,6 @@ def known_by(row: Mapping[str, Any] | sa.RowMapping) -> set[str]:
 
 def _is_gone(known: Iterable[str], stones: Tombstones) -> bool:
     return any(mark in stones for mark in known)
-
-
-def _unquote(writer: Writer, places: Collection[tuple[str, int]]) -> None:
-    """Reasons name the row that others contradict, and what it answered."""
-    query = sa.select(_quarantine.c.seq, _quarantine.c.reason).where(_quarantine.c.rule == CONTRADICTION)
-    for seq, reason in writer.db.execute(query).all():
-        quoted = _QUOTED.match(reason)
-        if quoted and (quoted["file"], int(quoted["line"])) in places:
-            writer.db.execute(_quarantine.update().where(_quarantine.c.seq == seq).values(reason=GONE))
 
 
 def _unlearn_words(writer: Writer, rows: Sequence[tuple[str, str]]) -> None:

@@ -140,6 +140,10 @@ class Example:
         """The messages as OpenAI-style dictionaries."""
         return [message.as_dict() for message in self.messages]
 
+    def as_json(self) -> str:
+        """The same as the catalog keeps it."""
+        return _encode(self.as_dicts())
+
 
 def normalise(text: str) -> str:
     """The form in which two answers are compared (see `Example.label`)."""

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from treering import registry
 from treering.data import ahead
+from treering.data.alike import Said
 from treering.data.check import Checks, Fit, fit, opened, refused
-from treering.data.dedup import Judge, Judged
+from treering.data.dedup import Judge
+from treering.data.fates import Judged
 from treering.data.fetch import STDIN
 from treering.data.labels import Labels
 from treering.data.read import Bad, Row, RowError, convert, named_in_utf8
@@ -21,6 +23,7 @@ from treering.data.rules import ALL, BALANCE, SLIP
 from treering.data.shapes import PLAIN, is_plain_text
 from treering.data.sources import How, Place, data_files
 from treering.data.tombstones import Tombstones
+from treering.data.values import RAW_LENGTH
 from treering.data.writer import Split, Stored, Writer, choose_held_out
 from treering.errors import UsageError
 from treering.files import one_line, printable, sha256
@@ -54,8 +57,9 @@ class Ingested:
 
     `reasons`: quarantined rows by rule. `refused`: the first 100 of them, each with `file`, `line`, `rule`, `reason`.
     `near`: those of the duplicates that another row is only nearly the same as; `superseded`: stored rows that newer
-    ones have made untrue. `mended` and `warned`: accepted rows by the rules that changed them, or only warn. `notices`:
-    what is to be known of files that could be read.
+    ones have made untrue; `withdrawn`: stored rows that went to quarantine, for a held-out one says nearly the same;
+    `restored`: accepted rows that were superseded until now, and are said anew. `mended` and `warned`: accepted rows by
+    the rules that changed them, or only warn. `notices`: what is to be known of files that could be read.
     """
 
     rows: int = 0
@@ -68,6 +72,8 @@ class Ingested:
     refused: list[dict[str, Any]] = field(default_factory=list)
     near: int = 0
     superseded: int = 0
+    withdrawn: int = 0
+    restored: int = 0
     mended: dict[str, int] = field(default_factory=dict)
     warned: dict[str, int] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
@@ -115,10 +121,10 @@ def ingest(
     checks = opened(config, ws.root)
     with ws.catalog.writing() as writer, bar("ingesting files", len(batches), quiet) as advance:
         intake = _Intake(ws, writer, config, checks, named=source is not None)
+        for name in {batch.name for batch in batches} - {_PYTHON, STDIN}:
+            intake.judge.disputes.read_again(name)
         # Held-out files first, so that a row in both is held out.
         for batch in sorted(batches, key=lambda b: b.split != "held_out"):
-            if batch.name not in (_PYTHON, STDIN):
-                writer.read_again(batch.name)
             intake.take(batch, advance)
             advance()
         found = intake.finish()
@@ -136,7 +142,7 @@ def retake(ws: Workspace, rows: Sequence[tuple[int, str, Split, Row]], *, checke
     config = config.model_copy(update={"dedup": newest} | ({} if checked else {"checks": off}))
     checks = opened(config, ws.root)
     with ws.catalog.writing() as writer:
-        intake = _Intake(ws, writer, config, checks, named=True)
+        intake = _Intake(ws, writer, config, checks, named=True, released=True)
         for number, task, split, row in rows:
             writer.drop_refused(number)
             intake.take(_Batch(row.file, task, split, partial(fit, [row], task=task), None))
@@ -150,15 +156,18 @@ def retake(ws: Workspace, rows: Sequence[tuple[int, str, Split, Row]], *, checke
 class _Intake:
     """One ingest: takes its batches in, and counts what becomes of their rows.
 
-    `named`: the user named the files, which takes back rows that a hold set aside.
+    `named`: the user named the files, which takes back rows that a hold set aside; `released`: the rows themselves, so
+    that they are said anew.
     """
 
-    def __init__(self, ws: Workspace, writer: Writer, config: Config, checks: Checks, named: bool) -> None:
+    def __init__(
+        self, ws: Workspace, writer: Writer, config: Config, checks: Checks, named: bool, released: bool = False
+    ) -> None:
         versions = registry.readable(ws)
         trained = {id for version in versions for id in version.rows}
         judged = {id for version in versions for id in registry.measured(version)}
         self.writer, self.checks, self.named, self.stones = writer, checks, named, Tombstones(ws.root)
-        self.judge, self.share = Judge(writer, config, trained, judged), config.val_size
+        self.judge, self.share = Judge(writer, config, trained, judged, released), config.val_size
         self.counts: Counter[str] = Counter()
         self.tasks: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
@@ -178,6 +187,7 @@ class _Intake:
 
     def _take_part(self, batch: _Batch, found: Sequence[Fit | Bad]) -> None:
         part = [self._deleted(one) for one in found] if self.stones else found
+        part = self._past_the_rules(part)
         self.counts["rows"] += len(part)
         good, bad = [one for one in part if isinstance(one, Fit)], [one for one in part if isinstance(one, Bad)]
         judged = self.judge.judge(good, batch.task, batch.split, batch.split == "held_out")
@@ -190,16 +200,16 @@ class _Intake:
                 self.warned.update(row.warned)
             elif one.fate != "new" and not one.refused:
                 self._meet_again(one, batch.task)
-        left_out = [(one.row, one.like) for one in judged if one.like]
-        self.counts["duplicates"] += len(left_out)
-        self.counts["near"] += len(left_out)
-        self.writer.leave_out(batch.task, left_out)
+        near = sum(one.like is not None for one in judged)
+        self.counts["duplicates"] += near
+        self.counts["near"] += near
+        self.writer.leave_out(batch.task, [(one.row, one.like) for one in judged if one.like and not one.was])
 
     def finish(self) -> Ingested:
         """Settle the sides of all rows that were taken in; returns what became of them."""
-        self.judge.close()
         for task in [task for task, count in self.tasks.items() if count]:
             self._look_at_labels(task)
+        self.judge.close()
         self._hold_out()
         return Ingested(
             self.counts["rows"],
@@ -212,6 +222,8 @@ class _Intake:
             self.told,
             self.counts["near"],
             self.counts["superseded"],
+            self.counts["withdrawn"],
+            self.counts["restored"],
             dict(self.mended),
             dict(self.warned),
             self.notices,
@@ -226,11 +238,12 @@ class _Intake:
         free = [row for row in self.writer.numbered(new) if row.example.id not in self.judge.needed]
         for row in free:
             said = row.example.answer
-            reason = f"the rare label {said!r} looks like {slips[said]!r}; correct it if it is a slip"
-            if levels[SLIP] == "reject":
-                self._take_out(row, SLIP, f"{reason}, or set its level to warn")
+            if levels[SLIP] == "reject":  # What is kept of a row quotes no other: that one may be deleted.
+                reason = f"the rare label {said!r} looks like a frequent one of its task; correct it if it is a slip"
+                self._take_out(row, SLIP, f"{reason}, or set the level of {SLIP} to warn")
             else:
                 self.warned[SLIP] += 1
+                reason = f"the rare label {said!r} looks like {slips[said]!r}; correct it if it is a slip"
                 self._note(task, f"{row.file}, line {row.line}: {reason}")
         ratio = labels.imbalance()
         if ratio and levels[BALANCE] == "warn":
@@ -261,6 +274,17 @@ class _Intake:
             return one
         return Bad(row.file, row.line, DELETED, DELETED_REASON, "")
 
+    def _past_the_rules(self, part: Sequence[Fit | Bad]) -> Sequence[Fit | Bad]:
+        """Rows that a rule refuses, but that are stored, as they were released, are judged as any other."""
+        known = self.writer.known([one.example.id for one in part if isinstance(one, Bad) and one.example])
+
+        def past(one: Fit | Bad) -> Fit | Bad:
+            if isinstance(one, Fit) or one.example is None or known.get(one.example.id, "like") == "like":
+                return one
+            return Fit(Row(one.file, one.line, one.example), Said.of(one.example))
+
+        return [past(one) for one in part] if known else part
+
     def _refuse(self, batch: _Batch, bad: Sequence[Bad]) -> None:
         for row in bad:
             self._tell(row)
@@ -279,13 +303,26 @@ class _Intake:
         replaced = list(dict.fromkeys(id for one in judged if one.is_kept for id in one.replaces))
         self.counts["superseded"] += len(replaced)
         self.writer.supersede(replaced)
+        for was in [one.was for one in judged if one.is_kept and one.was]:
+            self.writer.delete(was)
+            self.judge.let_go(was)
+            self.counts["restored"] += 1
 
     def _take_out(self, row: Stored, rule: str, reason: str) -> None:
-        self.writer.remove(row, rule, reason)
+        bad = refused(Row(row.file, row.line, row.example), rule, reason)
+        self.writer.refuse(row.task, [bad], row.split)
+        if row.seq in self.judge.restored:
+            self.writer.supersede([row.example.id])
+            self.counts["restored"] -= 1
+        else:
+            self.writer.delete(row)
+            self.judge.let_go(row)
         if row.seq > self.judge.first:  # It came with this ingest, and was counted as accepted.
             self.tasks[row.task] -= 1
             self.counts["held_out"] -= row.split == "held_out"
-            self._tell(Bad(row.file, row.line, rule, reason, ""))
+            self._tell(bad)
+        else:
+            self.counts["withdrawn"] += 1
 
     def _store(self, rows: Sequence[Stored], task: str) -> None:
         self.writer.add(rows)
@@ -299,7 +336,7 @@ class _Intake:
             self.counts["held_out"] += self.writer.take_back(id) == "held_out"
             self.tasks[task] += 1
         elif one.fate == "to_held_out":
-            self.writer.hold_out(id, task)
+            self.judge.move(one.row.example, self.writer.hold_out(id, task), task)
             self.counts["held_out"] += 1
             self.tasks[task] += 1
         else:
@@ -346,7 +383,7 @@ def _convert(items: Sequence[Any], config: Config) -> Iterable[Row | Bad]:
 
 def _shown(item: object) -> str:
     try:
-        return printable(repr(item)[:2000])
+        return printable(repr(item)[:RAW_LENGTH])
     except (RecursionError, ValueError):  # Nested too deep, or a number with too many digits.
         return ""
 

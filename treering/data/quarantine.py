@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treering.data.dedup import CONTRADICTION, LEAKAGE, TRAINED
+from treering.data.dedup import LEAKAGE, TRAINED
 from treering.data.example import Example
 from treering.data.export import QUARANTINED, noted
 from treering.data.intake import DELETED, Ingested, retake
@@ -29,9 +29,6 @@ _FINAL = {
     ),
 }
 """Rules whose rows cannot be taken in as they are, and why."""
-
-_DISPUTED = "another row answers the same with something else; keep the one that is true, or set dedup.contradictions"
-"""In place of a reason that quotes the other row: who has that one deleted would not find it in this one's line."""
 
 
 def listed(ws: Workspace, rule: str | None = None, task: str | None = None) -> list[dict[str, Any]]:
@@ -114,8 +111,7 @@ def export(ws: Workspace, file: Path, rule: str | None = None, task: str | None 
 
 def _written(entry: Mapping[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {"messages": entry["messages"]} if entry["messages"] else {"raw": entry["raw"]}
-    told = content | {key: entry[key] for key in ("task", "file", "line", "rule", "reason")}
-    return told | ({"reason": _DISPUTED} if entry["rule"] == CONTRADICTION else {})
+    return content | {key: entry[key] for key in ("task", "file", "line", "rule", "reason")}
 
 
 def rules(entries: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -17,14 +17,13 @@ from treering.data.layout import Layout
 from treering.data.pairs import is_pair
 from treering.data.records import DATA_SUFFIXES, Found, records
 from treering.data.shapes import PLAIN, convert, is_plain_text
-from treering.data.values import RowError
+from treering.data.values import RAW_LENGTH, RowError
 from treering.errors import UsageError
 from treering.files import followed, printable
 from treering.progress import say
 
 __all__ = ["DATA_SUFFIXES", "Bad", "Row", "RowError", "convert", "find_files", "named_in_utf8", "read", "split_of"]
 
-_RAW_LENGTH = 2000
 _TOLD = 20
 _PARTIAL = ("~", ".tmp", ".part", ".crdownload")
 _HELD_OUT = re.compile(r"(test|held[-_]?out)([-_.].*)?", re.DOTALL)
@@ -45,8 +44,8 @@ class Bad:
     """Content that gave no example.
 
     `line` is the line a record starts on, counted from 1 (JSON Lines, CSV, TSV), or the number of the element, counted
-    from 1 (JSON, Parquet, Arrow); 0 means the whole file. `raw` is at most 2,000 characters of the offending text. In
-    all three texts, what UTF-8 or a database cannot hold is written as a backslash escape.
+    from 1 (JSON, Parquet, Arrow); 0 means the whole file. `raw` is at most `RAW_LENGTH` characters of the offending
+    text. In all three texts, what UTF-8 or a database cannot hold is written as a backslash escape.
     """
 
     file: str
@@ -206,7 +205,7 @@ def _row(file: str, found: Found, layout: Layout, to_example: Callable[[object],
 
 
 def _bad(file: str, line: int, error: RowError, raw: str) -> Bad:
-    return Bad(file, line, error.rule, printable(error.reason), printable(raw[:_RAW_LENGTH])[:_RAW_LENGTH])
+    return Bad(file, line, error.rule, printable(error.reason), printable(raw[:RAW_LENGTH])[:RAW_LENGTH])
 
 
 def _as_json(value: object) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from treering.data.alike import Said
+from treering.data.alike import Common, Said
 from treering.data.example import Example
 from treering.errors import TreeringError
 
@@ -44,6 +44,7 @@ quarantine = sa.Table(
     sa.Column("added", sa.Text, nullable=False),
     sa.Column("split", sa.Text, nullable=False),
     sa.Column("messages", sa.Text),
+    sqlite_autoincrement=True,  # A number that somebody has written down never comes to mean another row.
 )
 """What was refused, `raw` for people, and the side it was to be on; `messages` is the whole row, where it is one."""
 
@@ -103,7 +104,26 @@ def _add_what_was_asked(db: sa.Connection) -> None:
     _tables.create_all(db, [duplicates, runs, words])
 
 
-MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (_add_what_was_asked,)
+def _keep_to_the_rows(db: sa.Connection) -> None:
+    """3: numbers of quarantine never come again, its reasons quote nobody, words are counted of stored rows alone."""
+    db.execute(sa.text("ALTER TABLE quarantine RENAME TO numbered_anew"))
+    db.execute(sa.text("DROP INDEX ix_quarantine_file"))
+    quarantine.create(db)
+    names = ", ".join(column.name for column in quarantine.columns)
+    db.execute(sa.text(f"INSERT INTO quarantine ({names}) SELECT {names} FROM numbered_anew"))
+    db.execute(sa.text("DROP TABLE numbered_anew"))
+    reason = "another row answers the same with something else; keep the one that is true, or set dedup.contradictions"
+    db.execute(quarantine.update().where(quarantine.c.rule == "contradiction").values(reason=reason))
+    db.execute(words.delete())
+    for task in db.execute(sa.select(rows.c.task).distinct()).scalars().all():
+        common = Common()
+        query = sa.select(rows.c.messages).where(rows.c.task == task)
+        common.learn(Said.of(Example.of(json.loads(text))).words for text in db.execute(query).scalars())
+        counts = json.dumps(common.kept(), ensure_ascii=False)
+        db.execute(words.insert().values(task=task, rows=common.rows, counts=counts))
+
+
+MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (_add_what_was_asked, _keep_to_the_rows)
 """The first makes schema 2 of schema 1."""
 
 SCHEMA = 1 + len(MIGRATIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,7 @@ from treering import registry
 from treering.automate.drift import divergence, drift
 from treering.data.example import Example
 from treering.data.labels import Labels
+from treering.errors import UsageError
 
 if TYPE_CHECKING:
     from treering.looks import Looks
@@ -20,7 +22,7 @@ SAMPLE = 20_000
 """Rows of a task whose texts are read, the first by id: ids are hashes, so these are a random draw."""
 
 SHOWN = 20
-"""Labels that are told, the most frequent."""
+"""Labels that are told, the most frequent; and tasks where one is asked for that is not there."""
 
 
 @dataclass
@@ -45,11 +47,17 @@ class Of:
 
 
 def stats(ws: Workspace, task: str | None = None, looks: Looks | None = None) -> dict[str, dict[str, Any]]:
-    """By task, or of one; with `looks` models read the rows as well."""
-    learned = registry.consumed(ws, registry.current(ws))
+    """By task, or of one; with `looks` models read the rows as well. Raises `UsageError` if there is no such task."""
+    tasks = ws.catalog.tasks()
+    if task is not None and task not in tasks:
+        near = difflib.get_close_matches(task, list(tasks), n=1)
+        guess = f", did you mean {near[0]!r}?" if near else ""
+        known = ", ".join(list(tasks)[:SHOWN]) + (", ..." if len(tasks) > SHOWN else "")
+        raise UsageError(f"there is no task {task!r}{guess}; there are: {known or 'none yet, for no row is stored'}")
+    learned = registry.known(ws, registry.current(ws))
     waiting = ws.catalog.waiting(learned)
     found = {}
-    for name, counts in ws.catalog.tasks().items():
+    for name, counts in tasks.items():
         if task is None or name == task:
             found[name] = asdict(_of(ws, name, counts, waiting.get(name, []), learned, looks))
     return found

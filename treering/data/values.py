@@ -12,6 +12,9 @@ Fields = Mapping[str, object]
 AS_THEY_ARE = (KNOWN_KEYS | KNOWN_TURN_KEYS) - PAIR
 """Names that need no second look, which most have; those of pairs get one."""
 
+RAW_LENGTH = 2000
+"""Characters of what was refused that are kept, for people to see."""
+
 _MARKS = 500
 """Combining marks that a character may have; what people write has a few."""
 

@@ -20,6 +20,7 @@ from treering.data.schema import quarantine as _quarantine
 from treering.data.schema import rows as _rows
 from treering.data.schema import runs as _runs
 from treering.data.schema import words as _words
+from treering.data.values import RAW_LENGTH
 from treering.files import timestamp
 
 Split = Literal["train", "held_out"]
@@ -35,7 +36,6 @@ still find their text."""
 CHUNK = 5000
 """Values that are bound at once; SQLite takes 32,766."""
 
-_RAW_LENGTH = 2000
 _PAGE = 10_000
 
 
@@ -67,13 +67,12 @@ class Writer:
         """Which of these ids are stored, and on which side.
 
         `aside`: in quarantine since a version was held; `superseded`: no longer true; `like`: left out, for another row
-        says the same.
+        that is stored says the same.
         """
         found: dict[str, Any] = {}
         for part in _parts(ids):
-            found |= dict.fromkeys(
-                self.db.execute(sa.select(_duplicates.c.id).where(_duplicates.c.id.in_(part))).scalars(), "like"
-            )
+            left_out = sa.select(_duplicates.c.id).join(_rows, _rows.c.id == _duplicates.c.like)
+            found |= dict.fromkeys(self.db.execute(left_out.where(_duplicates.c.id.in_(part))).scalars(), "like")
             found |= dict(self.db.execute(sa.select(_rows.c.id, _rows.c.split).where(_rows.c.id.in_(part))).all())
         return {id: split.partition(":")[0] for id, split in found.items()}
 
@@ -101,13 +100,29 @@ class Writer:
             yield found
             seq = found[-1].seq
 
-    def _stored(self, which: sa.ColumnElement[bool], most: int | None = None) -> list[Stored]:
-        query = sa.select(_rows).where(which, _rows.c.split.in_(("train", "held_out"))).order_by(_rows.c.seq)
+    def superseded(self, ids: Sequence[str]) -> list[Stored]:
+        """Those of these rows that are no longer true, each on the side it was on."""
+        return [row for part in _parts(ids) for row in self._stored(_rows.c.id.in_(part), before=SUPERSEDED)]
+
+    def _stored(self, which: sa.ColumnElement[bool], most: int | None = None, before: str = "") -> list[Stored]:
+        """`before`: what stands before the split."""
+        sides = (f"{before}train", f"{before}held_out")
+        query = sa.select(_rows).where(which, _rows.c.split.in_(sides)).order_by(_rows.c.seq)
         found = []
         for row in self.db.execute(query.limit(most)):
             example = Example.of(json.loads(row.messages))
-            said = Said.of(example)
-            found.append(Stored(row.seq, example, said, row.task, row.split, row.given, row.file, row.line))
+            split: Any = row.split.removeprefix(before)
+            found.append(Stored(row.seq, example, Said.of(example), row.task, split, row.given, row.file, row.line))
+        return found
+
+    def quarantined(self, rule: str, file: str | None = None) -> list[Stored]:
+        """The rows (of `file`) that this rule sent to quarantine, by their numbers there."""
+        which = [_quarantine.c.rule == rule, _quarantine.c.messages.is_not(None)]
+        which += [] if file is None else [_quarantine.c.file == file]
+        found = []
+        for row in self.db.execute(sa.select(_quarantine).where(*which).order_by(_quarantine.c.seq)):
+            example = Example.of(json.loads(row.messages))
+            found.append(Stored(row.seq, example, Said.of(example), row.task, row.split, False, row.file, row.line))
         return found
 
     def sizes(self, task: str) -> tuple[int, int]:
@@ -129,7 +144,7 @@ class Writer:
             found.setdefault(task, []).append(id)
         return found
 
-    def add(self, rows: Iterable[Stored]) -> None:
+    def add(self, rows: Sequence[Stored]) -> None:
         """Store rows whose ids are not stored yet."""
         values = [
             {
@@ -138,7 +153,7 @@ class Writer:
                 "task": row.task,
                 "split": row.split,
                 "given": row.given,
-                "messages": _json(row.example),
+                "messages": row.example.as_json(),
                 "file": row.file,
                 "line": row.line,
                 "added": self.added,
@@ -147,6 +162,7 @@ class Writer:
             for row in rows
         ]
         if values:
+            self._judge_anew([row.example.id for row in rows])
             self.db.execute(_rows.insert(), values)
 
     def leave_out(self, task: str, rows: Sequence[tuple[Row, str]]) -> None:
@@ -156,17 +172,25 @@ class Writer:
             for row, like in rows
         ]
         if values:
+            self._judge_anew([row.example.id for row, _ in rows])
             self.db.execute(_duplicates.insert(), values)
+
+    def _judge_anew(self, ids: Sequence[str]) -> None:
+        """Forget that these rows were left out."""
+        for part in _parts(ids):
+            self.db.execute(_duplicates.delete().where(_duplicates.c.id.in_(part)))
 
     def to_held_out(self, ids: Sequence[str]) -> None:
         """Hold out stored training rows."""
         for part in _parts(ids):
             self.db.execute(_rows.update().where(_rows.c.id.in_(part)).values(split="held_out"))
 
-    def hold_out(self, id: str, task: str) -> None:
-        """Move a stored training row to the held-out side of `task`, as the user wants it."""
+    def hold_out(self, id: str, task: str) -> str:
+        """Move a stored training row to the held-out side of `task`, as the user wants it; returns its task before."""
         self.take_back(id)
+        before: str = self.db.execute(sa.select(_rows.c.task).where(_rows.c.id == id)).scalar_one()
         self.db.execute(_rows.update().where(_rows.c.id == id).values(split="held_out", given=True, task=task))
+        return before
 
     def supersede(self, ids: Sequence[str]) -> None:
         """Rows that are no longer true: neither trained nor held out from now on."""
@@ -181,7 +205,7 @@ class Writer:
             here = sa.and_(_rows.c.id.in_(part), sa.not_(_rows.c.given), _rows.c.split.in_(("train", "held_out")))
             query = sa.select(_rows.c.task, _rows.c.file, _rows.c.line, _rows.c.messages).where(here)
             for row in self.db.execute(query.order_by(_rows.c.seq)).all():
-                self.refuse(row.task, [Bad(row.file, row.line, HELD, reason, row.messages[:_RAW_LENGTH])])
+                self.refuse(row.task, [Bad(row.file, row.line, HELD, reason, row.messages[:RAW_LENGTH])])
                 moved += 1
             self.db.execute(_rows.update().where(here).values(split=ASIDE + _rows.c.split))
         return moved
@@ -194,14 +218,12 @@ class Writer:
         split: str = row.split.removeprefix(ASIDE)
         self.db.execute(_rows.update().where(_rows.c.id == id).values(split=split))
         same = (_quarantine.c.file == row.file, _quarantine.c.line == row.line)
-        raw = _quarantine.c.raw == row.messages[:_RAW_LENGTH]
+        raw = _quarantine.c.raw == row.messages[:RAW_LENGTH]
         self.db.execute(_quarantine.delete().where(_quarantine.c.rule == HELD, *same, raw))
         return split
 
-    def remove(self, row: Stored, rule: str, reason: str) -> None:
-        """Move a stored row that no version has learned to quarantine."""
-        raw = _json(row.example)[:_RAW_LENGTH]
-        self.refuse(row.task, [Bad(row.file, row.line, rule, reason, raw, row.example)], row.split)
+    def delete(self, row: Stored) -> None:
+        """Store a row no longer."""
         self.db.execute(_rows.delete().where(_rows.c.seq == row.seq))
 
     def refuse(self, task: str, bad: Sequence[Bad], split: Split = "train") -> None:
@@ -216,7 +238,7 @@ class Writer:
                 "raw": b.raw,
                 "added": self.added,
                 "split": split,
-                "messages": _json(b.example) if b.example else None,
+                "messages": b.example.as_json() if b.example else None,
             }
             for b in bad
         ]
@@ -271,13 +293,6 @@ def choose_held_out(ids: Sequence[str], share: float, stored: int = 0, held_out:
         wanted = max(1, wanted)
     count = max(0, wanted - held_out)
     return set(sorted(ids, key=lambda id: hashlib.blake2b(f"held-out:{id}".encode(), digest_size=8).digest())[:count])
-
-
-_encode = json.JSONEncoder(ensure_ascii=False).encode  # `dumps` would make an encoder for each row.
-
-
-def _json(example: Example) -> str:
-    return _encode(example.as_dicts())
 
 
 def _parts(values: Sequence[Any]) -> Iterator[Sequence[Any]]:

@@ -11,7 +11,7 @@ from functools import partial
 
 from treering.data.containers import Found, Source
 from treering.data.containers.text import LONGEST_LINE, CutLine, Text
-from treering.data.values import RowError, plain
+from treering.data.values import RAW_LENGTH, RowError, plain
 
 LONGEST_LIST, LONGEST_JSON = 1 << 24, 1 << 26
 """Characters of a JSON text that is read whole, of a list and of anything else; a longer list is read element by
@@ -143,7 +143,7 @@ def _json_lines(text: Text) -> Iterator[Found]:
 def _json_line(number: int, line: str) -> Found:
     if isinstance(line, CutLine):
         reason = f"the line has more than {LONGEST_LINE:,} characters; give each row a line of its own"
-        return Found(number, None, line[:2000], RowError("too-large", reason))
+        return Found(number, None, line[:RAW_LENGTH], RowError("too-large", reason))
     line = line.rstrip()
     try:
         value = _decode(line)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from treering.data.containers import Found, Source
 from treering.data.containers.text import LONGEST_LINE, CutLine, Text
-from treering.data.values import RowError
+from treering.data.values import RAW_LENGTH, RowError
 
 _DELIMITERS = (",", ";", "\t")
 
@@ -58,7 +58,9 @@ def _column_names(header: list[str] | RowError, raw: str, source: Source) -> lis
             raise header
         source.columns(header)
     except RowError as error:
-        raise RowError(error.rule, f"the first line must name the columns, but {error.reason}", raw[:2000]) from None
+        raise RowError(
+            error.rule, f"the first line must name the columns, but {error.reason}", raw[:RAW_LENGTH]
+        ) from None
     return header
 
 
