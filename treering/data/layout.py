@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from treering.data.names import KEYS, KNOWN_KEYS, ROW_KEYS
@@ -49,18 +49,12 @@ class Layout:
         missing = [name for name in self.columns.values() if plain(name) not in there]
         if missing:
             raise RowError("unknown-format", f"{_listed(missing)} was told, but the columns are {_listed(names)}")
-        return [name for name in names if plain(name) in self._used]
+        used = {plain(name) for name in (*self.columns.values(), *self.media, self.wanted) if name}
+        return [name for name in names if plain(name) in used]
 
-    def unread(self, value: Mapping[object, object]) -> list[str]:
-        """Keys of a record that are not read."""
-        if not self.columns:
-            return [str(key) for key in value if called_here(key, ROW_KEYS) not in KNOWN_KEYS]
-        used = self._used
-        return [str(key) for key in value if plain(key) not in used]
-
-    @property
-    def _used(self) -> set[str]:
-        return {plain(name) for name in (*self.columns.values(), *self.media, self.wanted) if name}
+    def unread(self, names: Iterable[object]) -> list[str]:
+        """Which of these keys or columns are not read, though nobody told which are."""
+        return [] if self.columns else [str(name) for name in names if called_here(name, ROW_KEYS) not in KNOWN_KEYS]
 
     def record(self, value: object) -> object:
         """The record with treering's keys. Raises `RowError` for one that is not to be learned."""

@@ -157,8 +157,8 @@ def _rows(
                 to_example = partial(convert, shape=PLAIN)
             empty = False
             row = _row(file, found, layout, to_example)
-            if isinstance(found.value, Mapping):
-                unread.update(dict.fromkeys(layout.unread(found.value) if len(unread) < _TOLD else ()))
+            if isinstance(row, Row) and isinstance(found.value, Mapping) and len(unread) < _TOLD:
+                unread.update(dict.fromkeys(layout.unread(found.value)))
             pairs += isinstance(row, Row) and is_pair(layout.record(found.value))
             kept += isinstance(row, Row) and row.example.rejected is not None
             plain += isinstance(row, Row) and row.example.is_text
@@ -183,7 +183,7 @@ def _rows(
 def _header(layout: Layout, unread: dict[str, None], names: Sequence[str]) -> list[str]:
     """`Layout.header`; what it leaves out is `unread`."""
     kept = layout.header(names)
-    unread.update(dict.fromkeys(name for name in names if name not in kept))
+    unread.update(dict.fromkeys(layout.unread(names)))
     return kept
 
 
