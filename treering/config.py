@@ -582,12 +582,17 @@ def _explain(errors: Iterable[Any]) -> list[str]:
             message = f"unknown setting{_near(where.rpartition('.')[2], group.model_fields)}"
         elif error["type"] == "model_type":
             message = f"is a group; set one of {', '.join(f'{where}.{name}' for name in group.model_fields)}"
+        elif error["type"] == "string_type":
+            message = "must be a text: put it in quotes"
         elif error["type"].endswith("_parsing"):
             message = message.partition(",")[0]
         if error["loc"] and error["type"] != "extra_forbidden" and where not in _SECRET:
             got[where] = f" (got {error['input']!r})"
         wrong[where] = [*wrong[where], message.removeprefix("must be ")] if where in wrong else [message]
-    return [f"{where}{': ' if where else ''}{' or '.join(wrong[where])}{got.get(where, '')}" for where in wrong]
+    return [
+        f"{where}{': ' if where else ''}{' or '.join(dict.fromkeys(wrong[where]))}{got.get(where, '')}"
+        for where in wrong
+    ]
 
 
 def _place(loc: tuple[Any, ...]) -> tuple[str, type[Section]]:

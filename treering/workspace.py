@@ -12,13 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
 from treering import registry
 from treering.config import Config
 from treering.errors import ConfigError, LockError, UsageError, full_disk_is_clear
 from treering.files import timestamp, write_file
 from treering.registry import Version
+from treering.settings import as_yaml
 
 if TYPE_CHECKING:
     from treering.data.catalog import Catalog
@@ -250,4 +249,4 @@ def _listed(names: Any) -> str | None:
 
 def _settings_text(settings: Mapping[str, Any]) -> str:
     head = "# Settings of this treering workspace; every key is described in docs/configuration.md.\n"
-    return head + (yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True) if settings else "")
+    return head + as_yaml(settings)
