@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.training import KilledError, Run, chat, same_bits, settings
-from treering import Workspace, mix
+from treering import Workspace, mix, scaling
 from treering.brief import ROWS, STEPS
 from treering.candidate import Candidate
 from treering.config import Config
@@ -89,6 +89,17 @@ def test_rows_that_new_ones_break_are_drawn_more(model_folder: Path) -> None:
     weight = [sum(found.weights[row.id] for row in rows) for rows in (same, apart)]
     assert broken and weight[0] > weight[1] and min(found.weights.values()) >= 1
     assert "of 12 remembered ones rose" in found.reason
+
+
+def test_steps_that_float16_skips_are_made_again(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = []
+    for first in (2.0**10, 2.0**30):
+        monkeypatch.setattr(scaling, "FIRST", first)
+        run = Run(model_folder, settings(model_folder, fp16=True, bf16=False, learning_rate=1e-2))
+        ids = list(run.rows)
+        found = mix.interference(run.model, run.rows, ids[4:], memory_of(ids[:4]), run.methods, run.config, run.pad_id)
+        reasons.append(found.reason.partition(", by")[0])
+    assert reasons[0] == reasons[1] and "of 4 remembered ones rose" in reasons[0]
 
 
 def test_a_training_that_fails_favours_nobody(model_folder: Path) -> None:

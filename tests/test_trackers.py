@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -150,6 +151,25 @@ def test_a_server_that_is_gone_costs_no_update(
     assert list(in_tensorboard(ws.root / "logs" / "v1")["loss"]) == [1, 2, 3, 4]
 
 
+def test_nobody_waits_for_a_tracker_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun, hangs = threading.Event(), threading.Event()
+
+    def begin(*_: Any) -> None:
+        begun.set()
+        hangs.wait()
+
+    monkeypatch.setattr("treering.trackers._begin", begin)
+    trackers = Trackers(["mlflow"], Run("shop", "v1", "abc", tmp_path))
+    trackers.log({"step": 1.0, "loss": 1.0})
+    assert begun.wait(30)
+    trackers.log({"step": 2.0, "loss": 1.0})
+    trackers.close(0.1)
+    assert "report_to: mlflow had not taken all after 0 s; the update goes on without" in capsys.readouterr().err
+    hangs.set()
+
+
 def test_a_tracker_that_fails_on_the_way_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,7 +186,7 @@ def test_a_tracker_that_fails_on_the_way_is_left_out(
     trackers = Trackers(["tensorboard"], Run("shop", "v1", "abc", tmp_path))
     for step in (1, 2, 3):
         trackers.log({"step": float(step), "loss": 1.0})
-    trackers.close()
+    trackers.close(30)
     assert fails.calls == 2
     assert capsys.readouterr().err.count("report_to: tensorboard failed (OSError: the disk is full)") == 1
 

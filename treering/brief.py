@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from treering.checkpoints import random_state, set_random_state
+from treering import scaling
+from treering.checkpoints import Log, random_state, set_random_state
 from treering.methods import trained
+from treering.model import precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,3 +50,26 @@ def undone(model: PreTrainedModel) -> Iterator[None]:
                 weight.copy_(start[name])
         set_random_state(random_before)
         model.train(training)
+
+
+Found = TypeVar("Found")
+
+
+def briefly(
+    model: PreTrainedModel,
+    training: Callable[[float | None], Log],
+    measure: Callable[[], Found],
+    config: Config,
+    scale: float | None = None,
+) -> tuple[Found, float | None]:
+    """What `measure` finds after `training`, which is then undone, and the scale of its loss.
+
+    `training` gets the scale to begin with, and returns its log. One that skipped steps, as the scale was too high, is
+    made again at the scale it came to: with fewer steps it would show less.
+    """
+    while True:
+        with undone(model):
+            log = training(scale)
+            if not any(scaling.SKIPPED in entry for entry in log):
+                return measure(), scale
+        scale = scaling.scale(log, precision(config)[0])

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from treering.brief import short, undone
+from treering.brief import briefly, short
+from treering.checkpoints import Log
 from treering.files import write_json
 from treering.memory import Memory, some
 from treering.methods import Methods
@@ -82,12 +83,14 @@ def interference(
     lengths = {id: len(row.ids) for id, row in rows.items()}
     steps = plan_steps(sorted(new), Memory(), methods, lengths, brief)
     before = losses(model, learned, config, pad_id, stop)
+    rate = brief.model_copy(update={"learning_rate": peak_rate(config, model)})
+
+    def training(scale: float | None) -> Log:
+        counted = copy.deepcopy(methods)  # They may count what they see.
+        return train(model, rows, steps, counted, rate, pad_id=pad_id, stop=stop, quiet=True, scale=scale)
+
     try:
-        with undone(model):
-            # The methods may count what they see.
-            rate = brief.model_copy(update={"learning_rate": peak_rate(config, model)})
-            train(model, rows, steps, copy.deepcopy(methods), rate, pad_id=pad_id, stop=stop, quiet=True)
-            after = losses(model, learned, config, pad_id, stop)
+        after, _ = briefly(model, training, lambda: losses(model, learned, config, pad_id, stop), config)
     except (LossError, HalfStepError) as error:
         return Mix(weighed(list(memory.rows), {}), f"all alike: a short training on new rows failed ({error})")
     rises = {id: max(0.0, then - now) for id, now, then in zip(ids, before, after, strict=True)}

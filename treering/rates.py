@@ -17,10 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from treering import scaling
-from treering.brief import ROWS, STEPS, short, undone
+from treering.brief import ROWS, STEPS, briefly, short
+from treering.checkpoints import Log
 from treering.files import write_json
 from treering.memory import Memory, Teacher
 from treering.methods import Losses, Methods
@@ -188,29 +186,28 @@ class RangeTest:
             return found
 
     def _after(self, rate: float, recovery: Recovery) -> Losses | None:
+        config = self._config.model_copy(update={"learning_rate": rate})
+
+        def training(scale: float | None) -> Log:
+            return train(
+                self._model,
+                self._rows,
+                self._steps,
+                copy.deepcopy(self._methods),  # They may count what they see.
+                config,
+                pad_id=self._pad_id,
+                teachers=self._teachers,
+                parents=self._parents,
+                recovery=recovery,
+                stop=self._stop,
+                quiet=True,
+                scale=scale,
+            )
+
         try:
-            with undone(self._model):
-                log = train(
-                    self._model,
-                    self._rows,
-                    self._steps,
-                    copy.deepcopy(self._methods),  # They may count what they see.
-                    self._config.model_copy(update={"learning_rate": rate}),
-                    pad_id=self._pad_id,
-                    teachers=self._teachers,
-                    parents=self._parents,
-                    recovery=recovery,
-                    stop=self._stop,
-                    quiet=True,
-                    scale=self._scale,
-                )
-                skipped = any(scaling.SKIPPED in entry for entry in log)
-                found = None if skipped else self.measure()
+            found, self._scale = briefly(self._model, training, self.measure, config, self._scale)
         except LossError:
             return None
-        if found is None:  # With fewer steps than others it could not be compared: again, at the scale it came to.
-            self._scale = scaling.scale(log, torch.float16)
-            return self._after(rate, recovery)
         return found if math.isfinite(found.new + found.old) else None
 
     def _mean(self, ids: Sequence[str], kind: str) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import queue
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 """Seconds, and tries: by default MLflow waits minutes for a server that is gone, and training with it."""
 
+_ENDED, _STOPPED = 30.0, 2.0
+"""Seconds that an update waits for its trackers at its end, and where it was stopped."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -36,30 +41,45 @@ class Run:
 
 
 class Trackers:
-    """The trackers `names` of one run. They begin with its first entry; one that fails is told of and left out."""
+    """The trackers `names` of one run. They begin with its first entry; one that fails is told of and left out.
+
+    A thread talks to them, so that training never waits for a server.
+    """
 
     def __init__(self, names: Sequence[str], run: Run) -> None:
         self._waiting, self._run = list(names), run
         self._begun: dict[str, Any] = {}
+        self._entries = queue.SimpleQueue[tuple[int, dict[str, float]] | None]()
+        self._thread = threading.Thread(target=self._send_all, daemon=True)
+        if names:
+            self._thread.start()
 
     def log(self, entry: Mapping[str, float]) -> None:
         """Send an entry of the training log: all its values, at its `step`."""
-        step = int(entry["step"])
-        values = {name: value for name, value in entry.items() if name != "step"}
-        for name in self._waiting:
-            with self._left_out_if_it_fails(name):
-                self._begun[name] = _begin(name, self._run, step)
-        self._waiting = []
-        for name, tracker in list(self._begun.items()):
-            with self._left_out_if_it_fails(name):
-                tracker.log(values, step=step)
+        self._entries.put((int(entry["step"]), {name: value for name, value in entry.items() if name != "step"}))
 
     def scores(self, results: Sequence[Result], step: int) -> None:
         """Send the score of each task (`score/<task>`, 0 to 1), at `step`."""
         self.log({"step": step, **{f"score/{task}": found["score"] for task, found in task_scores(results).items()}})
 
-    def close(self) -> None:
-        """End the run, as far as it began."""
+    def close(self, patience: float) -> None:
+        """End the run, as far as it began; what is not sent after so many seconds is lost."""
+        self._entries.put(None)
+        if self._thread.is_alive():
+            self._thread.join(patience)
+        if self._thread.is_alive():
+            names = ", ".join([*self._waiting, *self._begun])
+            say(f"report_to: {names} had not taken all after {patience:.0f} s; the update goes on without")
+
+    def _send_all(self) -> None:
+        for step, values in iter(self._entries.get, None):
+            while self._waiting:
+                with self._left_out_if_it_fails(name := self._waiting[0]):
+                    self._begun[name] = _begin(name, self._run, step)
+                self._waiting.pop(0)
+            for name, tracker in list(self._begun.items()):
+                with self._left_out_if_it_fails(name):
+                    tracker.log(values, step=step)
         for name, tracker in list(self._begun.items()):
             with self._left_out_if_it_fails(name):
                 tracker.finish()
@@ -79,10 +99,12 @@ def of_update(ws: Workspace, plan: Plan, config: Config) -> Iterator[Trackers]:
     """The trackers of the update that follows `plan`, ended at the end whatever happens."""
     run = Run(ws.root.name, registry.next_name(ws), plan.digest[:12], ws.root / "logs")
     trackers = Trackers(config.report_to, run)
+    patience = _STOPPED
     try:
         yield trackers
+        patience = _ENDED
     finally:
-        trackers.close()
+        trackers.close(patience)
 
 
 def check(names: Sequence[str]) -> None:
