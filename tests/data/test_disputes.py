@@ -101,6 +101,13 @@ def test_a_file_may_be_edited_in_place(ws: Workspace, say: Say) -> None:
         assert true(ws) == {answer}
 
 
+def test_of_a_file_that_says_both_the_last_counts(ws: Workspace, say: Say) -> None:
+    say(one="10")
+    say(two="12")
+    assert (say(three="10 12").duplicates, true(ws)) == (2, {"12"})
+    assert (say(four="12 10").restored, true(ws)) == (1, {"10"})
+
+
 def test_a_file_may_be_a_log(ws: Workspace, say: Say) -> None:
     say(log="10")
     say(log="12")
@@ -147,13 +154,15 @@ def test_a_policy_says_what_becomes_of_it(ws: Workspace, say: Say, policy: str, 
     assert true(ws) == kept
 
 
-def test_nobody_knows_of_two_that_come_together(ws: Workspace, say: Say) -> None:
+@pytest.mark.parametrize("other", ["four", "zero"])
+def test_nobody_knows_of_two_that_come_together(ws: Workspace, say: Say, other: str) -> None:
     say(one="10")
     say(two="12")
-    found = say(three="10", four="14")
+    found = say(**{"three": "10", other: "14"})  # In the order of their names.
     assert (found.accepted, found.restored, found.reasons) == (0, 0, {"contradiction": 2})
-    assert disputed(ws) == ["four: 14", "three: 10"]
-    assert held(ws)["10"] == "superseded:train"
+    assert disputed(ws) == sorted([f"{other}: 14", "three: 10"])
+    assert held(ws)["10"] == "superseded:train" and "14" not in held(ws)
+    assert (say(two="x", five="12").restored, true(ws)) == (1, {"12"})
     number = next(entry["number"] for entry in quarantine.listed(ws) if entry["messages"][-1]["content"] == "10")
     done = quarantine.release(ws, [number])
     assert (done.accepted, done.restored, true(ws)) == (1, 1, {"10"})
