@@ -165,7 +165,7 @@ class Lesson:
         parents = self._parents(self.new, "asking the parent before training")
         self._ask_reference()
         if self.config.launcher != "local":
-            self._learn_in_processes(teachers, parents, track)
+            started += self._learn_in_processes(teachers, parents, track)
             track = None  # It was told.
         # Where processes did it, the last checkpoint has all steps done.
         self.log = train(
@@ -338,8 +338,9 @@ class Lesson:
         teachers: Mapping[str, Teacher] | None,
         parents: Mapping[str, Teacher] | None,
         track: Callable[[Mapping[str, float]], None] | None,
-    ) -> None:
-        pupil = self.pupil
+    ) -> float:
+        """Returns the seconds that their start and what is around their training took."""
+        pupil, started = self.pupil, time.perf_counter()
         handover = Handover(
             self.config,
             pupil.base,
@@ -364,6 +365,7 @@ class Lesson:
             )
         shutil.rmtree(folder)
         pupil.model, self.methods = begun(pupil.base, self.config, pupil.parent)
+        return time.perf_counter() - started - max(trained.seconds for trained in self.processes)
 
 
 def begun(base: Path, config: Config, parent: Version | None) -> tuple[PreTrainedModel, Methods]:
