@@ -66,6 +66,21 @@ def test_there_and_back(ws: Workspace, workspace: MakeWorkspace, tmp_path: Path,
     assert ids(again) == ids(ws) - set(ws.catalog.held_out()["other"])
 
 
+@pytest.mark.parametrize("format", ["openai", "parquet", "sharegpt", "alpaca"])
+def test_a_turn_of_weight_0_is_never_one_to_learn(workspace: MakeWorkspace, tmp_path: Path, format: str) -> None:
+    said = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "qbra", strict=True)]
+    rows: list[dict[str, Any]] = [{"messages": [said[0], {**said[1], "weight": 0}, *said[2:]]}, ROWS[0]]
+    made, again = workspace(val_size=0.0), workspace("again", val_size=0.0)
+    assert made.ingest(rows, task="shop").accepted == 2
+    file = tmp_path / ("a.parquet" if format == "parquet" else "a.json")
+    done = export(made, file, format)
+    if format in ("openai", "parquet"):
+        again.ingest(file, task="shop")
+        assert ids(again) == ids(made)
+    else:
+        assert done["left_out"] == {"a turn is not to be learned (weight 0)": 1}
+
+
 def test_alpaca_leaves_out_what_it_cannot_say(ws: Workspace, workspace: MakeWorkspace, tmp_path: Path) -> None:
     done = export(ws, tmp_path / "a.json", "alpaca", task="shop")
     assert (done["rows"], done["left_out"]) == (4, {"it has a tool's turn": 1})

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from treering.data.example import REJECTED, Example, Message
+from treering.data.example import REJECTED, WEIGHT, Example, Message
 from treering.data.records import Found, records
 from treering.data.shapes import PLAIN, convert, is_plain_text
 from treering.data.tombstones import Tombstones
@@ -170,6 +170,9 @@ def _converted(examples: Iterable[Example], format: str, left: dict[str, int]) -
             yield row
 
 
+_UNLEARNED = "a turn is not to be learned (weight 0)"
+
+
 def text(example: Example) -> dict[str, Any] | str:
     """The row as `text`, or why that is not possible."""
     return {"text": example.answer} if example.is_text else "it is no plain text"
@@ -186,6 +189,8 @@ def sharegpt(example: Example) -> dict[str, Any] | str:
     turns, tools = _apart(example)
     if any(CALLED in turn and turn["content"] for turn in turns):
         return "a turn has a call beside its text"
+    if not all(turn.is_learned for turn in example.messages):
+        return _UNLEARNED
     said = [
         {"from": "function_call", "value": compact([call["function"] for call in turn[CALLED]])}
         if CALLED in turn
@@ -236,6 +241,8 @@ def alpaca(example: Example) -> dict[str, Any] | str:
     """The row as instruction, input and output, earlier turns as history; or why that is not possible."""
     turns = list(example.messages)
     system = turns.pop(0).content if turns[0].role == "system" else ""
+    if not all(turn.is_learned for turn in turns):
+        return _UNLEARNED
     roles = [turn.role for turn in turns]
     if "tool" in roles or example.tells_more:
         return "it has a tool's turn"
@@ -272,7 +279,8 @@ def _write_parquet(file: BinaryIO, rows: Iterable[dict[str, Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    turn = pa.struct([(key, pa.string()) for key in ("role", "content", CALLED, "tool_call_id", "name")])
+    texts = ("role", "content", CALLED, "tool_call_id", "name")
+    turn = pa.struct([*((key, pa.string()) for key in texts), (WEIGHT, pa.int8())])
     schema = pa.schema([("messages", pa.list_(turn)), (OFFERED, pa.string())])
     waiting: list[dict[str, Any]] = []
     with pq.ParquetWriter(file, schema) as writer:
