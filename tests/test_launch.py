@@ -22,6 +22,8 @@ from torch import Tensor
 
 from tests.training import Run, same_bits, settings
 from treering import Workspace, launch, registry
+from treering.answers import Answerer
+from treering.data.example import Message
 from treering.errors import ConfigError, TreeringError, UpdateInterruptedError
 from treering.forecast import forecast
 from treering.handover import Handover
@@ -232,6 +234,19 @@ def test_a_signal_keeps_where_the_processes_are(waiting: Workspace) -> None:
     until(lambda: not holding(staging))
     (kept,) = {int(path.name.removeprefix("step-")) for path in staging.glob("checkpoints/step-*")} - {0}
     assert 0 < kept < 200
+
+
+@pytest.mark.soak
+def test_what_processes_made_serves_and_goes_on(workspace: Callable[..., Workspace]) -> None:
+    """With the protection that is the default, which answers with what is remembered of earlier versions."""
+    ws = workspace(launcher="accelerate", processes=2, max_steps=4, gate={"margin": 1.0, "floor": 1.0})
+    for name, task in (("v1", "pens"), ("v2", "cups")):
+        ws.ingest(toy_rows(task, 40), task=task)
+        made = ws.update()
+        assert made is not None and made.name == name
+        assert made.manifest["config"]["processes"] == 2
+    assert "recall" in ws.config().protect
+    assert len(Answerer(ws, made).answer([[Message("user", "pens 1")]])) == 1
 
 
 def test_processes_asked_before_their_first_step(model_folder: Path, tmp_path: Path) -> None:

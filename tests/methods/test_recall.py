@@ -349,6 +349,14 @@ def test_an_interrupted_update_ends_in_the_same_bytes(copied: Workspace, tmp_pat
         assert (made.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
 
 
+def test_what_processes_learned_recalls(copied: Workspace) -> None:
+    """A version keeps how many there were, and not what started them."""
+    made = registry.get(copied, "v2")
+    weight = recall.load(made).weight
+    made.manifest["config"]["processes"] = 2
+    assert recall.load(made).weight == weight
+
+
 def test_with_experts_the_router_does_both(tmp_path: Path, model_folder: Path) -> None:
     ws = taught(tmp_path / "experts", model_folder, adapter_composition="experts", num_train_epochs=2.0)
     made = registry.get(ws, "v2")

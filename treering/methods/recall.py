@@ -132,4 +132,6 @@ def load(version: Version, router: Router | None = None) -> Recall:
     """The recall of `version`, as it was judged, with its `router` if that was read already."""
     from treering.config import Config
 
-    return Recall(Config.model_validate(version.manifest["config"]), router or Router.load(version.folder))
+    # Its own settings alone: others may be half of what was set, for what starts processes is kept apart.
+    config = Config.model_validate({"recall": version.manifest["config"].get("recall", {})})
+    return Recall(config, router or Router.load(version.folder))
