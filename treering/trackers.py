@@ -7,6 +7,7 @@ import importlib.util
 import os
 import queue
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from treering.workspace import Workspace
 
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-"""Seconds, and tries: by default MLflow waits minutes for a server that is gone, and training with it."""
+"""Seconds, and tries: by default MLflow waits minutes for a server that is gone."""
 
 _ENDED, _STOPPED = 30.0, 2.0
 """Seconds that an update waits for its trackers at its end, and where it was stopped."""
@@ -41,22 +42,18 @@ class Run:
 
 
 class Trackers:
-    """The trackers `names` of one run. They begin with its first entry; one that fails is told of and left out.
-
-    A thread talks to them, so that training never waits for a server.
-    """
+    """The trackers `names` of one run, each with a thread of its own: nobody waits for a server, nor for another."""
 
     def __init__(self, names: Sequence[str], run: Run) -> None:
-        self._waiting, self._run = list(names), run
-        self._begun: dict[str, Any] = {}
-        self._entries = queue.SimpleQueue[tuple[int, dict[str, float]] | None]()
-        self._thread = threading.Thread(target=self._send_all, daemon=True)
-        if names:
-            self._thread.start()
+        self._senders = [_Sender(name, run) for name in names]
+        for sender in self._senders:
+            sender.start()
 
     def log(self, entry: Mapping[str, float]) -> None:
         """Send an entry of the training log: all its values, at its `step`."""
-        self._entries.put((int(entry["step"]), {name: value for name, value in entry.items() if name != "step"}))
+        values = {name: value for name, value in entry.items() if name != "step"}
+        for sender in self._senders:
+            sender.entries.put((int(entry["step"]), values))
 
     def scores(self, results: Sequence[Result], step: int) -> None:
         """Send the score of each task (`score/<task>`, 0 to 1), at `step`."""
@@ -64,34 +61,41 @@ class Trackers:
 
     def close(self, patience: float) -> None:
         """End the run, as far as it began; what is not sent after so many seconds is lost."""
-        self._entries.put(None)
-        if self._thread.is_alive():
-            self._thread.join(patience)
-        if self._thread.is_alive():
-            names = ", ".join([*self._waiting, *self._begun])
-            say(f"report_to: {names} had not taken all after {patience:.0f} s; the update goes on without")
+        deadline = time.monotonic() + patience
+        for sender in self._senders:
+            sender.entries.put(None)
+        for sender in self._senders:
+            sender.join(max(0.0, deadline - time.monotonic()))
+            if sender.is_alive():
+                say(f"report_to: {sender.of} had not taken all after {patience:.0f} s; the update goes on without it")
 
-    def _send_all(self) -> None:
-        for step, values in iter(self._entries.get, None):
-            while self._waiting:
-                with self._left_out_if_it_fails(name := self._waiting[0]):
-                    self._begun[name] = _begin(name, self._run, step)
-                self._waiting.pop(0)
-            for name, tracker in list(self._begun.items()):
-                with self._left_out_if_it_fails(name):
-                    tracker.log(values, step=step)
-        for name, tracker in list(self._begun.items()):
-            with self._left_out_if_it_fails(name):
-                tracker.finish()
 
-    @contextmanager
-    def _left_out_if_it_fails(self, name: str) -> Iterator[None]:
+class _Sender(threading.Thread):
+    """Sends `entries` to one tracker, which begins with the first, until there is None.
+
+    A tracker that fails is told of, and gets no more.
+    """
+
+    def __init__(self, of: str, run: Run) -> None:
+        super().__init__(daemon=True)
+        self.of, self._run = of, run
+        self.entries = queue.SimpleQueue[tuple[int, Mapping[str, float]] | None]()
+
+    def run(self) -> None:
+        """What the thread does."""
         try:
-            yield
+            self._send()
         except Exception as error:
-            self._begun.pop(name, None)
             reason = (str(error).strip().splitlines() or [""])[0]
-            say(f"report_to: {name} failed ({type(error).__name__}: {reason[:300]}); the update goes on without it")
+            say(f"report_to: {self.of} failed ({type(error).__name__}: {reason[:300]}); the update goes on without it")
+
+    def _send(self) -> None:
+        tracker: Any = None
+        for step, values in iter(self.entries.get, None):
+            tracker = tracker or _begin(self.of, self._run, step)
+            tracker.log(values, step=step)
+        if tracker is not None:
+            tracker.finish()
 
 
 @contextmanager
