@@ -5,7 +5,6 @@ Keys that LLaMA-Factory also has carry its names.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from treering.data.rules import ALL, LEVELS, is_custom
-from treering.errors import ConfigError
+from treering.errors import ConfigError, near
 from treering.methods import FINETUNING_TYPES, PROTECT
 from treering.optimizers import OPTIMIZERS
 from treering.sections import (
@@ -270,7 +269,7 @@ class Config(Section):
         problems = []
         for name, level in value.items():
             if not is_custom(name) and name not in ALL:
-                problems.append(f"{name} is no rule{_near(name, ALL)}; known: {', '.join(ALL)}, or FILE.py:FUNCTION")
+                problems.append(f"{name} is no rule{near(name, ALL)}; known: {', '.join(ALL)}, or FILE.py:FUNCTION")
             elif level not in (levels := LEVELS if is_custom(name) else ALL[name].levels):
                 problems.append(f"{name} is {level}; it may be {', '.join(levels)}")
         if problems:
@@ -542,7 +541,7 @@ def names(text: str) -> list[str]:
 def _known(value: object, known: Iterable[str]) -> str:
     if isinstance(value, str) and value in known:
         return value
-    raise ValueError(f"unknown name{_near(str(value), known)}; known: {', '.join(known)}")
+    raise ValueError(f"unknown name{near(str(value), known)}; known: {', '.join(known)}")
 
 
 def _all_known(value: object, known: Iterable[str], example: str) -> tuple[str, ...]:
@@ -551,11 +550,6 @@ def _all_known(value: object, known: Iterable[str], example: str) -> tuple[str, 
     if not isinstance(names, list | tuple):
         raise ValueError(f"write a list, such as {example}")
     return tuple(_known(name, known) for name in names)
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -579,7 +573,7 @@ def _explain(errors: Iterable[Any]) -> list[str]:
         where, group = _place(error["loc"])
         message = error["msg"].removeprefix("Value error, ").replace("Input should be ", "must be ")
         if error["type"] == "extra_forbidden":
-            message = f"unknown setting{_near(where.rpartition('.')[2], group.model_fields)}"
+            message = f"unknown setting{near(where.rpartition('.')[2], group.model_fields)}"
         elif error["type"] == "model_type":
             message = f"is a group; set one of {', '.join(f'{where}.{name}' for name in group.model_fields)}"
         elif error["type"] == "string_type":

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """For a message that says that `name` is none of those `known`: which was meant, perhaps."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
 
 
 class TreeringError(Exception):

@@ -374,9 +374,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, last_only: bool
     turns = example.messages
     asked = next((position for position, turn in enumerate(turns) if turn.role == "user"), 0)
     for position, turn in enumerate(turns):
-        if turn.role != "assistant" or position < asked or (last_only and position < len(turns) - 1):
-            continue
-        if not turn.is_learned:
+        passed_over = position < asked or (last_only and position < len(turns) - 1)
+        if turn.role != "assistant" or passed_over or not turn.is_learned:
             continue
         start = len(_render(tokenizer, turns[:position], open_answer=True))
         ids = _render(tokenizer, turns[: position + 1], open_answer=False)

@@ -237,13 +237,14 @@ class _Intake:
         new = [seq for seq, row in rows if row.answer in slips and seq > self.judge.first]
         free = [row for row in self.writer.numbered(new) if row.example.id not in self.judge.needed]
         for row in free:
-            said = row.example.answer
-            if levels[SLIP] == "reject":  # What is kept of a row quotes no other: that one may be deleted.
-                reason = f"the rare label {said!r} looks like a frequent one of its task; correct it if it is a slip"
+            said, rejects = row.example.answer, levels[SLIP] == "reject"
+            # What is kept of a row quotes no other: that one may be deleted.
+            other = "a frequent one of its task" if rejects else repr(slips[said])
+            reason = f"the rare label {said!r} looks like {other}; correct it if it is a slip"
+            if rejects:
                 self._take_out(row, SLIP, f"{reason}, or set the level of {SLIP} to warn")
             else:
                 self.warned[SLIP] += 1
-                reason = f"the rare label {said!r} looks like {slips[said]!r}; correct it if it is a slip"
                 self._note(task, f"{row.file}, line {row.line}: {reason}")
         ratio = labels.imbalance()
         if ratio and levels[BALANCE] == "warn":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -84,10 +84,11 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 def control_characters(row: Example, _: Around) -> Finding | None:
     """A C0 control character, which text never needs apart from tab and line ends."""
-    for number, found in _found(row, _CONTROL):
-        place, code = found.start() + 1, ord(found[0])
-        return Finding(f"turn {number} holds U+{code:04X} at character {place}; delete it", _without(row, _CONTROL))
-    return None
+    number, found = _first(row, _CONTROL)
+    if found is None:
+        return None
+    place, code = found.start() + 1, ord(found[0])
+    return Finding(f"turn {number} holds U+{code:04X} at character {place}; delete it", _without(row, _CONTROL))
 
 
 def broken_encoding(row: Example, _: Around) -> Finding | None:
@@ -242,7 +243,7 @@ RULES: dict[str, Known] = {
     "template-refuses": Known(template_refuses, "reject", ("reject",)),
     "too-long": Known(too_long, "reject", ("repair", "reject")),
 }
-"""All rules in the order in which rows meet them; what a rule mends the later ones see mended."""
+"""Those that see one row, in the order in which rows meet them; what a rule mends the later ones see mended."""
 
 
 SLIP, BALANCE = "look-alike-label", "imbalance"
@@ -261,7 +262,7 @@ ALL: dict[str, Known | OfTask] = {
     SLIP: OfTask("warn", LEVELS),
     BALANCE: OfTask("warn", ("warn", "off")),
 }
-"""The same, and those that see all rows of a task once they are taken in."""
+"""These, and those that see all rows of a task once they are taken in."""
 
 
 def is_custom(name: str) -> bool:
@@ -282,15 +283,16 @@ def _without(row: Example, what: re.Pattern[str]) -> Example:
     return _of([turn.said(partial(what.sub, "")) for turn in row.messages])
 
 
-def _found(row: Example, what: re.Pattern[str]) -> Iterator[tuple[int, re.Match[str]]]:
-    """Each text of a turn, tools and calls and rejected answers included, in which it is found, and where."""
+def _first(row: Example, what: re.Pattern[str]) -> tuple[int, re.Match[str] | None]:
+    """The turn whose texts, tools and calls and rejected answers included, are the first to hold it, and where."""
     for number, turn in enumerate(row.messages, 1):
         for text in turn.texts:
             if found := what.search(text):
-                yield number, found
+                return number, found
+    return 0, None
 
 
 def _leftover(row: Example, what: re.Pattern[str], name: str) -> Finding | None:
-    for number, found in _found(row, what):
-        return Finding(f"turn {number} holds {name}: {found[0][:80]!r}; take it out unless it belongs there")
-    return None
+    number, found = _first(row, what)
+    said = found and f"turn {number} holds {name}: {found[0][:80]!r}; take it out unless it belongs there"
+    return Finding(said) if said else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +11,7 @@ from treering import registry
 from treering.automate.drift import divergence, drift
 from treering.data.example import Example
 from treering.data.labels import Labels
-from treering.errors import UsageError
+from treering.errors import UsageError, near
 
 if TYPE_CHECKING:
     from treering.looks import Looks
@@ -50,10 +49,10 @@ def stats(ws: Workspace, task: str | None = None, looks: Looks | None = None) ->
     """By task, or of one; with `looks` models read the rows as well. Raises `UsageError` if there is no such task."""
     tasks = ws.catalog.tasks()
     if task is not None and task not in tasks:
-        near = difflib.get_close_matches(task, list(tasks), n=1)
-        guess = f", did you mean {near[0]!r}?" if near else ""
         known = ", ".join(list(tasks)[:SHOWN]) + (", ..." if len(tasks) > SHOWN else "")
-        raise UsageError(f"there is no task {task!r}{guess}; there are: {known or 'none yet, for no row is stored'}")
+        raise UsageError(
+            f"there is no task {task!r}{near(task, tasks)}; there are: {known or 'none yet, for no row is stored'}"
+        )
     learned = registry.known(ws, registry.current(ws))
     waiting = ws.catalog.waiting(learned)
     found = {}
