@@ -154,6 +154,7 @@ WRONG: list[tuple[str, str, dict[str, object]]] = [
     ("no-answer", "last turn of messages", {"messages": [ASK, {"role": "assistant", "content": " "}]}),
     ("no-user-turn", "user", {"messages": []}),
     ("no-user-turn", "user", {"conversations": [{"from": "gpt", "value": "a"}]}),
+    ("no-user-turn", "user", {"question": [ANSWER], "context": "c", "answer": "a"}),
     ("bad-turns", "messages is text", {"messages": "q"}),
     ("bad-turns", "messages is null", {"messages": None}),
     ("bad-turns", "turn 1 is text", {"messages": ["q", "a"]}),

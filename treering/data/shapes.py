@@ -117,8 +117,8 @@ def _pair(row: Fields, shape: Shape) -> list[Message]:
 
 def _question(row: Fields, shape: Shape) -> list[Message]:
     turns, context = _pair(row, shape), text_of(row.get("context"), "context")
-    asked = next(at for at, turn in enumerate(turns) if turn.role == "user")
-    if context:
+    asked = next((at for at, turn in enumerate(turns) if turn.role == "user"), None)
+    if context and asked is not None:  # Where nobody asks, the order of turns is what is wrong.
         turns[asked] = replace(turns[asked], content=f"{context}\n{turns[asked].content}".strip())
     return turns
 
