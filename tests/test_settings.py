@@ -35,6 +35,8 @@ from treering.settings import as_yaml, parse, read_yaml
         ("-.inf", -math.inf),
         ("9" * 5000, math.inf),
         ("{a: [no, 1]}", {"a": ["no", 1]}),
+        (r'"\ud83d\ude00"', "😀"),
+        (r'["a", "\ud83d"]', r'["a", "\ud83d"]'),
         ("to: everybody", "to: everybody"),
         ("[a", "[a"),
         ("[" * 4000, "[" * 4000),
@@ -72,7 +74,13 @@ def test_what_is_written_is_read_again(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("seed: 1\nseed: 2\n", "'seed' stands twice"), ("a: " + "[" * 4000, "cannot be read as YAML")]
+    ("text", "said"),
+    [
+        ("seed: 1\nseed: 2\n", "'seed' stands twice"),
+        ("a: " + "[" * 4000, "cannot be read as YAML"),
+        (r'a: "\ude00"', "half of a character"),
+        (r'"\ud83d": 1', "half of a character"),
+    ],
 )
 def test_what_is_no_settings(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "a.yaml").write_text(text)

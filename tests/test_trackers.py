@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import threading
@@ -31,10 +32,13 @@ TERMS = ("loss", "grad_norm", "lr", "tokens_per_second")
 
 
 @pytest.fixture
-def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Workspace], Version]:
-    """Runs an update that is killed in its fourth step, after a checkpoint at the second, and runs it again."""
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Version]:
+    """Runs an update that is killed in its fourth step, after a checkpoint at the second, and runs it again.
 
-    def run(ws: Workspace) -> Version:
+    `between` is called in between.
+    """
+
+    def run(ws: Workspace, between: Callable[[], object] = lambda: None) -> Version:
         save, kill = Checkpoints.save, UpdateInterruptedError("killed")
 
         def killed(checkpoints: Checkpoints, log: Log) -> None:
@@ -46,6 +50,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Workspace], Versio
             patch.setattr(Checkpoints, "save", killed)
             with pytest.raises(UpdateInterruptedError):
                 ws.update()
+        between()
         version = ws.update()
         assert version is not None
         return version
@@ -67,7 +72,7 @@ def in_tensorboard(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def test_tensorboard_has_every_step_once_and_the_scores(
-    workspace: MakeWorkspace, interrupted: Callable[[Workspace], Version]
+    workspace: MakeWorkspace, interrupted: Callable[..., Version]
 ) -> None:
     ws = workspace(report_to="tensorboard", **SETTINGS)
     ws.ingest(toy_rows("pens", 40), task="pens")
@@ -86,6 +91,13 @@ def test_tensorboard_has_every_step_once_and_the_scores(
         assert list(found["loss"]) == [1, 2, 3, 4]
         for task, score in version.scores.items():
             assert found[f"score/{task}"] == {4: pytest.approx(score)}
+
+
+def test_a_resumed_training_sends_what_was_lost(workspace: MakeWorkspace, interrupted: Callable[..., Version]) -> None:
+    ws = workspace(report_to="tensorboard", **SETTINGS)
+    ws.ingest(toy_rows("pens", 40), task="pens")
+    interrupted(ws, lambda: shutil.rmtree(ws.root / "logs"))
+    assert list(in_tensorboard(ws.root / "logs" / "v1")["loss"]) == [1, 2, 3, 4]
 
 
 def test_trackers_change_neither_bits_nor_plan(workspace: MakeWorkspace) -> None:
@@ -235,7 +247,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.mark.mlflow
 def test_a_real_mlflow_server_has_one_run_an_update(
-    server: str, workspace: MakeWorkspace, interrupted: Callable[[Workspace], Version]
+    server: str, workspace: MakeWorkspace, interrupted: Callable[..., Version]
 ) -> None:
     from mlflow import MlflowClient
 

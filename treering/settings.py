@@ -33,6 +33,19 @@ class _Loader(yaml.SafeLoader):
         if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
     }
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        """Two escapes that are a character between them are one, as in JSON, whose texts are YAML too.
+
+        Raises `yaml.YAMLError` for half a character.
+        """
+        text = super().construct_scalar(node)
+        try:
+            return text.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{text!a} has half of a character (a surrogate without its other half)", node.start_mark
+            ) from None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Raises `yaml.YAMLError` for a key that stands twice, of which PyYAML takes the last."""
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

@@ -129,7 +129,10 @@ def check(names: Sequence[str]) -> None:
 
 
 def _begin(name: str, run: Run, step: int) -> Any:
-    """The tracker of that name, begun at `step` (what an earlier try sent from there on counts no more)."""
+    """The tracker of that name, begun at `step` (what an earlier try sent from there on counts no more).
+
+    A resumed training sends its log from the first step on, for nobody knows how much of it was taken before it ended.
+    """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     run.folder.mkdir(exist_ok=True)

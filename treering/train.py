@@ -77,7 +77,7 @@ def train(
 ) -> list[dict[str, float]]:
     """Train the weights that require gradients, in place, over `steps`; returns one log entry a step.
 
-    Each is given to `track` when it is finished; those of steps that an earlier run did are not.
+    Each is given to `track` when it is finished; those of steps that an earlier run did come again at the beginning.
     Loss: cross entropy averaged over the tokens of the optimiser step that are learned, that of its preference pairs
     averaged over these, plus what the methods add.
     With `checkpoints` (a folder) the state is kept there now and then, and an earlier run is resumed to the same bits.
@@ -118,6 +118,9 @@ def train(
         checkpoints, parameters, optimizer, config, recovery, ranks, {"best": early.weights, **methods.running}
     )
     log = kept.resume()
+    if track is not None and ranks.first:
+        for entry in log:
+            track(entry)
     with (
         stop.patient(),
         bar("training", len(steps), quiet) as advance,
