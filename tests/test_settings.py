@@ -29,6 +29,7 @@ from treering.settings import as_yaml, parse, read_yaml
         ("08", 8),
         ("-12", -12),
         ("0xff", 255),
+        ("0o17", 15),
         ("1e-3", 1e-3),
         ("-.5", -0.5),
         ("3.", 3.0),

@@ -57,7 +57,7 @@ class _Loader(yaml.SafeLoader):
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("int", r"[-+]?[0-9]{1,400}|0x[0-9a-fA-F]{1,400}", "-+0123456789"),
+    ("int", r"[-+]?[0-9]{1,400}|0o[0-7]{1,400}|0x[0-9a-fA-F]{1,400}", "-+0123456789"),
     ("float", rf"[-+]?(?:{_NUMBER}|\.inf|\.Inf|\.INF)|\.nan|\.NaN|\.NAN", "-+.0123456789"),
     ("merge", r"<<", "<"),
 ):
@@ -66,7 +66,7 @@ for _tag, _pattern, _first in (
 
 def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node))
-    return int(text, 16 if "x" in text else 10)
+    return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
