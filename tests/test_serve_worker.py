@@ -15,6 +15,7 @@ import torch
 from tests.serving import ASK, LONG, greedy
 from treering import Workspace
 from treering.errors import ModelError
+from treering.router import OWN
 from treering.serve.adapters import Adapter
 from treering.serve.batch import Batch
 from treering.serve.engine import BASE, EngineError, Job
@@ -451,7 +452,7 @@ class Places(Loaded):
     def _read(self, name: str) -> Read:
         if name in self.damaged:
             raise ModelError(f"{name} is damaged")
-        return Read(Adapter({}), None)
+        return Read({OWN: Adapter({})}, None, None)
 
 
 @pytest.fixture
@@ -524,7 +525,7 @@ def test_an_adapter_that_does_not_fit_takes_no_place(
     loaded.want("v1")
     settled(loaded)
     weights = {"model.nowhere": (torch.zeros(2, 3), torch.zeros(3, 2))}
-    monkeypatch.setattr(loaded, "_read", lambda _: Read(Adapter(weights), None))
+    monkeypatch.setattr(loaded, "_read", lambda _: Read({OWN: Adapter(weights)}, None, None))
     loaded.want("v2")
     reason = settled(loaded)["v2"]
     assert reason is not None and "no linear layer" in reason and there(loaded) == ["v1"]

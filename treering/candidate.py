@@ -32,7 +32,7 @@ from treering.readings import Readings
 from treering.registry import Version
 from treering.results import PARENT_RESULTS, RESULTS, Result, read_results, write_results
 from treering.room import keep_to_limit, peak_gpu_memory_mb, peak_memory_mb
-from treering.router import Router, Shown
+from treering.router import OWN, Router, Shown
 from treering.train import teach
 from treering.written import Writer, Written
 
@@ -83,6 +83,7 @@ class Candidate:
         }
         held_out_ids = [id for ids in self.held_out.values() for id in ids]
         self.earlier = inherited.earlier(ws, parent) if "recall" in config.protect else {}
+        self._knows_all = inherited.knows_all(ws, parent)
         earlier_ids = [id for ids in self.earlier.values() for id in ids]
         wanted = list(dict.fromkeys([*plan.row_ids, *self.memory.rows, *held_out_ids, *earlier_ids]))
         self.examples: dict[str, Example] = ws.catalog.examples(wanted)
@@ -181,10 +182,11 @@ class Candidate:
         elif before is None and self.earlier:
             earlier = self._shown(self.earlier)
             before = Router(earlier.vectors.shape[1])
-            before.learn(earlier, dict.fromkeys(earlier.classes, ""))
+            before.learn(earlier, dict.fromkeys(earlier.classes, OWN))
         router = known.router if known else before or Router(self.shown.vectors.shape[1])
         if known is None:
-            router.learn(self.shown, dict.fromkeys(self.shown.classes, ""))
+            router.learn(self.shown, dict.fromkeys(self.shown.classes, OWN))
+        router.whole = self._knows_all
         self.past = recall.Recall(self.config, router)
 
     def merge_alike(self) -> None:

@@ -199,13 +199,7 @@ def routed(
     stop: Stop | None = None,
     reading: Reading | None = None,
 ) -> list[R]:
-    """As `passes.in_parts`; if `model` has experts, each row is worked on by the one `chosen` for it.
-
-    `rows` are their tokens. Where None is chosen, the base model works.
-    """
-    experts = of(model)
-    if experts is None:
-        return in_parts(model, rows, work, config, advance, stop, reading)
+    """As `passes.in_parts`, each row worked on by the expert `chosen` for it (`using`). `rows` are their tokens."""
     found: dict[int, R] = {}
     for expert, places in _groups(chosen).items():
 
@@ -213,18 +207,21 @@ def routed(
             return work([places[at] for at in part])
 
         reading = reading and reading.next()
-        with using(model, experts, expert):
+        with using(model, of(model), expert):
             results = in_parts(model, [rows[at] for at in places], own, config, advance, stop, reading)
         found |= zip(places, results, strict=True)
     return [found[at] for at in range(len(rows))]
 
 
 @contextmanager
-def using(model: PreTrainedModel, experts: Experts, expert: str | None) -> Iterator[None]:
-    """What is computed inside is that expert's, or the bare base model's for None."""
+def using(model: PreTrainedModel, experts: Experts | None, expert: str | None) -> Iterator[None]:
+    """What is computed inside is that expert's, the bare base model's for None; where there are none, as `model` is."""
     if expert is None:
         with cast(Any, model).disable_adapter():
             yield
+        return
+    if experts is None:
+        yield
         return
     before = {name: p.data for name, p in _adapter(model).items()}
     _point(model, experts.adapters[expert])

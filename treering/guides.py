@@ -10,6 +10,7 @@ from treering import experts
 from treering.features import features
 from treering.methods import recall
 from treering.methods.recall import Recalled
+from treering.router import OWN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Guide:
-    """For a prompt: the `expert` that answers it (None, where there are any: the base model), and what it recalls."""
+    """For a prompt: the `expert` that answers it (None: the base model), and what it recalls."""
 
-    expert: str | None = None
+    expert: str | None = OWN
     recalled: Recalled | None = None
 
 
@@ -44,6 +45,7 @@ def guides(
     if known is None and past is None:
         return [Guide()] * len(prompts)
     vectors = features(model, tokenizer, prompts, config, stop=stop, reading=reading)
-    chosen = known.router.route(vectors) if known else [None] * len(prompts)
+    router = known.router if known else past.router if past and past.falls_back else None
+    chosen = router.route(vectors) if router else [OWN] * len(prompts)
     recalled = past.of(vectors, tokenizer) if past else [None] * len(prompts)
     return [Guide(*pair) for pair in zip(chosen, recalled, strict=True)]

@@ -53,6 +53,11 @@ def earlier(ws: Workspace, parent: Version | None) -> dict[str, list[str]]:
     return found
 
 
+def knows_all(ws: Workspace, parent: Version | None) -> bool:
+    """Whether the rows that `parent` and its ancestors learned are all that they learned: none was adopted."""
+    return parent is None or not any(ancestor.adopted for ancestor in registry.lineage(ws, parent))
+
+
 def memory(parent: Version | None, config: Config) -> Memory:
     """The parent's memory under today's settings, or an empty one."""
     found = Memory(config.memory.size, config.memory.policy, config.seed)

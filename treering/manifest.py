@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from treering.calibrate import Estimate
     from treering.candidate import Candidate
     from treering.config import Config
+    from treering.methods.recall import Recall
 
 LIBRARIES = ("accelerate", "peft", "safetensors", "tokenizers", "torch", "transformers", "treering")
 
@@ -114,6 +115,14 @@ def of_adoption(adapter: Path, config: Config, base: str) -> dict[str, Any]:
     }
 
 
+def _of_fallback(past: Recall) -> str:
+    from treering.router import FAR
+
+    if past.falls_back:
+        return f"the base model answers what is farther than {FAR:g} standard deviations from all that was learned"
+    return "set" if past.router and past.router.whole else "nobody knows what the adapter that was adopted has learned"
+
+
 def _choices(candidate: Candidate) -> dict[str, dict[str, Any]]:
     """What was chosen automatically, and why; of lessons but the main one under the name of their expert."""
     from treering.model import precision, precision_name
@@ -134,6 +143,7 @@ def _choices(candidate: Candidate) -> dict[str, dict[str, Any]]:
             "value": len(candidate.past.router.answers),
             "reason": f"labels; sharpness {known.sharpness:.2g} was best for labelled rows not yet learned",
         }
+        found["fallback"] = {"value": candidate.past.falls_back, "reason": _of_fallback(candidate.past)}
     if candidate.taught:
         reasons = [f"{choice.expert}: {choice.reason}" for choice in candidate.taught]
         found["expert"] = {

@@ -126,6 +126,11 @@ class Version:
         return not self.promote and not self.manifest["verdict"]["judgements"]
 
     @property
+    def adopted(self) -> bool:
+        """Whether it is an adapter that was made elsewhere."""
+        return self.manifest["plan"] is None
+
+    @property
     def rows(self) -> list[str]:
         """Ids of the rows that this version's own update consumed."""
         return [id for ids in self.manifest["rows"].values() for id in ids]

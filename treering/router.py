@@ -24,6 +24,9 @@ from torch.nn.functional import cross_entropy
 from treering.files import write_file, write_json
 from treering.registry import ROUTER
 
+OWN = ""
+"""Who answers where there are no experts: all that was learned, as one."""
+
 FILE, SUMS = ROUTER, "router.safetensors"
 
 SHRINKAGE = 0.2
@@ -113,7 +116,7 @@ class Router:
 
     `expert` names each class's expert; `counts` and `sums` `[classes, size]` are of its rows, in the same order;
     `products` `[size, size]` is the sum of all rows' outer products. `answers` has the texts of classes that are
-    labels, as they came last.
+    labels, as they came last. `whole`: all that was learned it was shown, which an adapter made elsewhere forbids.
     """
 
     size: int
@@ -123,6 +126,7 @@ class Router:
     products: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
     known: Known = Known()
     answers: dict[str, str] = field(default_factory=dict)
+    whole: bool = True
 
     def __post_init__(self) -> None:
         if not self.sums.numel():
@@ -202,7 +206,13 @@ class Router:
         """Write `router.json` and `router.safetensors` into `folder`."""
         from safetensors.torch import save
 
-        about = {"size": self.size, "expert": self.expert, "known": asdict(self.known), "answers": self.answers}
+        about = {
+            "size": self.size,
+            "expert": self.expert,
+            "known": asdict(self.known),
+            "answers": self.answers,
+            "whole": self.whole,
+        }
         write_json(folder / FILE, about)
         tensors = {"counts": self.counts, "sums": self.sums, "products": self.products}
         write_file(folder / SUMS, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
@@ -214,8 +224,9 @@ class Router:
 
         about = json.loads((folder / FILE).read_text(encoding="utf-8"))
         sums = load_file(folder / SUMS)
-        answers = about.get("answers", {})  # Versions made before there was recall have none.
-        return cls(about["size"], about["expert"], **sums, known=Known(**about["known"]), answers=answers)
+        # Older versions were judged with neither.
+        answers, whole = about.get("answers", {}), about.get("whole", False)
+        return cls(about["size"], about["expert"], **sums, known=Known(**about["known"]), answers=answers, whole=whole)
 
     @cached_property
     def _fitted(self) -> tuple[Tensor, Tensor]:

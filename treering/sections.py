@@ -145,6 +145,10 @@ class RecallConfig(Section):
     """Power that the chances of labels are taken to beside those of the model; 1: as they were for rows not yet
     learned."""
 
+    fallback: bool = True
+    """The base model answers prompts that are unlike all that was learned, so that what else it can do stays as it was;
+    false: what was learned has part in all answers. Not after an adapter that was made elsewhere."""
+
 
 class LwfConfig(Section):
     """Learning without forgetting: how the parent ranks the other answers to new rows is kept."""

@@ -117,10 +117,7 @@ def train(
     kept = Checkpoints(
         checkpoints, parameters, optimizer, config, recovery, ranks, {"best": early.weights, **methods.running}
     )
-    log = kept.resume()
-    if track is not None and ranks.first:
-        for entry in log:
-            track(entry)
+    log = _resumed(kept, ranks, track)
     with (
         stop.patient(),
         bar("training", len(steps), quiet) as advance,
@@ -174,6 +171,15 @@ def _made_ready(model: PreTrainedModel, config: Config, accelerator: Accelerator
         _checkpoint_layers(model)
     if sharding.asked():
         sharding.shard(model, accelerator)
+
+
+def _resumed(kept: Checkpoints, ranks: Ranks, track: Callable[[Mapping[str, float]], None] | None) -> Log:
+    """The log of what an earlier run did, which is told again: nobody knows what of it was taken."""
+    log = kept.resume()
+    if track is not None and ranks.first:
+        for entry in log:
+            track(entry)
+    return log
 
 
 def _goes_on(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -24,9 +26,10 @@ from treering.methods import recall
 from treering.methods.recall import DOUBT, FORGOTTEN, Recall, Recalled
 from treering.model import encode_prompt, load, load_base, load_tokenizer
 from treering.registry import Version
+from treering.rendering import rendered
 from treering.results import read_results
 from treering.router import Router, Shown
-from treering.serve.engine import Job
+from treering.serve.engine import BASE, Job
 from treering.serve.sampling import Sampler
 from treering.testing import toy_rows
 
@@ -38,6 +41,7 @@ SETTINGS: dict[str, Any] = {
     "protect": ["recall"],
 }
 TASKS = ("pens", "cups")
+MakeWorkspace = Callable[..., Workspace]
 
 
 def taught(root: Path, model_folder: Path, **settings: Any) -> Workspace:
@@ -197,6 +201,8 @@ def test_less_is_forgotten(two: Workspace, tmp_path: Path, model_folder: Path) -
 def test_the_manifest_tells(two: Workspace) -> None:
     found = registry.get(two, "v2").manifest["choices"]["recall"]
     assert found["value"] == 8 and "sharpness" in found["reason"]
+    found = registry.get(two, "v2").manifest["choices"]["fallback"]
+    assert found["value"] is True and "2 standard deviations" in found["reason"]
 
 
 def test_scores_are_those_of_plain_decoding(two: Workspace) -> None:
@@ -242,11 +248,11 @@ def test_the_server_answers_as_it_was_judged(two: Workspace, monkeypatch: pytest
     assert served(two, texts) == alone
 
 
-def served(ws: Workspace, texts: list[str], **settings: Any) -> list[str]:
+def served(ws: Workspace, texts: list[str], version: str = "v2") -> list[str]:
     inside = Inside(ws)
-    inside.put(op="load", version="v2", keep=True)
+    inside.put(op="load", version=version, keep=True)
     for at, text in enumerate(texts):
-        inside.generate(str(at), "v2", messages=[{"role": "user", "content": text}], max_tokens=40, temperature=0.0)
+        inside.generate(str(at), version, messages=[{"role": "user", "content": text}], max_tokens=40, temperature=0.0)
     inside.run(len(texts))
     return [inside.text(str(at)).strip() for at in range(len(texts))]
 
@@ -263,6 +269,79 @@ def test_a_text_to_go_on_with_recalls_nothing(two: Workspace) -> None:
     answerer = Answerer(two, registry.get(two, "v2"))
     recall.attach(answerer.model, None)
     assert [inside.text(str(at)).strip() for at in range(len(texts))] == answerer.answer(prompts(*texts))
+
+
+# What is unlike all that was learned
+
+ELSEWHERE = ["which day comes after friday??", "12 + 30 = ?", "NAME A RIVER IN AFRICA", "zzzz zzzz zzzz zzzz"]
+
+
+def by(ws: Workspace, version: Version | None, texts: list[str]) -> list[str]:
+    return Answerer(ws, version).answer(prompts(*texts))
+
+
+def test_the_base_model_answers_what_is_unlike_all_that_was_learned(two: Workspace) -> None:
+    texts, v2 = [*asked(two)[:4], *ELSEWHERE], registry.get(two, "v2")
+    answers = by(two, v2, texts)
+    assert answers[4:] == by(two, None, ELSEWHERE)
+    assert all(one != other for one, other in zip(answers[:4], by(two, None, texts[:4]), strict=True))
+    assert begins(served(two, texts)) == begins(answers)
+
+
+def begins(answers: list[str]) -> list[str]:
+    """The server may write more than is scored."""
+    return [answer[:12] for answer in answers]
+
+
+def test_beside_a_version_with_a_model_of_its_own(workspace: MakeWorkspace) -> None:
+    ws = workspace(**SETTINGS, use_dora=True)
+    v1 = learn(ws, "pens")
+    answers = by(ws, v1, ELSEWHERE)
+    assert answers == by(ws, None, ELSEWHERE)
+    assert begins(served(ws, ELSEWHERE, version="v1")) == begins(answers)
+
+
+def test_not_where_it_was_not_wanted(copied: Workspace) -> None:
+    v3 = learn(copied, "hats", "recall.fallback=false")
+    assert v3.manifest["choices"]["fallback"] == {"value": False, "reason": "set"}
+    answers = by(copied, v3, ELSEWHERE)
+    assert all(one != other for one, other in zip(answers, by(copied, None, ELSEWHERE), strict=True))
+    assert begins(served(copied, ELSEWHERE, version="v3")) == begins(answers)
+
+
+def test_not_after_an_adapter_that_was_adopted(two: Workspace, tmp_path: Path, model_folder: Path) -> None:
+    settings = {"model_name_or_path": str(model_folder), "bf16": False, **SETTINGS}
+    ws = Workspace.create(tmp_path / "more", adapter=registry.get(two, "v2").folder, **settings)
+    v2 = learn(ws, "hats")
+    found = v2.manifest["choices"]["fallback"]
+    assert found["value"] is False and "adopted" in found["reason"]
+    assert by(ws, v2, ELSEWHERE) != by(ws, None, ELSEWHERE)
+
+
+def test_versions_made_before_there_was_any_answer_as_they_were_judged(copied: Workspace) -> None:
+    file = registry.get(copied, "v2").folder / "router.json"
+    about = json.loads(file.read_text())
+    assert about.pop("whole") is True
+    file.write_text(json.dumps(about))
+    assert not Router.load(file.parent).whole
+
+
+def test_a_text_to_go_on_with_may_be_the_base_models(two: Workspace) -> None:
+    """Read as if it were asked about; one with marks of the template is as it was put together."""
+    tokenizer: Any = load_tokenizer(Path(str(two.config().model_name_or_path)))
+    texts = [asked(two)[0], ELSEWHERE[0]]
+    texts += [rendered(tokenizer, [{"role": "user", "content": text}], open_answer=True) for text in texts]
+    found = {}
+    for version in ("v2", BASE):
+        inside = Inside(two)
+        if version != BASE:
+            inside.put(op="load", version=version, keep=True)
+        for at, text in enumerate(texts):
+            inside.generate(str(at), version, prompt=text, max_tokens=12, temperature=0.0)
+        inside.run(len(texts))
+        found[version] = [inside.text(str(at)) for at in range(len(texts))]
+    same = [one == other for one, other in zip(found["v2"], found[BASE], strict=True)]
+    assert same == [False, True, False, False]
 
 
 def test_a_grammar_has_the_last_word(two: Workspace) -> None:

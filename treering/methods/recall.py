@@ -2,9 +2,10 @@
 
 A linear discriminant over all labels ever learned (`treering.router`) forgets nothing, but it knows labels alone; the
 model can say anything, but forgets. Their chances are multiplied (a product of experts, Hinton 2002), each with a small
-chance of being wrong altogether, as long as what is written begins like a label that the prompt recalls; after that,
-and where a prompt is unlike all that was learned, the model answers alone. So the past has part in each choice, as in
-kNN-LM (Khandelwal et al. 2020, arXiv:1911.00172), with means of classes in place of a store of rows.
+chance of being wrong altogether, as long as what is written begins like a label that the prompt recalls; after that
+the model answers alone. So the past has part in each choice, as in kNN-LM (Khandelwal et al. 2020, arXiv:1911.00172),
+with means of classes in place of a store of rows. A prompt unlike all that was learned is none of the adapter's
+business: the base model answers it, which has forgotten nothing.
 """
 
 from __future__ import annotations
@@ -89,7 +90,13 @@ class Recall:
     def __init__(self, config: Config, router: Router | None = None) -> None:
         self.weight = config.recall.weight
         self.router = router
+        self._fallback = config.recall.fallback
         self._tokens: dict[str, list[int]] = {}
+
+    @property
+    def falls_back(self) -> bool:
+        """Whether the base model answers what is unlike all that was learned; only where that is known."""
+        return self._fallback and self.router is not None and self.router.whole
 
     def of(self, vectors: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[Recalled | None]:
         """What prompts with these features `[prompts, size]` recall; None where nothing."""

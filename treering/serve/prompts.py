@@ -44,12 +44,24 @@ class Prompts:
             raise self._last.again()
         return self._last
 
-    def question(self, job: Job) -> int:
-        """Where among the tokens of its prompt the last turn begins; 0 for a plain text."""
-        if job.messages is None:
-            return 0
-        *before, last = job.messages
-        return last_turn(self.of(job), self._rendered(job, [*before, {**last, "content": ""}]))
+    def asked(self, job: Job) -> tuple[list[int], int]:
+        """What tells who is to answer: tokens, and where among them the last turn begins.
+
+        A plain text is read as if somebody asked about it; of one with marks of the template nothing is known but that.
+        """
+        if self.by_hand(job):
+            return self.of(job), 0
+        messages = job.messages or [{"role": "user", "content": self._text(job)}]
+        *before, last = messages
+        ids = self._rendered(job, messages)
+        return ids, last_turn(ids, self._rendered(job, [*before, {**last, "content": ""}]))
+
+    def by_hand(self, job: Job) -> bool:
+        """Whether its prompt is a text with marks of the template: turns that were put together elsewhere."""
+        return job.messages is None and self._marks is not None and self._marks.search(self._text(job)) is not None
+
+    def _text(self, job: Job) -> str:
+        return job.prompt if isinstance(job.prompt, str) else str(self._tokenizer.decode(job.prompt))
 
     def text(self, text: str | list[int]) -> list[int]:
         """The tokens of a text to embed, at least one. Raises `EngineError`."""

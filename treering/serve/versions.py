@@ -16,7 +16,7 @@ from treering.methods import recall
 from treering.methods.recall import Recall, Recalled
 from treering.model import fingerprint, load, load_base
 from treering.registry import Version
-from treering.router import Router
+from treering.router import OWN, Router
 from treering.serve.adapters import Adapter, Slots, read_adapter
 from treering.serve.batch import Batch
 from treering.serve.engine import BASE
@@ -27,12 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Home:
-    """Where a version runs: a batch, and its slot there, or those of its experts and who says which of them answers.
+    """Where a version runs: a batch, and its slot there, or those of its experts; and where the `base` model runs.
 
-    With `recall` prompts recall what rows like them were answered.
+    A `router` says which expert answers, if there are any, or that the base model does. With `recall` prompts recall
+    what rows like them were answered.
     """
 
     batch: Batch[Any]
+    base: Batch[Any]
     slot: int = 0
     experts: dict[str, int] = field(default_factory=dict)
     router: Router | None = None
@@ -40,15 +42,16 @@ class Home:
 
     def guide(
         self, prompt: Sequence[int], question: int, config: Config, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[int, Recalled | None]:
-        """The slot for `prompt`, whose last turn begins at `question`, 0 if it is unlike all; and what it recalls."""
+    ) -> tuple[int | None, Recalled | None]:
+        """The slot for `prompt`, whose last turn begins at `question`, and what it recalls. None: the base model's."""
         if self.batch.slots is not None:
             self.batch.slots.use([0])
         read = vectors(self.batch.model, [(prompt, question)], config)
-        slot, recalled = self.slot, None
+        slot: int | None = self.slot
+        recalled = None
         if self.router is not None:
             [expert] = self.router.route(read)
-            slot = self.experts[expert] if expert else 0
+            slot = None if expert is None else self.experts.get(expert, self.slot)
         if self.recall is not None:
             [recalled] = self.recall.of(read, tokenizer)
         return slot, recalled
@@ -60,26 +63,17 @@ class Home:
 
 
 @dataclass(frozen=True)
-class _Experts:
-    """A version with experts, as it was read."""
-
-    router: Router
-    adapters: dict[str, Adapter]
-
-
-@dataclass(frozen=True)
 class Read:
-    """A version as it was read: its weights, and its recall if it has any."""
+    """A version as it was read: its weights (adapters by expert, `OWN` without), and who answers, if that is asked."""
 
-    weights: Adapter | _Experts | Batch[Any]
+    weights: dict[str, Adapter] | Batch[Any]
+    router: Router | None
     recall: Recall | None
 
     @property
     def adapters(self) -> list[Adapter]:
         """Those that are to share the base model."""
-        if isinstance(self.weights, _Experts):
-            return list(self.weights.adapters.values())
-        return [self.weights] if isinstance(self.weights, Adapter) else []
+        return list(self.weights.values()) if isinstance(self.weights, dict) else []
 
 
 class Loaded:
@@ -100,7 +94,8 @@ class Loaded:
         self._hash = fingerprint(base)
         self._model = load_base(base, config).eval()
         self._slots = Slots(self._model, self._count + 1)
-        self._homes = {BASE: Home(Batch(self._model, self._slots, pad_id))}
+        batch = Batch[Any](self._model, self._slots, pad_id)
+        self._homes = {BASE: Home(batch, batch)}
         self._wanted: deque[str] = deque()
         self._reading: tuple[str, Future[Read]] | None = None
         self._kept = BASE
@@ -193,32 +188,29 @@ class Loaded:
         made_from = version.manifest["base"]
         router = Router.load(version.folder) if version.has_router else None
         past = recall.load(version, router) if version.recalls else None
+        if not version.experts and not (past and past.falls_back):
+            router = None
         if made_from["sha256"] == self._hash and version.kind == "lora":
-            if version.experts and router is not None:
-                return Read(self._read_experts(version, router), past)
-            adapter = read_adapter(version.folder, self._model.dtype)
-            if adapter is not None:
-                return Read(adapter, past)
+            folders = version.experts or {OWN: version.folder}
+            found = {name: read_adapter(folder, self._model.dtype) for name, folder in folders.items()}
+            adapters = {name: adapter for name, adapter in found.items() if adapter is not None}
+            if len(adapters) == len(found):
+                return Read(adapters, router, past)
+            if version.experts:
+                raise ValueError(
+                    f"an expert of {version.name} is more than plain LoRA, which cannot answer beside others"
+                )
         # It also says what is wrong with another base model.
-        return Read(Batch(load(self._base, self._config, version).eval(), None, self._pad_id), past)
-
-    def _read_experts(self, version: Version, router: Router) -> _Experts:
-        found = {name: read_adapter(folder, self._model.dtype) for name, folder in version.experts.items()}
-        adapters = {name: adapter for name, adapter in found.items() if adapter is not None}
-        if len(adapters) < len(found):
-            raise ValueError(f"an expert of {version.name} is more than plain LoRA, which cannot answer beside others")
-        return _Experts(router, adapters)
+        return Read(Batch(load(self._base, self._config, version).eval(), None, self._pad_id), router, past)
 
     def _place(self, read: Read) -> Home:
-        batch, weights = self._homes[BASE].batch, read.weights
-        if isinstance(weights, Batch):
-            return Home(weights, recall=read.recall)
-        if isinstance(weights, Adapter):
-            return Home(batch, self._put(weights, set()), recall=read.recall)
-        experts: dict[str, int] = {}
-        for name, adapter in weights.adapters.items():
-            experts[name] = self._put(adapter, set(experts.values()))
-        return Home(batch, 0, experts, weights.router, read.recall)
+        base = self._homes[BASE].batch
+        if isinstance(read.weights, Batch):
+            return Home(read.weights, base, router=read.router, recall=read.recall)
+        slots: dict[str, int] = {}
+        for name, adapter in read.weights.items():
+            slots[name] = self._put(adapter, set(slots.values()))
+        return Home(base, base, slots.pop(OWN, 0), slots, read.router, read.recall)
 
     def _put(self, adapter: Adapter, also_taken: Set[int]) -> int:
         """Copy `adapter` into a free slot, the number of which is returned."""

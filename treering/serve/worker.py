@@ -67,6 +67,8 @@ class Answer:
     limit: int
     sampler: Sampler
     writer: Writer
+    by_hand: bool = False
+    """Whether its prompt's turns were put together elsewhere."""
     written: int = 0
 
 
@@ -90,7 +92,7 @@ class Worker:
         self._grammars = Grammars(self._tokenizer, self._vocabulary)
         self._drafts: deque[tuple[Job, Future[llguidance.LLMatcher]]] = deque()
         self._waiting: deque[tuple[str, Answer]] = deque()
-        self._guided: tuple[ref[Home] | None, list[int], int, Recalled | None] = None, [], 0, None
+        self._guided: tuple[ref[Home] | None, list[int], int | None, Recalled | None] = None, [], 0, None
         self._texts: deque[Texts] = deque()
         self._ends = self._end_tokens(model)
 
@@ -169,6 +171,7 @@ class Worker:
                 matcher,
             ),
             Writer(cast(Any, self._tokenizer).backend_tokenizer, job.stop),
+            self._prompts.by_hand(job),
         )
 
     def _settle(self) -> None:
@@ -232,40 +235,41 @@ class Worker:
                 guided = True
             room -= 1
             self._waiting.remove((version, answer))
-            row = None
+            place = None
             with self._failing(answer.job.id):
-                row = Row(answer, answer.prompt, self._slot(home, answer))
-            if row is None:
+                place = self._place(home, answer)
+            if place is None:
                 continue
-            unread[id(row)] = home.batch.unread(row)
+            own, row = place[0], Row(answer, answer.prompt, place[1])
+            unread[id(row)] = own.unread(row)
             for batch, rows in groups:
                 longest = max(unread[id(other)] for other in [row, *rows])
-                if batch is home.batch and (len(rows) + 1) * longest <= self._slice:
+                if batch is own and (len(rows) + 1) * longest <= self._slice:
                     rows.append(row)
                     break
             else:
-                groups.append((home.batch, [row]))
+                groups.append((own, [row]))
         for batch, rows in groups:
             try:
                 _with_room(batch, partial(batch.join, rows))
             except Exception as error:
                 self._give_up(rows, error)
 
-    def _slot(self, home: Home, answer: Answer) -> int:
+    def _place(self, home: Home, answer: Answer) -> tuple[Batch[Answer], int]:
         """Where `answer` is written, which is told what it recalls.
 
         Those to one request come one after the other, and have the same.
         """
         if not self._guides(home, answer):
-            return home.slot
+            return home.batch, home.slot
         if self._to_guide(home, answer):
-            question = self._prompts.question(answer.job)
-            found = _with_room(home.batch, partial(home.guide, answer.prompt, question, self._config, self._tokenizer))
+            asked = self._prompts.asked(answer.job)
+            found = _with_room(home.batch, partial(home.guide, *asked, self._config, self._tokenizer))
             self._guided = ref(home), answer.prompt, *found  # It may leave meanwhile, with all its weights.
         _, _, slot, recalled = self._guided
         if answer.job.messages is not None:  # What is learned are answers to a turn, not how a text goes on.
             answer.sampler.recall(recalled)
-        return slot
+        return (home.base, 0) if slot is None else (home.batch, slot)
 
     def _to_guide(self, home: Home, answer: Answer) -> bool:
         """Whether it takes a pass to know who answers, and what is recalled."""
@@ -273,8 +277,14 @@ class Worker:
         return self._guides(home, answer) and (last is None or last() is not home or prompt != answer.prompt)
 
     def _guides(self, home: Home, answer: Answer) -> bool:
-        """Whether `home` has anything to say of it: a text to go on with recalls nothing, but finds its expert."""
-        return home.router is not None or (home.recall is not None and answer.job.messages is not None)
+        """Whether `home` has anything to say of it.
+
+        A text to go on with recalls nothing, but may be the base model's; one whose turns were put together elsewhere
+        looks like nothing that was learned, and all that is chosen for it is an expert, if there are any.
+        """
+        if answer.job.messages is not None:
+            return home.router is not None or home.recall is not None
+        return bool(home.experts) or (home.router is not None and not answer.by_hand)
 
     @property
     def _busy(self) -> bool:
