@@ -2,7 +2,7 @@
 
     python benchmarks/general.py --out general.jsonl [--prompts FILE] [--model MODEL] [--tokens 48]
 
-`FILE` has a prompt a line; `benchmarks/general_prompts.txt` by default, none of which is among the questions that
+`FILE` has a prompt a line; `treering/anything.txt` by default, none of which is among the questions that
 `treering bench quality --general` asks. Replayed with `memory.general: general.jsonl`, a share of each epoch, the
 answers keep an adapter from answering everything as if it were a task.
 """
@@ -13,20 +13,19 @@ import argparse
 import json
 from pathlib import Path
 
+from treering import anything
 from treering.config import Config
 from treering.data.example import Message
 from treering.files import write_file
 from treering.greedy import generate
 from treering.model import load_base, load_tokenizer, resolve
 
-PROMPTS = Path(__file__).with_name("general_prompts.txt")
-
 
 def main() -> None:
     """Write a row a prompt."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--prompts", type=Path, default=PROMPTS)
+    parser.add_argument("--prompts", type=Path, default=anything.FILE)
     parser.add_argument("--model", help="a folder or a hub name; the default model otherwise")
     parser.add_argument("--tokens", type=int, default=48, help="how long an answer may be; longer ones are cut")
     given = parser.parse_args()

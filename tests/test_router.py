@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from treering.router import REMEMBERED, SHRINKAGE, Known, Router, Shown
+from treering.router import ANYTHING, NOBODY, REMEMBERED, SHRINKAGE, Known, Router, Shown
 
 SIZE = 6
 
@@ -57,6 +58,44 @@ def test_near_rows_get_an_expert_and_far_ones_none(taught: Router) -> None:
     assert set(taught.route(rows(50, -5, 13))) == {"e2"}
     assert set(taught.route(rows(50, 60, 14))) == {None}
     assert taught.route(rows(0, 0, 1)) == []
+
+
+def test_what_is_likest_to_prompts_about_anything_gets_none() -> None:
+    router = Router(SIZE)
+    some = Shown(torch.cat([rows(40, 0, 1), rows(30, 5, 2)]), ["t\na"] * 40 + ["t\nb"] * 30)
+    router.learn(replace(some, anything=rows(40, 2.5, 3), forms=("",)), {"t\na": "e1", "t\nb": "e2"})
+    assert router.forms == [""] and not router.mistaken
+    asked = torch.cat([rows(50, 0, 11), rows(50, 5, 12), rows(50, 2.5, 13)])
+    found = router.route(asked)
+    assert found[:50].count("e1") > 45 and found[50:100].count("e2") > 45 and found[100:].count(None) > 45
+    # Who is nearest of those that learned something is another question.
+    assert set(router.nearest(asked)[0]) == {"e1", "e2"}
+    assert router.novelty(rows(50, 2.5, 31), ["u\nc"] * 50) > 0.5
+
+
+def test_rows_that_are_about_anything_are_not_lost_to_it() -> None:
+    router = Router(SIZE)
+    some = Shown(torch.cat([rows(100, 0, 1), rows(20, 5, 2)]), ["t\na"] * 100 + ["u\n"] * 20)
+    router.learn(replace(some, anything=rows(40, 5, 3), forms=("",)), {"t\na": "e1", "u\n": "e1"})
+    assert router.mistaken  # Of the small task half; of all rows less than a tenth.
+    assert set(router.route(rows(50, 5, 12))) == {"e1"}
+    assert not any(chances.get(ANYTHING) for chances in router.like(rows(5, 5, 12), 1.0, 3))
+
+
+def test_what_it_was_shown_is_kept(tmp_path: Path) -> None:
+    router = Router(SIZE)
+    some = Shown(rows(40, 0, 1), ["t\na"] * 40, {"t\na": "A"}, rows(40, 9, 3), ("", "f00"))
+    router.learn(some, {"t\na": ""})
+    router.save(tmp_path)
+    found = Router.load(tmp_path)
+    assert (found.expert, found.forms, found.mistaken, found.whole, found.known, found.answers) == (
+        {ANYTHING: NOBODY, "t\na": ""},
+        ["", "f00"],
+        False,
+        True,
+        router.known,
+        {"t\na": "A"},
+    )
 
 
 def test_a_class_belongs_to_who_learned_it_last(taught: Router) -> None:

@@ -23,7 +23,7 @@ from treering.errors import UpdateInterruptedError
 from treering.experts import FEW, Experts, class_of
 from treering.memory import Memory
 from treering.registry import Version
-from treering.router import Router, Shown
+from treering.router import NOBODY, Router, Shown
 from treering.testing import toy_rows
 from treering.twins import MARGIN, MEAN, Merged, alike, mean, merge, twin_of
 
@@ -274,7 +274,7 @@ def test_two_alike_tasks_end_in_one_expert(copied: Workspace, whole: Version) ->
     made = whole
     assert apart.experts.keys() == {"e1", "e2"} and apart.manifest["choices"][CHOICE]["value"] == "none"
     assert made.experts.keys() == {"e1"} and made.problems() == []
-    assert set(Router.load(made.folder).expert.values()) == {"e1"}
+    assert set(Router.load(made.folder).expert.values()) == {"e1", NOBODY}
     assert (made.folder / WEIGHTS).samefile(made.folder / "experts" / "e1" / WEIGHTS)
     choice = made.manifest["choices"][CHOICE]
     assert choice["value"] == "e1 for e2"
@@ -395,7 +395,7 @@ def test_a_rollback_brings_both_back(merged: Workspace, tmp_path: Path) -> None:
     ws.rollback()
     now = registry.current(ws)
     assert now is not None and now.name == "v2" and now.problems() == [] and now.experts.keys() == {"e1", "e2"}
-    assert set(Router.load(now.folder).expert.values()) == {"e1", "e2"}
+    assert set(Router.load(now.folder).expert.values()) == {"e1", "e2", NOBODY}
     with pytest.MonkeyPatch.context() as patch:
         never(patch)
         made = ws.update(GENTLY, "seed=7", promote=False)  # The rows of v3 are new again.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from treering import early, experts, general, inherited, twins
+from treering import anything, early, experts, general, inherited, twins
 from treering.batches import Batch, make_batch
 from treering.evaluate import conditions, evaluate
 from treering.features import features
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from treering.config import Config
-    from treering.data.example import Example
+    from treering.data.example import Example, Message
     from treering.plan import Plan
     from treering.schedule import Step
     from treering.stop import Stop
@@ -408,7 +408,18 @@ class Candidate:
 
     def _shown(self, rows: Mapping[str, Sequence[str]]) -> Shown:
         """What a router is to know of these rows, ids by task."""
-        return Shown(self._about([id for ids in rows.values() for id in ids]), *self._named(rows))
+        ids = [id for of_task in rows.values() for id in of_task]
+        known, past = experts.of(self.model), self.past
+        router = known.router if known else past.router if past else None
+        told = [*(router.forms if router else ()), *self.shown.forms]
+        asked = anything.forms(map(self.examples.__getitem__, ids), told)
+        every = [prompt for prompts in asked.values() for prompt in prompts]
+        return Shown(
+            self._about(ids),
+            *self._named(rows),
+            self._read(every, "reading prompts about anything"),
+            tuple(asked),
+        )
 
     def _named(self, rows: Mapping[str, Sequence[str]]) -> tuple[list[str], dict[str, str]]:
         """The classes of these rows, and the texts of those classes that are labels."""
@@ -423,9 +434,11 @@ class Candidate:
 
     def _about(self, ids: Sequence[str]) -> torch.Tensor:
         """The features of these rows' prompts, `[rows, size]`."""
-        prompts = [self.examples[id].prompt for id in ids]
-        settings: dict[str, Any] = {"stop": self.stop, "reading": self.readings.of("reading prompts")}
-        with bar("reading prompts", len(prompts), self.quiet) as advance:
+        return self._read([self.examples[id].prompt for id in ids], "reading prompts")
+
+    def _read(self, prompts: Sequence[Sequence[Message]], title: str) -> torch.Tensor:
+        settings: dict[str, Any] = {"stop": self.stop, "reading": self.readings.of(title)}
+        with bar(title, len(prompts), self.quiet) as advance:
             return features(self.model, self.tokenizer, prompts, self.config, advance=advance, **settings)
 
     def _learned(self) -> list[Batch]:

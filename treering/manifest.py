@@ -119,7 +119,10 @@ def _of_fallback(past: Recall) -> str:
     from treering.router import FAR
 
     if past.falls_back:
-        return f"the base model answers what is farther than {FAR:g} standard deviations from all that was learned"
+        far = f"farther than {FAR:g} standard deviations from all that was learned"
+        if past.router is not None and past.router.mistaken:
+            return f"the base model answers what is {far}; of what it was taught, much is like prompts about anything"
+        return f"the base model answers what is more like prompts about anything than like what was learned, or {far}"
     return "set" if past.router and past.router.whole else "nobody knows what the adapter that was adopted has learned"
 
 

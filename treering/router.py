@@ -5,17 +5,20 @@ It says which expert answers a prompt, and which labels rows like it had.
 Every class (a task's label, or a task without labels) is a mean; all share the covariance within classes (Fisher 1936;
 Rao 1948). Both follow from sums, so rows may come in any order and any number of updates: the router of all of them is
 the router of all rows at once, and nothing is forgotten (streaming discriminant analysis, Hayes and Kanan 2020,
-arXiv:1909.01520). What is far from every class gets no expert, and is like no label.
+arXiv:1909.01520). What is far from every class gets no expert, and is like no label; nor does what is likest to prompts
+about anything (`treering.anything`), which are a class too.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +41,13 @@ FOLDS = 5
 _OTHERS = ""
 """Whose classes those others are meanwhile."""
 
-FAR = 2.0
+ANYTHING, NOBODY = "", "nobody"
+"""The class of prompts about anything, and its expert."""
+
+MISTAKEN = 0.1
+"""Share of a task's rows that are likest to prompts about anything, from which on that class counts for nothing."""
+
+FAR = 3.0
 """Standard deviations above the mean distance of known rows from which on a prompt gets no expert."""
 
 NOVEL = 0.8
@@ -103,11 +112,28 @@ class Known:
 
 @dataclass(frozen=True)
 class Shown:
-    """What is shown of rows: `vectors` `[rows, size]`, their `classes`, and the text of each class that is a label."""
+    """What is shown of rows: `vectors` `[rows, size]`, their `classes`, and the text of each class that is a label.
+
+    Beside them prompts about `anything` `[prompts, size]`, in the `forms` of these rows.
+    """
 
     vectors: Tensor
     classes: Sequence[str]
     answers: Mapping[str, str] = field(default_factory=dict)
+    anything: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    forms: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class _Near:
+    """Of each row the expert of the class nearest to it, of those that were taught, and the squared distance.
+
+    `astray`: prompts about anything are nearer.
+    """
+
+    experts: list[str]
+    distances: Tensor
+    astray: list[bool]
 
 
 @dataclass
@@ -117,6 +143,7 @@ class Router:
     `expert` names each class's expert; `counts` and `sums` `[classes, size]` are of its rows, in the same order;
     `products` `[size, size]` is the sum of all rows' outer products. `answers` has the texts of classes that are
     labels, as they came last. `whole`: all that was learned it was shown, which an adapter made elsewhere forbids.
+    `forms` are those in which it was shown prompts about anything; `mistaken`: rows that were learned are like them.
     """
 
     size: int
@@ -127,6 +154,8 @@ class Router:
     known: Known = Known()
     answers: dict[str, str] = field(default_factory=dict)
     whole: bool = True
+    forms: list[str] = field(default_factory=list)
+    mistaken: bool = False
 
     def __post_init__(self) -> None:
         if not self.sums.numel():
@@ -137,14 +166,21 @@ class Router:
         """The rows `shown`, which the experts in `owners` answer by their classes from now on."""
         rows, classes = shown.vectors.double(), shown.classes
         logs, losses = [torch.zeros(0, dtype=torch.float64)], torch.zeros(len(SHARPNESSES), dtype=torch.float64)
-        labelled = 0
+        labelled, tasks = 0, [name.partition("\n")[0] for name in classes]
+        astray = Counter[str]()
+        if shown.forms:
+            self._add(shown.anything.double(), [ANYTHING] * len(shown.anything), {ANYTHING: NOBODY})
+            self.forms = [*self.forms, *shown.forms]
         for part in _folds(len(rows)):
             told, distances = self._told(rows, classes, part)
-            if told.expert:  # The first row of all has no other to be measured by.
-                logs.append(distances.min(1).values.log())
+            if told._taught:  # The first row of all has no other to be measured by.
+                near = told._near(distances)
+                logs.append(near.distances.log())
+                astray.update(tasks[at] for at, strayed in zip(part, near.astray, strict=True) if strayed)
                 labels = [classes[at] if classes[at] in shown.answers else None for at in part]
                 found, count = told._losses(distances, labels)
                 losses, labelled = losses + found, labelled + count
+        self.mistaken |= any(count > max(1, MISTAKEN * tasks.count(task)) for task, count in astray.items())
         self._add(rows, classes, owners)
         self.answers = {**self.answers, **shown.answers}
         self.known = self.known.with_new(torch.cat(logs)).sharper(losses, labelled)
@@ -163,9 +199,8 @@ class Router:
 
     def nearest(self, features: Tensor) -> tuple[list[str], Tensor]:
         """The expert of the class nearest to each of `features` `[n, size]`, and the log of its squared distance."""
-        found = self.distances(features).min(1)
-        owners = list(self.expert.values())
-        return [owners[at] for at in found.indices.tolist()], found.values.log()
+        near = self._near(self.distances(features))
+        return near.experts, near.distances.log()
 
     def like(self, features: Tensor, sharper: float, most: int) -> list[dict[str, float]]:
         """How likely each of `features` `[n, size]` is of which class, `most` classes of each; none where it is far.
@@ -175,7 +210,9 @@ class Router:
         names, found = list(self.expert), list[dict[str, float]]()
         for part in features.split(AT_ONCE):
             distances = self.distances(part)
-            far = self.known.far(distances.min(1).values.log())
+            far = self.known.far(self._near(distances).distances.log())
+            if self.mistaken:
+                distances[:, names.index(ANYTHING)] = math.inf
             chances = torch.softmax(distances * (-sharper * self.known.sharpness / 2), 1)
             top = chances.topk(min(most, len(names)), 1)
             found += [
@@ -188,9 +225,10 @@ class Router:
         """The expert that answers each of `features` `[n, size]`; None: none of them."""
         if not len(features):
             return []
-        experts, logs = self.nearest(features)
-        far = self.known.far(logs)
-        return [None if away else expert for expert, away in zip(experts, far.tolist(), strict=True)]
+        near = self._near(self.distances(features))
+        far = self.known.far(near.distances.log()).tolist()
+        elsewhere = [away or (astray and not self.mistaken) for away, astray in zip(far, near.astray, strict=True)]
+        return [None if away else expert for expert, away in zip(near.experts, elsewhere, strict=True)]
 
     def novelty(self, features: Tensor, classes: Sequence[str]) -> float:
         """The share of the rows `features` `[n, size]` that go to `classes` of the others, not to what is known."""
@@ -198,8 +236,7 @@ class Router:
         found: list[str] = []
         for part in _folds(len(rows)):
             told, distances = self._told(rows, classes, part)
-            owners = list(told.expert.values())
-            found += [owners[at] for at in distances.argmin(1).tolist()] if owners else []
+            found += told._near(distances).experts if told._taught else []
         return found.count(_OTHERS) / max(1, len(rows))
 
     def save(self, folder: Path) -> None:
@@ -212,6 +249,8 @@ class Router:
             "known": asdict(self.known),
             "answers": self.answers,
             "whole": self.whole,
+            "forms": self.forms,
+            "mistaken": self.mistaken,
         }
         write_json(folder / FILE, about)
         tensors = {"counts": self.counts, "sums": self.sums, "products": self.products}
@@ -222,11 +261,27 @@ class Router:
         """Read what `save` wrote."""
         from safetensors.torch import load_file
 
-        about = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        sums = load_file(folder / SUMS)
-        # Older versions were judged with neither.
-        answers, whole = about.get("answers", {}), about.get("whole", False)
-        return cls(about["size"], about["expert"], **sums, known=Known(**about["known"]), answers=answers, whole=whole)
+        about: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        known = Known(**about.pop("known"))
+        # What older versions do not say, they were judged without.
+        told = {"answers": {}, "whole": False, **about, **load_file(folder / SUMS)}
+        return cls(**told, known=known)
+
+    @property
+    def _taught(self) -> bool:
+        """Whether there is a class that rows taught."""
+        return bool(self.expert.keys() - {ANYTHING})
+
+    def _near(self, distances: Tensor) -> _Near:
+        """What is nearest by `distances` `[n, classes]`."""
+        owners = list(self.expert.values())
+        astray = torch.tensor([owner == NOBODY for owner in owners])
+        found = distances.masked_fill(astray, math.inf).min(1)
+        return _Near(
+            [owners[at] for at in found.indices.tolist()],
+            found.values,
+            astray[distances.argmin(1)].tolist(),
+        )
 
     @cached_property
     def _fitted(self) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from treering.experts import FEW, Experts, by_age, class_of, of, using
 from treering.lesson import MEASURED
 from treering.memory import Memory, fair_shares, some
-from treering.router import Router
+from treering.router import NOBODY, Router
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,7 +94,7 @@ def twin_of(router: Router, expert: str) -> str | None:
     owners = list(router.expert.items())
     own = [at for at, (_, owner) in enumerate(owners) if owner == expert]
     rest = [at for at, (_, owner) in enumerate(owners) if owner != expert]
-    if not own or not rest:
+    if not own or {owners[at][1] for at in rest} <= {NOBODY}:
         return None
     means = router.sums[own] / router.counts[own, None]
     # Less what the own classes differ by, so that the covariance within classes is still that of all of them.

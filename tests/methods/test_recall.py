@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.test_serve_worker import Inside
 from tests.training import StopAt
-from treering import Workspace, pipeline, registry
+from treering import Workspace, anything, pipeline, registry
 from treering.answers import Answerer
 from treering.candidate import Candidate
 from treering.config import Config
@@ -28,7 +28,7 @@ from treering.model import encode_prompt, load, load_base, load_tokenizer
 from treering.registry import Version
 from treering.rendering import rendered
 from treering.results import read_results
-from treering.router import Router, Shown
+from treering.router import ANYTHING, NOBODY, Router, Shown
 from treering.serve.engine import BASE, Job
 from treering.serve.sampling import Sampler
 from treering.testing import toy_rows
@@ -202,7 +202,7 @@ def test_the_manifest_tells(two: Workspace) -> None:
     found = registry.get(two, "v2").manifest["choices"]["recall"]
     assert found["value"] == 8 and "sharpness" in found["reason"]
     found = registry.get(two, "v2").manifest["choices"]["fallback"]
-    assert found["value"] is True and "2 standard deviations" in found["reason"]
+    assert found["value"] is True and "about anything" in found["reason"]
 
 
 def test_scores_are_those_of_plain_decoding(two: Workspace) -> None:
@@ -395,7 +395,9 @@ def test_what_was_learned_before_there_was_recall_is_recalled(tmp_path: Path, mo
     assert not learn(ws, "pens").has_router
     late = learn(ws, "cups", "protect=[recall]")
     known = Router.load(late.folder)
-    assert {name.split("\n")[0] for name in known.expert} == {"pens", "cups"} and int(known.counts.sum()) == 144
+    learned = {name: count for name, count in zip(known.expert, known.counts.tolist(), strict=True) if name != ANYTHING}
+    assert {name.split("\n")[0] for name in learned} == {"pens", "cups"} and sum(learned.values()) == 144
+    assert known.counts[list(known.expert).index(ANYTHING)] == len(anything.prompts())
     assert late.scores["pens"] > 0.6
     dropped = learn(ws, "hats", "protect=[]")
     assert not dropped.has_router and not dropped.recalls
@@ -443,7 +445,7 @@ def test_with_experts_the_router_does_both(tmp_path: Path, model_folder: Path) -
     past = recall.of(model)
     assert past is not None and past.router is not None
     assert set(past.router.answers.values()) == {f"{task} {letter}" for task in TASKS for letter in "abcd"}
-    assert set(past.router.expert.values()) == set(made.experts)
+    assert set(past.router.expert.values()) == {*made.experts, NOBODY}
 
 
 def test_experts_from_before_there_was_recall(
