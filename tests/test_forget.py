@@ -353,6 +353,59 @@ def test_what_is_no_row_does_not_come_in_again_either(workspace: MakeWorkspace) 
     assert traces(ws, SECRET) == []
 
 
+SPELLINGS = {
+    "decomposed": "Ju\u0308rgen Mu\u0308ller",
+    "with a blank that does not break": "Jürgen\u00a0Müller",
+    "with a narrow one": "Jürgen\u202fMüller",
+    "over two lines": "Jürgen\r\n  Müller",
+    "in capitals": "JÜRGEN MÜLLER",
+    "in full width": "\uff2aürgen \uff2düller",
+    "with a soft hyphen": "Jürgen Mül\u00adler",
+    "escaped, as a tool says it": json.dumps({"name": "Jürgen Müller"}),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS.values(), ids=SPELLINGS)
+def test_a_name_is_found_however_it_is_written(workspace: MakeWorkspace, name: str) -> None:
+    ws = workspace(val_size=0.0)
+    ws.ingest([{"text": f"where does {name} live?", "label": "b"}, *toy_rows("pens", 4)], task="pens")
+    for asked in ("Jürgen Müller", "Ju\u0308rgen  mu\u0308ller", "jürgen\u00a0müller"):
+        assert find(ws, where=[f"text~{asked}"]).stored == 1
+    assert find(ws, where=["text~Jürgen Muller"]).rows == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        json.dumps({"question": "", "answer": "Jürgen Müller"}),
+        json.dumps({"question": "", "answer": "Jürgen\nMüller"}),
+        json.dumps({"question": "", "answer": json.dumps(["Jürgen Müller"])}),
+        json.dumps({"question": "is it Jürgen Müller?", "answer": "yes"})[:-1],
+        "{'question': 'J\\xfcrgen M\\xfcller', ",
+    ],
+    ids=["refused", "over two lines", "JSON in JSON", "cut off", "of Python"],
+)
+def test_a_name_is_found_in_what_is_no_row(workspace: MakeWorkspace, tmp_path: Path, line: str) -> None:
+    ws = workspace(val_size=0.0)
+    file = tmp_path / "rows.jsonl"
+    assert "ü" not in line
+    file.write_text(line + "\n")
+    assert ws.ingest(file, task="t").quarantined == 1
+    assert ws.forget(where="text~Jürgen Müller").rows == 1
+    assert ws.ingest(file, task="t").reasons == {"deleted": 1}
+
+
+def test_what_is_no_row_is_known_without_its_escapes(workspace: MakeWorkspace, tmp_path: Path) -> None:
+    ws = workspace(val_size=0.0)
+    file = tmp_path / "rows.jsonl"
+    broken = json.dumps({"question": "is it Jürgen Müller?"})[:-1]
+    file.write_text(broken + "\n")
+    ws.ingest(file, task="t")
+    ws.forget(where="text~Müller")
+    file.write_text(broken.replace("\\u00fc", "ü") + "\n")
+    assert ws.ingest(file, task="t").reasons == {"deleted": 1}
+
+
 def test_what_has_no_text_is_deleted_and_may_come_again(
     workspace: MakeWorkspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -570,7 +623,9 @@ def test_conditions(condition: str, row: dict[str, Any], holds: bool) -> None:
     assert Condition.of(condition).holds(row) is holds
 
 
-@pytest.mark.parametrize("text", ["task", "task<pens", "colour=red", "text=all of it", "task=", "added<soon", ""])
+@pytest.mark.parametrize(
+    "text", ["task", "task<pens", "colour=red", "text=all of it", "task=", "text~\u200b", "added<soon", ""]
+)
 def test_conditions_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match=r"--where|is no time"):
         Condition.of(text)
