@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +451,61 @@ def test_what_is_no_row_goes_when_a_deletion_that_was_cut_off_is_finished(
     assert traces(ws, SECRET) == []
     assert quarantine.listed(ws) == []
     assert not (ws.root / ".deleting").exists()
+
+
+READER = """
+import sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("BEGIN")
+db.execute("SELECT count(*) FROM rows").fetchone()
+print("reads", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def somebody_reads(ws: Workspace) -> Iterator[None]:
+    """A transaction of another process that sees the catalog as it is now."""
+    command = [sys.executable, "-c", READER, str(ws.root / "treering.db")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "reads\n"
+        yield
+        process.communicate()
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_who_reads_the_catalog_keeps_a_deletion_from_its_end(
+    workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flushed: bool
+) -> None:
+    """Whether the texts are in its pages or in its log: what is on disk is said to be there."""
+    monkeypatch.setattr("treering.forget.PATIENCE", 0.2)
+    ws = workspace(val_size=0.0)
+    ws.ingest([secret(), *toy_rows("pens", 4)], task="pens")
+    assert not flushed or ws.catalog.flush()
+    command = ["-w", str(ws.root)]
+    with somebody_reads(ws):
+        assert run(["forget", "--where", f"text~{SECRET}", "--yes", *command]) == 1
+        assert "1 row deleted, not to come in again\n  NOT FINISHED: somebody still reads" in capsys.readouterr().out
+        assert traces(ws, SECRET) != []
+        assert find(ws, where=[f"text~{SECRET}"]).rows == 0
+        assert run(["status", *command]) == 0
+        assert "rows were deleted, but somebody still reads treering.db" in capsys.readouterr().err
+        assert (ws.root / ".deleting").exists()
+    assert run(["status", *command]) == 0
+    assert capsys.readouterr().err == ""
+    assert traces(ws, SECRET) == []
+    assert not (ws.root / ".deleting").exists()
+
+
+def test_a_deletion_waits_for_who_reads_the_catalog(workspace: MakeWorkspace) -> None:
+    ws = workspace(val_size=0.0)
+    ws.ingest([secret(), *toy_rows("pens", 4)], task="pens")
+    with ThreadPoolExecutor(1) as pool, somebody_reads(ws):
+        done = pool.submit(ws.forget, where=f"text~{SECRET}")
+        time.sleep(0.5)
+        assert not done.done()
+    assert not done.result().unfinished
+    assert traces(ws, SECRET) == []
 
 
 def test_what_comes_in_while_a_deletion_begins_is_known_too(
