@@ -292,6 +292,7 @@ def test_ingest_counts(cli: Runner, shop: Path, tmp_path: Path) -> None:
         "mended": {},
         "warned": {},
         "notices": [],
+        "replaced": [],
     }
     out, _ = cli.text("ingest", tmp_path / "caps.jsonl", "--task", "caps", "-w", shop)
     assert out.startswith("13 rows: 0 accepted (0 held out), 11 duplicates, 2 quarantined\n")

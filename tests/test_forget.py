@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +357,59 @@ def test_what_is_no_row_does_not_come_in_again_either(workspace: MakeWorkspace) 
     assert traces(ws, SECRET) == []
 
 
+SPELLINGS = {
+    "decomposed": "Ju\u0308rgen Mu\u0308ller",
+    "with a blank that does not break": "Jürgen\u00a0Müller",
+    "with a narrow one": "Jürgen\u202fMüller",
+    "over two lines": "Jürgen\r\n  Müller",
+    "in capitals": "JÜRGEN MÜLLER",
+    "in full width": "\uff2aürgen \uff2düller",
+    "with a soft hyphen": "Jürgen Mül\u00adler",
+    "escaped, as a tool says it": json.dumps({"name": "Jürgen Müller"}),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS.values(), ids=SPELLINGS)
+def test_a_name_is_found_however_it_is_written(workspace: MakeWorkspace, name: str) -> None:
+    ws = workspace(val_size=0.0)
+    ws.ingest([{"text": f"where does {name} live?", "label": "b"}, *toy_rows("pens", 4)], task="pens")
+    for asked in ("Jürgen Müller", "Ju\u0308rgen  mu\u0308ller", "jürgen\u00a0müller"):
+        assert find(ws, where=[f"text~{asked}"]).stored == 1
+    assert find(ws, where=["text~Jürgen Muller"]).rows == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        json.dumps({"question": "", "answer": "Jürgen Müller"}),
+        json.dumps({"question": "", "answer": "Jürgen\nMüller"}),
+        json.dumps({"question": "", "answer": json.dumps(["Jürgen Müller"])}),
+        json.dumps({"question": "is it Jürgen Müller?", "answer": "yes"})[:-1],
+        "{'question': 'J\\xfcrgen M\\xfcller', ",
+    ],
+    ids=["refused", "over two lines", "JSON in JSON", "cut off", "of Python"],
+)
+def test_a_name_is_found_in_what_is_no_row(workspace: MakeWorkspace, tmp_path: Path, line: str) -> None:
+    ws = workspace(val_size=0.0)
+    file = tmp_path / "rows.jsonl"
+    assert "ü" not in line
+    file.write_text(line + "\n")
+    assert ws.ingest(file, task="t").quarantined == 1
+    assert ws.forget(where="text~Jürgen Müller").rows == 1
+    assert ws.ingest(file, task="t").reasons == {"deleted": 1}
+
+
+def test_what_is_no_row_is_known_without_its_escapes(workspace: MakeWorkspace, tmp_path: Path) -> None:
+    ws = workspace(val_size=0.0)
+    file = tmp_path / "rows.jsonl"
+    broken = json.dumps({"question": "is it Jürgen Müller?"})[:-1]
+    file.write_text(broken + "\n")
+    ws.ingest(file, task="t")
+    ws.forget(where="text~Müller")
+    file.write_text(broken.replace("\\u00fc", "ü") + "\n")
+    assert ws.ingest(file, task="t").reasons == {"deleted": 1}
+
+
 def test_what_has_no_text_is_deleted_and_may_come_again(
     workspace: MakeWorkspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -394,6 +451,61 @@ def test_what_is_no_row_goes_when_a_deletion_that_was_cut_off_is_finished(
     assert traces(ws, SECRET) == []
     assert quarantine.listed(ws) == []
     assert not (ws.root / ".deleting").exists()
+
+
+READER = """
+import sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("BEGIN")
+db.execute("SELECT count(*) FROM rows").fetchone()
+print("reads", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def somebody_reads(ws: Workspace) -> Iterator[None]:
+    """A transaction of another process that sees the catalog as it is now."""
+    command = [sys.executable, "-c", READER, str(ws.root / "treering.db")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "reads\n"
+        yield
+        process.communicate()
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_who_reads_the_catalog_keeps_a_deletion_from_its_end(
+    workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flushed: bool
+) -> None:
+    """Whether the texts are in its pages or in its log: what is on disk is said to be there."""
+    monkeypatch.setattr("treering.forget.PATIENCE", 0.2)
+    ws = workspace(val_size=0.0)
+    ws.ingest([secret(), *toy_rows("pens", 4)], task="pens")
+    assert not flushed or ws.catalog.flush()
+    command = ["-w", str(ws.root)]
+    with somebody_reads(ws):
+        assert run(["forget", "--where", f"text~{SECRET}", "--yes", *command]) == 1
+        assert "1 row deleted, not to come in again\n  NOT FINISHED: somebody still reads" in capsys.readouterr().out
+        assert traces(ws, SECRET) != []
+        assert find(ws, where=[f"text~{SECRET}"]).rows == 0
+        assert run(["status", *command]) == 0
+        assert "rows were deleted, but somebody still reads treering.db" in capsys.readouterr().err
+        assert (ws.root / ".deleting").exists()
+    assert run(["status", *command]) == 0
+    assert capsys.readouterr().err == ""
+    assert traces(ws, SECRET) == []
+    assert not (ws.root / ".deleting").exists()
+
+
+def test_a_deletion_waits_for_who_reads_the_catalog(workspace: MakeWorkspace) -> None:
+    ws = workspace(val_size=0.0)
+    ws.ingest([secret(), *toy_rows("pens", 4)], task="pens")
+    with ThreadPoolExecutor(1) as pool, somebody_reads(ws):
+        done = pool.submit(ws.forget, where=f"text~{SECRET}")
+        time.sleep(0.5)
+        assert not done.done()
+    assert not done.result().unfinished
+    assert traces(ws, SECRET) == []
 
 
 def test_what_comes_in_while_a_deletion_begins_is_known_too(
@@ -570,7 +682,9 @@ def test_conditions(condition: str, row: dict[str, Any], holds: bool) -> None:
     assert Condition.of(condition).holds(row) is holds
 
 
-@pytest.mark.parametrize("text", ["task", "task<pens", "colour=red", "text=all of it", "task=", "added<soon", ""])
+@pytest.mark.parametrize(
+    "text", ["task", "task<pens", "colour=red", "text=all of it", "task=", "text~\u200b", "added<soon", ""]
+)
 def test_conditions_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match=r"--where|is no time"):
         Condition.of(text)

@@ -21,14 +21,27 @@ from treering.data.tombstones import Tombstones
 from treering.data.where import all_of
 from treering.data.writer import HELD
 from treering.errors import LockError, UsageError, VersionError, full_disk_is_clear
-from treering.files import fsync_folder
+from treering.files import fsync_folder, write_file
 from treering.plan import clear
+from treering.progress import say
 from treering.redact import redact
 from treering.workspace import DELETING
 
 if TYPE_CHECKING:
     from treering.registry import Version
     from treering.workspace import Workspace
+
+PATIENCE = 5.0
+"""Seconds that a deletion waits for whoever reads the catalog as it was before."""
+
+READERS = (
+    "somebody still reads treering.db as it was before (a backup, a database browser, another command), which keeps "
+    "the deleted texts on disk: have that end, then run any command, as `treering status`; it finishes the deletion"
+)
+"""What keeps a deletion from its end, and what to do."""
+
+_PAGES = b"pages"
+"""In the note of an unfinished deletion: all is deleted, but old pages of the catalog are on disk still."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,8 @@ class Forgotten:
     """What was deleted. `versions`: those that learned some of it, themselves or by an ancestor; `current`: whether the
     one that serves did. `files`: where the rows came from, and how many; they are the user's, and stay. `unknown`:
     as in `Found`. `exports`: files that were written anew without them; `kept_exports`: such as may have them still,
-    and why. `damaged`: versions that could not be read, and stay as they are.
+    and why. `damaged`: versions that could not be read, and stay as they are. `unfinished`: whether old pages of the
+    catalog have the texts still, for somebody reads them (`READERS`).
     """
 
     rows: int
@@ -68,6 +82,7 @@ class Forgotten:
     exports: list[str]
     kept_exports: dict[str, str]
     damaged: list[str]
+    unfinished: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -112,16 +127,21 @@ def forget(ws: Workspace, found: Found) -> Forgotten:
     """Delete what was found. Raises `LockError` while an update runs: it holds the rows in memory."""
     with ws.lock("forget", "update"), full_disk_is_clear(ws.root):
         stones = Tombstones(ws.root)
-        (ws.root / DELETING).touch()
-        fsync_folder(ws.root)
+        write_file(ws.root / DELETING, b"")
         stones.add(found.marks)
-        return _finish(ws, stones, found)
+        return _finish(ws, stones, found, PATIENCE)
 
 
 def finish(ws: Workspace) -> None:
-    """Finish a deletion that a crash cut off."""
+    """Finish a deletion that a crash cut off, or somebody who read the catalog; says so if somebody does still."""
     with suppress(LockError), ws.lock("forget", "update"), full_disk_is_clear(ws.root):
-        _finish(ws, Tombstones(ws.root), Found())
+        note = ws.root / DELETING
+        if not note.exists():
+            return  # Another command has finished it.
+        only_pages = note.read_bytes() == _PAGES
+        done = _let_go(ws, 0.0) if only_pages else not _finish(ws, Tombstones(ws.root), Found(), 0.0).unfinished
+        if not done:
+            say(f"rows were deleted, but {READERS}")
 
 
 def untaught(ws: Workspace) -> Version | None:
@@ -130,14 +150,13 @@ def untaught(ws: Workspace) -> Version | None:
     return next((version for version in line if not registry.unlearned(ws, version)), None)
 
 
-def _finish(ws: Workspace, stones: Tombstones, found: Found) -> Forgotten:
+def _finish(ws: Workspace, stones: Tombstones, found: Found, patience: float) -> Forgotten:
     """Have everything in the workspace conform to the tombstones; what was `found` is told of."""
     clear(ws)  # What an interrupted update left has rows in it.
     with ws.catalog.writing() as writer:
         rows, gone = erase(writer, stones)
     with ws.catalog.writing() as writer:
         index.clear(writer.index, writer.runs()[0])
-    ws.catalog.flush()
     damaged = []
     with ws.changing("forget"):
         for version in registry.versions(ws):
@@ -147,8 +166,7 @@ def _finish(ws: Workspace, stones: Tombstones, found: Found) -> Forgotten:
                 damaged.append(f"{version.name}: {error}")
         registry.forget_rows(ws, stones.__contains__)
     exports, kept = export.without(ws, stones)
-    (ws.root / DELETING).unlink()
-    fsync_folder(ws.root)
+    done = _let_go(ws, patience)
     here = {stones.of(mark) for mark in found.marks | gone}
     taught = [
         version
@@ -165,7 +183,19 @@ def _finish(ws: Workspace, stones: Tombstones, found: Found) -> Forgotten:
         exports,
         kept,
         damaged,
+        not done,
     )
+
+
+def _let_go(ws: Workspace, patience: float) -> bool:
+    """Have the catalog's file keep nothing of what it lost, the last of a deletion; whether that could be done."""
+    note = ws.root / DELETING
+    if ws.catalog.flush(patience):
+        note.unlink()
+        fsync_folder(ws.root)
+        return True
+    write_file(note, _PAGES)
+    return False
 
 
 def _everything(ws: Workspace) -> Iterator[Mapping[str, Any]]:

@@ -331,3 +331,43 @@ def test_pairs_are_noted(tmp_path: Path) -> None:
     found, notes = noted(tmp_path / "a.jsonl", LINES + pair.encode() * 2)
     assert len(found) == 7
     assert notes == ["2 preference pairs: the chosen answers are learned, the rejected ones are not kept"]
+
+
+@pytest.mark.parametrize("indent", [1, 4])
+def test_rows_that_are_laid_out_over_lines_are_told_so(tmp_path: Path, indent: int) -> None:
+    """Each once, and the others are read."""
+    good, file = json.dumps(ROWS[0]), tmp_path / "rows.jsonl"
+    spread = json.dumps({"messages": [{"role": "user", "content": "a"}], "n": [1]}, indent=indent)
+    last = len(spread.splitlines())
+    file.write_text("\n".join([spread, good, spread, '{"text": "cut', "junk", good, '{"a": 1,', ""]))
+    found = list(read(file))
+    assert [row.line for row in found] == [
+        1,
+        last + 1,
+        last + 2,
+        2 * last + 2,
+        2 * last + 3,
+        2 * last + 4,
+        2 * last + 5,
+    ]
+    assert [isinstance(row, Row) for row in found] == [False, True, False, False, False, True, False]
+    reasons = [row.reason for row in found if isinstance(row, Bad)]
+    assert f"this row is laid out over lines 1 to {last}, but in JSON Lines each has one" in reasons[0]
+    assert not any("laid out" in reason for reason in reasons[2:])
+    (tmp_path / "one.jsonl").write_text(json.dumps(ROWS[0], indent=indent))
+    [bad] = read(tmp_path / "one.jsonl")
+    assert isinstance(bad, Bad) and "name a file that is one list or object .json" in bad.reason
+    (tmp_path / "one.jsonl").rename(tmp_path / "one.json")
+    assert [type(row) for row in read(tmp_path / "one.json")] == [Row]
+
+
+@pytest.mark.parametrize(("told", "delimiter"), [("sep=;", ";"), ('"SEP=|"', "|"), ("sep=\t", "\t"), ("sep=,", ",")])
+@pytest.mark.parametrize("blank", ["", "\r\n"])
+def test_a_table_that_tells_its_delimiter(tmp_path: Path, told: str, delimiter: str, blank: str) -> None:
+    file = tmp_path / "excel.csv"
+    table = [["text", "label"], ["a; b, c", "yes"], ["d", "no"]]
+    lines = [told, *(delimiter.join(f'"{cell}"' for cell in cells) for cells in table), "e"]
+    file.write_bytes(("\ufeff" + blank + "\r\n".join(lines)).encode())
+    found = list(read(file))
+    assert [row.line - len(blank) // 2 for row in found] == [3, 4, 5]
+    assert [row.example.answer for row in found if isinstance(row, Row)] == ["yes", "no"]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from treering import Workspace
+from treering.cli import run
 from treering.data import catalog, index
 from treering.data.intake import Ingested
 from treering.testing import toy_rows
@@ -170,6 +171,47 @@ def test_a_task_has_a_policy(
     ids = [id for ids in ws.catalog.waiting(()).values() for id in ids]
     assert {example.answer for example in ws.catalog.examples(ids).values()} == kept
     assert ws.catalog.counts()["quarantined"] == quarantined
+
+
+def test_tasks_that_empty_each_other_are_named(
+    workspace: MakeWorkspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what is told to do about it does."""
+    ws = workspace(val_size=0.2)
+    texts = [f"question {word} of number {n}" for n, word in enumerate("abcdefghij")]
+    for task, answer in (("topic", "trade"), ("mood of it", "glad")):
+        file = write(tmp_path / f"{task}.jsonl", [row(text, answer) for text in texts])
+        assert run(["ingest", str(file), "--task", task, "-w", str(ws.root)]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "NO LONGER COUNT" in line]
+    setting = 'dedup: {contradictions: {"topic": keep-both, "mood of it": keep-both}}'
+    assert said == [
+        "  10 older rows of topic (2 of them held out) NO LONGER COUNT, for rows of mood of it answer the same with "
+        f"something else; where both are true, set {setting} and ingest the rows of topic once more, from a file of "
+        "another name"
+    ]
+    assert ws.catalog.tasks()["topic"] == {"superseded": 10}
+    with (ws.root / "treering.yaml").open("a") as settings:
+        settings.write(setting + "\n")
+    found = balanced(ws.ingest(shutil.copy(tmp_path / "topic.jsonl", tmp_path / "again.jsonl"), task="topic"))
+    assert (found.accepted, found.restored, found.replaced) == (10, 10, [])
+    counts = ws.catalog.tasks()
+    assert {task: (of["train"], of["held_out"]) for task, of in counts.items()} == {
+        "topic": (8, 2),
+        "mood of it": (8, 2),
+    }
+
+
+def test_held_out_rows_that_are_superseded_are_named(
+    ws: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ws.ingest([row("one", "1"), row("two", "1")], task="a", held_out=[row("three", "1")])
+    for number, asked in enumerate([["one"], ["two", "three"]]):
+        file = write(tmp_path / f"{number}.jsonl", [row(text, "2") for text in asked])
+        assert run(["ingest", str(file), "--task", "a", "-w", str(ws.root)]) == 0
+    said = [line.strip() for line in capsys.readouterr().out.splitlines() if "no longer count" in line]
+    why = "no longer count: newer ones answer the same with something else"
+    keep = 'dedup: {contradictions: {"a": keep-both}} would keep both'
+    assert said == [f"1 older row of a {why}", f"2 older rows of a (1 of them held out) {why}; {keep}"]
 
 
 def test_what_is_superseded_leaves_memory_and_scores(workspace: MakeWorkspace) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 
 from treering import Workspace, registry
 from treering.cli import run
-from treering.data.stats import stats
+from treering.data import language
+from treering.data.example import Example
+from treering.data.stats import _characters, stats
 from treering.data.story import story, trace
 from treering.errors import UsageError
 from treering.testing import toy_rows
@@ -67,6 +70,45 @@ def test_a_task_out_of_balance(workspace: Callable[..., Workspace]) -> None:
     ws = workspace(val_size=0.0)
     ws.ingest([row(f"question {n}", "often" if n else "rarely") for n in range(20)], task="a")
     assert stats(ws)["a"]["imbalance"] == 19.0
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"), [([36, 40], (36, 40, 40)), ([9], (9, 9, 9)), (range(1, 101), (50, 95, 100)), ([], None)]
+)
+def test_lengths_are_in_order(lengths: Iterable[int], said: tuple[int, int, int] | None) -> None:
+    found = _characters(Example.of([{"role": "text", "content": "x" * length}]) for length in lengths)
+    assert found == ({} if said is None else dict(zip(("median", "p95", "most"), said, strict=True)))
+
+
+TEXTS = {
+    "de": "Wie kann ich die Lampe zurückschicken, die ich bei euch gekauft habe?",
+    "en": "How can I send back the lamp that I bought from you last week?",
+    "fr": "Comment puis-je renvoyer la lampe que j'ai achetée chez vous ?",
+}
+
+
+def test_languages_are_counted(workspace: Callable[..., Workspace], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lingua", exc_type=ImportError)
+    ws = workspace(val_size=0.0, dedup={"near": "keep"})
+    many = {"de": 3, "en": 2, "fr": 1}
+    rows = [row(f"{TEXTS[code]} ({n})", "ok") for code, count in many.items() for n in range(count)]
+    ws.ingest([*rows, row("42 17 x", "ok")], task="a")
+    assert stats(ws)["a"]["languages"] == {"de": 3, "en": 2, "fr": 1, "unclear": 1}
+    assert run(["data", "stats", "-w", str(ws.root)]) == 0
+    assert "  languages of 7 rows: de 3, en 2, fr 1, unclear 1\n" in capsys.readouterr().out
+
+
+def test_languages_without_lingua(
+    workspace: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lingua", None)
+    language._detector.cache_clear()
+    ws = workspace(val_size=0.0)
+    for task in ("a", "b"):
+        ws.ingest([row(f"how is {task}?")], task=task)
+    assert [of["languages"] for of in stats(ws).values()] == [None, None]
+    assert run(["data", "stats", "-w", str(ws.root)]) == 0
+    assert capsys.readouterr().out.count("pip install 'treering[language]'") == 1
 
 
 def test_a_rows_story(ws: Workspace) -> None:

@@ -66,6 +66,19 @@ def test_tools_and_calls_are_kept(row: dict[str, Any]) -> None:
     assert Example.of(convert(row).as_dicts()) == convert(row)
 
 
+def test_arguments_are_written_as_openai_has_them(workspace: MakeWorkspace, tmp_path: Path) -> None:
+    ws = workspace(val_size=0.0)
+    no_arguments = {**CALL, "function": {"name": "weather", "arguments": "{}"}}
+    asked = {"role": "user", "content": "Rain?"}
+    other = {"messages": [asked, {"role": "assistant", "tool_calls": [CALL, no_arguments]}], "tools": [TOOL]}
+    ws.ingest([ROW, other], task="weather")
+    export(ws, tmp_path / "rows.jsonl", "openai")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    calls = [call["function"] for row in rows for turn in row["messages"] for call in turn.get("tool_calls", ())]
+    assert [call["arguments"] for call in calls] == ['{"city": "Oslo"}', '{"city": "Oslo"}', "{}"]
+    assert [convert(row) for row in rows] == [convert(ROW), convert(other)]
+
+
 def test_a_call_may_be_the_answer() -> None:
     row = {"messages": ROW["messages"][:3], "tools": [TOOL]}
     assert convert(row).answer == SAID

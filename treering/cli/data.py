@@ -86,6 +86,8 @@ def stats(
         looks = Looks(ws, quiet=as_json)
     found = figures(ws, task, looks)
     lines = [line for name, of in found.items() for line in _told(name, of)]
+    if any(of["characters"] and of["languages"] is None for of in found.values()):
+        lines.append("languages are not told, for lingua is not installed: pip install 'treering[language]'")
     output(found, as_json, lines or ["no rows are stored"])
 
 
@@ -93,6 +95,9 @@ def _told(name: str, of: dict[str, Any]) -> list[str]:
     lines = [f"{name}: " + ", ".join(f"{count} {where.replace('_', ' ')}" for where, count in of["rows"].items())]
     if of["characters"]:
         lines.append("  characters: " + ", ".join(f"{key} {value}" for key, value in of["characters"].items()))
+    if of["languages"]:
+        shown = ", ".join(f"{language} {count}" for language, count in of["languages"].items())
+        lines.append(f"  languages of {sum(of['languages'].values())} rows: {shown}")
     if of["labels"]:
         shown = ", ".join(f"{label} {count}" for label, count in of["labels"].items())
         lines.append(

@@ -52,6 +52,8 @@ def forget(
         result |= rebuilt
         lines += more
     output(result, as_json, lines)
+    if result.get("unfinished"):
+        raise typer.Exit(1)
 
 
 def _read(file: Path) -> list[str]:
@@ -80,7 +82,10 @@ def _would_go(found: Found) -> list[str]:
 
 
 def _told(done: Forgotten) -> list[str]:
+    from treering.forget import READERS
+
     lines = [f"{_rows(done.rows)} deleted, not to come in again"]
+    lines += [f"  NOT FINISHED: {READERS}"] if done.unfinished else []
     if done.unknown:
         lines += [f"  but for {done.unknown} of which quarantine had no text to know them by"]
     lines += [f"  {count} came from {file}, which is yours and stays as it is" for file, count in done.files.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -106,11 +107,7 @@ def _taken(done: Ingested) -> list[str]:
     ]
     lines += [f"  {task}: {count}" for task, count in done.tasks.items()]
     lines += [f"  {done.near} of the duplicates say nearly the same as another row"] if done.near else []
-    lines += (
-        [f"  {done.superseded} older rows answered the same with something else; they no longer count"]
-        if done.superseded
-        else []
-    )
+    lines += [f"  {_replaced(**entry)}" for entry in done.replaced]
     lines += [f"  {done.restored} of the accepted ones no longer counted, and are said anew"] if done.restored else []
     lines += (
         [f"  {done.withdrawn} older rows say nearly what a held-out one says; they went to quarantine"]
@@ -125,6 +122,26 @@ def _taken(done: Ingested) -> list[str]:
     more = done.quarantined - ROWS_TOLD
     lines += [f"  and {more} more; --json has the first 100"] if more > 0 else []
     return [one_line(line) for line in lines]
+
+
+def _replaced(task: str, by: str, rows: int, held_out: int) -> str:
+    """That rows of `task` no longer count because of others `by` name, and what to do where that was not meant."""
+    lost = f"{rows} older row{'' if rows == 1 else 's'} of {task}" + (
+        f" ({held_out} of them held out)" * (held_out > 0)
+    )
+    if task == by:
+        said = f"{lost} no longer count: newer ones answer the same with something else"
+        return said + f"; {_keeping(task)} would keep both" * (held_out > 0)
+    return (
+        f"{lost} NO LONGER COUNT, for rows of {by} answer the same with something else; where both are true, set "
+        f"{_keeping(task, by)} and ingest the rows of {task} once more, from a file of another name"
+    )
+
+
+def _keeping(*tasks: str) -> str:
+    """The setting by which they keep all answers."""
+    policies = ", ".join(f"{json.dumps(task, ensure_ascii=False)}: keep-both" for task in tasks)
+    return f"dedup: {{contradictions: {{{policies}}}}}"
 
 
 @app.command()

@@ -30,6 +30,9 @@ DAMAGED = "put a backup of it back; the versions do not need it to answer"
 INDEX = "near"
 """The folder of the index of near duplicates, beside the catalog; it can be made again from the rows."""
 
+_PATIENCE = 60
+"""Seconds that a transaction waits for another."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -43,7 +46,7 @@ class Catalog:
     """The rows and the quarantine of a workspace, in SQLite (WAL)."""
 
     def __init__(self, path: Path) -> None:
-        self.engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), connect_args={"timeout": 60})
+        self.engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), connect_args={"timeout": _PATIENCE})
         sa.event.listen(self.engine, "connect", _durable)
         sa.event.listen(self.engine, "handle_error", _damage_is_clear)
         try:
@@ -197,10 +200,18 @@ class Catalog:
                 seq = ids[-1].seq
                 yield from self.rows([id for _, id in ids])
 
-    def flush(self) -> None:
-        """Have the file hold all that was written, and the log beside it nothing, unless somebody reads just now."""
+    def flush(self, patience: float = 0.0) -> bool:
+        """Have the file hold all that was written, and the log beside it nothing.
+
+        Waits so many seconds for whoever reads what was there before; returns whether it could be done.
+        """
         with self.engine.connect() as db:
-            db.execute(sa.text("PRAGMA wal_checkpoint(TRUNCATE)"))
+            db.execute(sa.text(f"PRAGMA busy_timeout={round(patience * 1000)}"))
+            try:
+                busy, *_ = db.execute(sa.text("PRAGMA wal_checkpoint(TRUNCATE)")).one()
+            finally:
+                db.execute(sa.text(f"PRAGMA busy_timeout={_PATIENCE * 1000}"))
+        return not busy
 
     def beginning(self, prefix: str) -> list[str]:
         """Ids of rows that begin so, ten at most."""

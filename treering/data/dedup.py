@@ -177,7 +177,7 @@ class Judge:
         if policy == "auto":
             policy = "quarantine" if together else "supersede"
         if policy == "supersede" and not together:
-            one.replaces.append(other.example.id)
+            one.replaces.append(other)
         elif policy == "supersede":
             self._remove(one, other, CONTRADICTION, _differs(row, "came later"))
         elif policy == "quarantine":

@@ -179,8 +179,10 @@ def text(example: Example) -> dict[str, Any] | str:
 
 
 def openai(example: Example) -> dict[str, Any]:
-    """The row as `messages`, with its `tools` beside them."""
+    """The row as `messages`, with its `tools` beside them; arguments of calls are JSON text, as OpenAI has them."""
     turns, tools = _apart(example)
+    for call in (call for turn in turns for call in turn.get(CALLED, ())):
+        call["function"]["arguments"] = compact(call["function"]["arguments"])
     return {"messages": turns, **({OFFERED: tools} if tools else {})}
 
 
@@ -201,7 +203,7 @@ def sharegpt(example: Example) -> dict[str, Any] | str:
 
 
 def parquet(example: Example) -> dict[str, Any]:
-    """As `openai`, with calls and tools as JSON, so that all rows have the same columns."""
+    """As `openai`, with tools and calls (arguments as objects) as JSON, so that all rows have the same columns."""
     turns, tools = _apart(example)
     said = [{**turn, **({CALLED: compact(turn[CALLED])} if CALLED in turn else {})} for turn in turns]
     return {"messages": said, OFFERED: compact(tools) if tools else None}

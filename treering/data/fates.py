@@ -45,7 +45,7 @@ class Judged:
     stored: Stored | None = None
     refused: tuple[str, str] | None = None
     like: str | None = None
-    replaces: list[str] = field(default_factory=list)
+    replaces: list[Stored] = field(default_factory=list)
     removes: list[tuple[Stored, str, str]] = field(default_factory=list)
     was: Stored | None = None
 

@@ -59,7 +59,8 @@ class Ingested:
     `near`: those of the duplicates that another row is only nearly the same as; `superseded`: stored rows that newer
     ones have made untrue; `withdrawn`: stored rows that went to quarantine, for a held-out one says nearly the same;
     `restored`: accepted rows that were superseded until now, and are said anew. `mended` and `warned`: accepted rows by
-    the rules that changed them, or only warn. `notices`: what is to be known of files that could be read.
+    the rules that changed them, or only warn. `notices`: what is to be known of files that could be read. `replaced`:
+    the superseded ones by their task and that of the rows that came (`by`): how many `rows`, and of them `held_out`.
     """
 
     rows: int = 0
@@ -77,6 +78,7 @@ class Ingested:
     mended: dict[str, int] = field(default_factory=dict)
     warned: dict[str, int] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+    replaced: list[dict[str, Any]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -175,6 +177,8 @@ class _Intake:
         self.warned: Counter[str] = Counter()
         self.told: list[dict[str, Any]] = []
         self.notices: list[str] = []
+        self.replaced: dict[tuple[str, str], Counter[str]] = {}
+        """The sides of rows that are no longer true, by their task and that of the rows that came."""
 
     def take(self, batch: _Batch, advance: Advance = silent) -> None:
         """Take in the rows of one file; `advance` is told how far that is."""
@@ -192,7 +196,7 @@ class _Intake:
         good, bad = [one for one in part if isinstance(one, Fit)], [one for one in part if isinstance(one, Bad)]
         judged = self.judge.judge(good, batch.task, batch.split, batch.split == "held_out")
         self._refuse(batch, bad + [refused(one.row, *one.refused) for one in judged if one.refused])
-        self._make_room(judged)
+        self._make_room(judged, batch.task)
         self._store([one.stored for one in judged if one.stored and one.is_kept], batch.task)
         for row, one in zip(good, judged, strict=True):
             if one.is_kept:
@@ -227,6 +231,10 @@ class _Intake:
             dict(self.mended),
             dict(self.warned),
             self.notices,
+            [
+                {"task": task, "by": by, "rows": sides.total(), "held_out": sides["held_out"]}
+                for (task, by), sides in self.replaced.items()
+            ],
         )
 
     def _look_at_labels(self, task: str) -> None:
@@ -296,14 +304,16 @@ class _Intake:
         if len(self.told) < TOLD:
             self.told.append({"file": row.file, "line": row.line, "rule": row.rule, "reason": row.reason})
 
-    def _make_room(self, judged: Sequence[Judged]) -> None:
+    def _make_room(self, judged: Sequence[Judged], task: str) -> None:
         """Take away stored rows that new ones make untrue, or that may not stand beside them."""
         for one in judged:
             for removed in one.removes:
                 self._take_out(*removed)
-        replaced = list(dict.fromkeys(id for one in judged if one.is_kept for id in one.replaces))
+        replaced = {row.example.id: row for one in judged if one.is_kept for row in one.replaces}
         self.counts["superseded"] += len(replaced)
-        self.writer.supersede(replaced)
+        self.writer.supersede(list(replaced))
+        for row in replaced.values():
+            self.replaced.setdefault((row.task, task), Counter())[row.split] += 1
         for was in [one.was for one in judged if one.is_kept and one.was]:
             self.writer.delete(was)
             self.judge.let_go(was)

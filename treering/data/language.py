@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -13,18 +15,37 @@ SURE = 0.9
 SHORTEST = 20
 """Characters from which on a text says its language."""
 
+UNCLEAR = "unclear"
+"""Stands for the language of texts that are too short, or could be of several."""
+
+_READ = 1000
+"""Characters of a text that are read where many are counted."""
+
 
 def language_of(text: str, wanted: tuple[str, ...]) -> str | None:
     """The ISO 639-1 code of its language where it is surely none of those `wanted`, else None.
 
     Raises `ConfigError` where lingua is not installed, or knows none of the codes.
     """
+    detector, codes = _detector(wanted)
+    code = _surely(detector, text)
+    return code if code not in codes else None
+
+
+def languages(texts: Iterable[str]) -> dict[str, int] | None:
+    """How many of the texts are in which language (ISO 639-1, or `UNCLEAR`), most first; None without lingua."""
+    try:
+        detector, _ = _detector(())
+    except ConfigError:
+        return None
+    return dict(Counter(_surely(detector, text[:_READ]) or UNCLEAR for text in texts).most_common())
+
+
+def _surely(detector: Any, text: str) -> str | None:
     if len(text.strip()) < SHORTEST:
         return None
-    detector, codes = _detector(wanted)
     found = detector.compute_language_confidence_values(text)[0]
-    code = found.language.iso_code_639_1.name.lower()
-    return code if code not in codes and found.value >= SURE else None
+    return found.language.iso_code_639_1.name.lower() if found.value >= SURE else None
 
 
 @cache

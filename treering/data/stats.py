@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from treering import registry
 from treering.automate.drift import divergence, drift
 from treering.data.example import Example
 from treering.data.labels import Labels
+from treering.data.language import languages
 from treering.errors import UsageError, near
 
 if TYPE_CHECKING:
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
 SAMPLE = 20_000
 """Rows of a task whose texts are read, the first by id: ids are hashes, so these are a random draw."""
 
+IN_LANGUAGES = 300
+"""Rows of a task whose language is told, the first of those."""
+
 SHOWN = 20
 """Labels that are told, the most frequent; and tasks where one is asked for that is not there."""
 
@@ -27,6 +33,9 @@ SHOWN = 20
 @dataclass
 class Of:
     """One task's rows. `characters`: of question and answer, the median, the 95th percentile and the largest.
+
+    `languages` counts those of `IN_LANGUAGES` rows at most, by ISO 639-1 code (`data/language.py`); None: lingua is not
+    installed, or no row is there.
 
     `labels` are the most frequent with their counts, empty where answers are open; `slips` pairs a rare label with the
     frequent one it looks like; `imbalance` is the count of the most frequent label over that of the rarest, if that is
@@ -37,6 +46,7 @@ class Of:
 
     rows: dict[str, int] = field(default_factory=dict)
     characters: dict[str, int] = field(default_factory=dict)
+    languages: dict[str, int] | None = None
     labels: dict[str, int] = field(default_factory=dict)
     label_count: int = 0
     slips: dict[str, str] = field(default_factory=dict)
@@ -74,6 +84,7 @@ def _of(
     examples = ws.catalog.examples(sorted(ids)[:SAMPLE])
     new = set(waiting)
     found = Of({**counts, "waiting": len(waiting)}, _characters(examples.values()))
+    found.languages = languages(map(_said, islice(examples.values(), IN_LANGUAGES))) if examples else None
     labels = Labels.of(examples.values())
     found.labels, found.label_count = dict(Counter(labels.counts).most_common(SHOWN)), len(labels.counts)
     found.slips, found.imbalance = labels.slips(), labels.imbalance()
@@ -93,4 +104,11 @@ def _characters(examples: Iterable[Example]) -> dict[str, int]:
     lengths = sorted(sum(len(turn.content) for turn in example.messages) for example in examples)
     if not lengths:
         return {}
-    return {"median": lengths[len(lengths) // 2], "p95": lengths[int(0.95 * (len(lengths) - 1))], "most": lengths[-1]}
+    # The least length that so large a share of the rows do not exceed.
+    at = {name: lengths[math.ceil(share * len(lengths)) - 1] for name, share in (("median", 0.5), ("p95", 0.95))}
+    return {**at, "most": lengths[-1]}
+
+
+def _said(example: Example) -> str:
+    """Question and answer, without the instruction that all of a task may share."""
+    return "\n".join(turn.content for turn in example.messages if turn.role != "system")

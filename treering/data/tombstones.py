@@ -1,7 +1,7 @@
 """What stays of rows that were deleted on request: keyed hashes, so that they are known if they come again.
 
 A row is known by its id, and by what it says: read from another format, in another case or under another system turn it
-has another id. What is no row is known by the text that quarantine had of it.
+has another id. What is no row is known by the text that quarantine had of it, and by what that reads without escapes.
 
 The hashes are in `deleted.jsonl`, their key beside it. Neither is in the catalog, so that one which is lost and made
 again takes in nothing that was deleted. Without the key nobody can find out from a version whether it had a given row.
@@ -17,6 +17,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from treering.data.example import Example, normalise
+from treering.data.spelling import readings
 from treering.data.tools import compact
 from treering.errors import TreeringError
 from treering.files import append_line, fsync_folder, timestamp, whole_lines
@@ -29,7 +30,8 @@ _WAY_OUT = "restore both from a backup: without them rows that were deleted woul
 def marks(what: Example | str) -> list[str]:
     """By what a row is known, its id first; of what is no row, its text as quarantine has it. No text, no mark."""
     if isinstance(what, str):
-        return [f"text:{_digest(what)}"] if what else []
+        told = readings(what)[-1]
+        return [f"text:{_digest(what)}", *([f"reads:{_digest(told)}"] if told else ())] if what else []
     # A turn of nothing but punctuation has no normal form.
     said = [(turn.role, normalise(turn.text) or turn.text.strip()) for turn in what.messages if turn.role != "system"]
     return [what.id, f"said:{_digest(compact(said))}"]

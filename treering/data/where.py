@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from treering.data.example import REJECTED
+from treering.data.spelling import plainly, readings
 from treering.data.tools import CALLED, OFFERED, compact
 from treering.errors import UsageError
 
@@ -59,7 +60,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
 
 @dataclass(frozen=True)
 class Condition:
-    """One of them. `=`: the same text; `~`: has it somewhere, in any case; `<` and `>`: before and after a time."""
+    """One of them. `=`: the same text; `~`: has it, however it is written; `<` and `>`: before and after a time."""
 
     field: str
     sign: str
@@ -76,7 +77,11 @@ class Condition:
             raise UsageError(f"--where {text!r} has no value, and would pick nothing or all; write one")
         if found["sign"] in "<>":
             return cls(found["field"], found["sign"], _time(found["value"]).isoformat(timespec="seconds"))
-        return cls(found["field"], found["sign"], found["value"])
+        if found["sign"] == "=":
+            return cls(found["field"], "=", found["value"])
+        if not (value := plainly(found["value"])):
+            raise UsageError(f"--where {text!r} has a value that nobody can see, and would pick all; write one")
+        return cls(found["field"], "~", value)
 
     def holds(self, row: Mapping[str, Any]) -> bool:
         """Whether it is true of a row: `task`, `file`, `added`, `messages`, of what could not be read `raw`."""
@@ -86,7 +91,7 @@ class Condition:
         if self.sign == "=":
             return found == self.value
         if self.sign == "~":
-            return self.value.casefold() in found.casefold()
+            return any(self.value in reading for reading in readings(found))
         return found < self.value if self.sign == "<" else found > self.value  # All are in UTC, so texts compare.
 
 

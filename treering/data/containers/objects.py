@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -135,9 +135,50 @@ def _are_rows(first: str, second: str) -> bool:
 
 
 def _json_lines(text: Text) -> Iterator[Found]:
-    for number, line in enumerate(text.lines(), 1):
+    lines, again = enumerate(text.lines(), 1), deque[tuple[int, str]]()
+    while entry := again.popleft() if again else next(lines, None):
+        number, line = entry
         if line.strip():
-            yield _json_line(number, line)
+            found = _json_line(number, line)
+            yield (found.error and _over_lines(number, line, lines, again)) or found
+
+
+def _over_lines(
+    number: int, first: str, lines: Iterator[tuple[int, str]], again: deque[tuple[int, str]]
+) -> Found | None:
+    """A row that is laid out over lines from `first` on; else None, and what was looked at is to be read `again`."""
+    parts, taken, depth, size = [first], list[tuple[int, str]](), _opened(first), len(first)
+    while first.startswith("{") and depth > 0 and size < _PIECE:
+        entry = again.popleft() if again else next(lines, None)
+        if entry is None:
+            break
+        taken.append(entry)
+        if entry[1].startswith("{"):  # Another row begins: the first breaks off.
+            break
+        parts.append(entry[1])
+        depth += _opened(entry[1])
+        size += len(entry[1])
+    whole = "".join(parts)
+    if taken and depth == 0 and _is_json(whole):
+        reason = (
+            f"this row is laid out over lines {number} to {taken[-1][0]}, but in JSON Lines each has one: write it so "
+            "(`jq -c . FILE` does), or name a file that is one list or object .json"
+        )
+        return Found(number, None, whole[:RAW_LENGTH], RowError("bad-json", reason))
+    again.extendleft(reversed(taken))
+    return None
+
+
+def _opened(line: str) -> int:
+    return line.count("{") - line.count("}")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        _decode(text)
+    except RowError:
+        return False
+    return True
 
 
 def _json_line(number: int, line: str) -> Found:

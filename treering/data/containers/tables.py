@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import deque
 from collections.abc import Iterator
 
@@ -11,6 +12,8 @@ from treering.data.containers.text import LONGEST_LINE, CutLine, Text
 from treering.data.values import RAW_LENGTH, RowError
 
 _DELIMITERS = (",", ";", "\t")
+_TOLD = re.compile(r'"?sep=([^\w\s"]?)"?', re.IGNORECASE)
+"""A first line by which Excel is told the delimiter; a tab is gone with the blanks around it."""
 
 
 class _Lines:
@@ -42,10 +45,19 @@ class _Lines:
 
 
 def read_table(source: Source, delimiter: str) -> Iterator[Found]:
-    """CSV with that delimiter, or with the one under which the first line names known columns."""
+    """CSV with that delimiter, with the one that the file itself tells (`sep=;`), or under which the first line names
+    known columns.
+    """
     text = Text(source)
-    lines = text.lines(newline="")
-    rows = _cells(_Lines(lines), _delimiter(text.first_lines()[0], delimiter, source))
+    lines = _Lines(text.lines(newline=""))
+    first, _ = text.first_lines()
+    if told := _TOLD.fullmatch(first):
+        delimiter = told[1] or "\t"
+        while next(lines).strip() != first:
+            pass  # Blank lines before it.
+    else:
+        delimiter = _delimiter(first, delimiter, source)
+    rows = _cells(lines, delimiter)
     for _, header, raw_header in rows:
         names = _column_names(header, raw_header, source)
         for number, cells, raw in rows:
