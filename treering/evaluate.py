@@ -110,7 +110,7 @@ def evaluate(
             points = float(loss < rejected[at])
         else:
             points = METRICS[name](said, example.answer)
-        results.append(Result(example.id, task, name, points, loss, said))
+        results.append(Result(example.id, task, name, points, loss, said, chosen[at] is None))
     return results
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version as library_version
@@ -61,7 +62,7 @@ def of_update(
         "base": {"name": base_name(candidate.config), "sha256": plan.base},
         "plan": plan.digest,
         "config": plan.config,
-        "choices": _choices(candidate),
+        "choices": _choices(candidate, after),
         "range_test": asdict(candidate.main.rate) if candidate.main.rate.before else None,
         "machine": {**plan.machine, "platform": platform.platform()},
         "libraries": {name: library_version(name) for name in libraries(candidate.config)},
@@ -115,18 +116,23 @@ def of_adoption(adapter: Path, config: Config, base: str) -> dict[str, Any]:
     }
 
 
-def _of_fallback(past: Recall) -> str:
+def _of_fallback(past: Recall, after: Sequence[Result]) -> str:
     from treering.router import FAR
 
-    if past.falls_back:
-        far = f"farther than {FAR:g} standard deviations from all that was learned"
-        if past.router is not None and past.router.mistaken:
-            return f"the base model answers what is {far}; of what it was taught, much is like prompts about anything"
-        return f"the base model answers what is more like prompts about anything than like what was learned, or {far}"
-    return "set" if past.router and past.router.whole else "nobody knows what the adapter that was adopted has learned"
+    if past.router is None or not past.falls_back:
+        adopted = past.router is not None and not past.router.whole
+        return "nobody knows what the adapter that was adopted has learned" if adopted else "set"
+    far = f"farther than {FAR:g} standard deviations from all that was learned"
+    like = "more like prompts about anything than like what was learned, or "
+    if past.router.mistaken:
+        like, far = "", f"{far}; some of what was learned is like prompts about anything"
+    rows = Counter(result.task for result in after)
+    lost = Counter(result.task for result in after if result.of_base)
+    told = ", ".join(f"{count} of {rows[task]} of {task}" for task, count in sorted(lost.items())) or "none"
+    return f"the base model answers what is {like}{far}; of the held-out rows it answered {told}"
 
 
-def _choices(candidate: Candidate) -> dict[str, dict[str, Any]]:
+def _choices(candidate: Candidate, after: Sequence[Result]) -> dict[str, dict[str, Any]]:
     """What was chosen automatically, and why; of lessons but the main one under the name of their expert."""
     from treering.model import precision, precision_name
 
@@ -146,7 +152,7 @@ def _choices(candidate: Candidate) -> dict[str, dict[str, Any]]:
             "value": len(candidate.past.router.answers),
             "reason": f"labels; sharpness {known.sharpness:.2g} was best for labelled rows not yet learned",
         }
-        found["fallback"] = {"value": candidate.past.falls_back, "reason": _of_fallback(candidate.past)}
+        found["fallback"] = {"value": candidate.past.falls_back, "reason": _of_fallback(candidate.past, after)}
     if candidate.taught:
         reasons = [f"{choice.expert}: {choice.reason}" for choice in candidate.taught]
         found["expert"] = {

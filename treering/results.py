@@ -15,7 +15,10 @@ RESULTS, PARENT_RESULTS = "results.parquet", "parent.parquet"
 
 @dataclass(frozen=True)
 class Result:
-    """One scored row. `loss` is the mean cross entropy of the answer's tokens, in nats."""
+    """One scored row. `loss` is the mean cross entropy of the answer's tokens, in nats.
+
+    `of_base`: what answered was the base model, for the prompt is unlike all that was learned.
+    """
 
     id: str
     task: str
@@ -23,6 +26,7 @@ class Result:
     score: float
     loss: float
     prediction: str
+    of_base: bool = False
 
 
 def task_scores(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
@@ -46,7 +50,7 @@ def write_results(path: Path, results: Sequence[Result]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = ("id", "task", "metric", "score", "loss", "prediction")
+    names = ("id", "task", "metric", "score", "loss", "prediction", "of_base")
     table = pa.table({name: [asdict(result)[name] for result in results] for name in names})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)

@@ -215,7 +215,7 @@ def test_held_out_rows_that_are_superseded_are_named(
 
 
 def test_what_is_superseded_leaves_memory_and_scores(workspace: MakeWorkspace) -> None:
-    ws = workspace(val_size=0.0, memory={"size": 100})
+    ws = workspace(val_size=0.0, memory={"size": 100}, recall={"fallback": False})
     ws.ingest(toy_rows("a", 12), task="a", held_out=[row(f"a held question {n}", "a b") for n in range(4)])
     first = ws.update(max_steps=1, gate={"floor": 1.0, "margin": 1.0})
     assert first is not None and first.promote

@@ -301,6 +301,18 @@ def test_beside_a_version_with_a_model_of_its_own(workspace: MakeWorkspace) -> N
     assert begins(served(ws, ELSEWHERE, version="v1")) == begins(answers)
 
 
+def test_it_is_told_how_many_held_out_rows_went_to_the_base_model(workspace: MakeWorkspace) -> None:
+    ws = workspace(**SETTINGS, val_size=0.0)
+    strange = [{"text": text, "label": "pens a"} for text in ELSEWHERE]
+    ws.ingest(toy_rows("pens", 40), task="pens", held_out=[*strange, *toy_rows("pens", 44)[40:]])
+    v1 = ws.update(promote=False)
+    assert v1 is not None
+    results = read_results(v1.folder / "results.parquet")
+    lost = [result for result in results if result.of_base]
+    assert len(results) == 8 and 4 <= len(lost) < 8
+    assert f"of the held-out rows it answered {len(lost)} of 8 of pens" in v1.manifest["choices"]["fallback"]["reason"]
+
+
 def test_not_where_it_was_not_wanted(copied: Workspace) -> None:
     v3 = learn(copied, "hats", "recall.fallback=false")
     assert v3.manifest["choices"]["fallback"] == {"value": False, "reason": "set"}
