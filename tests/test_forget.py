@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -272,6 +273,17 @@ def test_the_index_of_near_duplicates_lets_go(workspace: MakeWorkspace) -> None:
 
 def turns(*said: tuple[str, str]) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+def test_what_a_conversation_asks_on_the_way_is_forgotten_too(workspace: MakeWorkspace) -> None:
+    ws = workspace(val_size=0.0)
+    asked = [("user", f"who is {SECRET}?"), ("assistant", "a word"), ("user", "and then?"), ("assistant", "nothing")]
+    ws.ingest([turns(*asked), *toy_rows("pens", 4)], task="pens")
+    ws.forget(where=f"text~{SECRET}")
+    with sqlite3.connect(ws.root / "treering.db") as db:
+        assert db.execute("SELECT count(*) FROM within").fetchone() == (0,)
+    db.close()
+    assert ws.ingest([], task="pens", held_out=[turns(*asked[:2])]).withdrawn == 0
 
 
 CALLING: dict[str, Any] = {
