@@ -23,7 +23,7 @@ from treering.data.writer import HELD
 from treering.errors import LockError, UsageError, VersionError, full_disk_is_clear
 from treering.files import fsync_folder
 from treering.plan import clear
-from treering.redact import redact
+from treering.redact import Left, redact
 from treering.workspace import DELETING
 
 if TYPE_CHECKING:
@@ -138,11 +138,11 @@ def _finish(ws: Workspace, stones: Tombstones, found: Found) -> Forgotten:
     with ws.catalog.writing() as writer:
         index.clear(writer.index, writer.runs()[0])
     ws.catalog.flush()
-    damaged = []
+    damaged, left = [], Left(ws, stones)
     with ws.changing("forget"):
         for version in registry.versions(ws):
             try:
-                redact(ws, version, stones)
+                redact(ws, version, stones, left)
             except VersionError as error:
                 damaged.append(f"{version.name}: {error}")
         registry.forget_rows(ws, stones.__contains__)

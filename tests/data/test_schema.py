@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -99,7 +99,8 @@ def test_a_newer_catalog_is_refused(ws: Workspace) -> None:
 
 def test_a_catalog_of_schema_3(ws: Workspace) -> None:
     turns = [{"role": ("user", "assistant")[at % 2], "content": f"{word} of it"} for at, word in enumerate("abcdef")]
-    ws.ingest([{"messages": turns}, row("something else")], task="a")
+    rows: list[Mapping[str, object]] = [{"messages": turns}, row("something else")]
+    ws.ingest(rows, task="a")
     ws.catalog.engine.dispose()
     del ws.catalog
     with sqlite3.connect(ws.root / "treering.db") as db:

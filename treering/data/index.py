@@ -208,7 +208,8 @@ def _numbers(signatures: Signatures, of: Sequence[int] | None) -> NDArray[np.uin
 
 def _is_first(rows: NDArray[np.uint32], places: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which of the `places` in sorted `rows` are the first of their row."""
-    return (places == 0) | (rows[places] != rows[places - 1])
+    first: NDArray[np.bool_] = (places == 0) | (rows[places] != rows[places - 1])
+    return first
 
 
 def _keys(signatures: Signatures) -> NDArray[np.uint64]:

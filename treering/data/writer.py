@@ -93,7 +93,8 @@ class Writer:
 
     def number(self, id: str) -> int:
         """That of a stored row."""
-        return self.db.execute(sa.select(_rows.c.seq).where(_rows.c.id == id)).scalar_one()
+        found: int = self.db.execute(sa.select(_rows.c.seq).where(_rows.c.id == id)).scalar_one()
+        return found
 
     def numbered(self, seqs: Iterable[int]) -> list[Stored]:
         """Those of the rows with these numbers that are trained or held out, in the order they came."""
