@@ -27,6 +27,7 @@ from treering.methods import Methods
 from treering.model import load, load_base, load_tokenizer
 from treering.progress import silent
 from treering.registry import Version
+from treering.rendering import rendered
 from treering.results import read_results
 from treering.router import Router, Shown
 from treering.testing import toy_rows
@@ -322,3 +323,24 @@ def test_they_answer_side_by_side_in_the_server(two: Workspace, monkeypatch: pyt
     inside.run(3)
     assert {name: inside.text(name) for name in asked} == wanted
     assert (0, 1, 2) in slots
+
+
+def test_turns_put_together_elsewhere_are_their_own_question(two: Workspace) -> None:
+    """The same tokens as a chat's, read otherwise: neither is answered by what was found for the other."""
+    tokenizer: Any = load_tokenizer(Path(str(two.config().model_name_or_path)))
+    messages = [{"role": "user", "content": unlike(toy_rows("cups", 1))[0]["text"]}]
+    text = rendered(tokenizer, messages, open_answer=True)
+    orders: tuple[tuple[str, ...], ...] = (("chat",), ("text",), ("text", "chat", "text"))
+    found: dict[str, set[str]] = {"chat": set(), "text": set(), "base": set()}
+    for order in orders:
+        inside = Inside(two)
+        inside.put(op="load", version="v2", keep=True)
+        for at, kind in enumerate(order):
+            inside.generate(str(at), "v2", **({"messages": messages} if kind == "chat" else {"prompt": text}))
+        inside.generate("base", prompt=text)
+        inside.run(len(order) + 1)
+        for at, kind in enumerate(order):
+            found[kind].add(inside.text(str(at)))
+        found["base"].add(inside.text("base"))
+    assert all(len(texts) == 1 for texts in found.values())
+    assert found["text"] != found["base"]  # Whoever wrote the marks asks the version: an expert answers.

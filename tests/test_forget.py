@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from treering import Workspace, files, registry
 from treering.cli import run
@@ -28,6 +30,7 @@ from treering.errors import TreeringError, UsageError
 from treering.forget import find, untaught
 from treering.memory import Memory
 from treering.results import RESULTS, read_results
+from treering.router import ANYTHING, OWN, Router
 from treering.testing import toy_rows
 
 MakeWorkspace = Callable[..., Workspace]
@@ -276,6 +279,60 @@ def test_the_index_of_near_duplicates_lets_go(workspace: MakeWorkspace) -> None:
 
 def turns(*said: tuple[str, str]) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+def test_a_label_that_no_row_has_any_more_is_nowhere(workspace: MakeWorkspace) -> None:
+    ws = workspace(val_size=0.0, memory={"size": 2}, gate={"floor": 1.0, "margin": 1.0})
+    label = f"{SECRET} Main Street"
+    held_out = [{"text": f"a question {at}", "label": "pens a"} for at in range(3)]
+    gone = [{"text": f"where does number {at} live?", "label": label} for at in (1, 2, 3)]
+    ws.ingest([*gone, *toy_rows("pens", 10)], task="pens", held_out=held_out)
+    ws.update()
+    ws.ingest(toy_rows("cups", 10), task="cups")
+    ws.update()
+    versions = [registry.get(ws, name) for name in ("v1", "v2")]
+    before = [Router.load(version.folder) for version in versions]
+    assert all(f"pens\n{label.lower()}" in router.expert for router in before)
+    ws.forget([id_of(gone[0])])
+    assert [Router.load(version.folder).expert for version in versions] == [router.expert for router in before]
+    ws.forget(where=f"answer={label}")
+    assert traces(ws, SECRET) == []
+    for version, was in zip(map(registry.get, (ws, ws), ("v1", "v2")), before, strict=True):
+        router = Router.load(version.folder)
+        assert version.problems() == [] and SECRET not in json.dumps(Memory.load(version.folder).seen)
+        assert list(router.expert) == [name for name in was.expert if SECRET not in name]
+        assert {*router.answers, ANYTHING} == router.expert.keys()
+        for at, name in enumerate(router.expert):
+            assert torch.equal(router.sums[at], was.sums[list(was.expert).index(name)])
+        assert torch.linalg.eigvalsh(router.products)[0] > -1e-6
+        router.expert = {name: name for name in router.expert}  # Each mean is nearest to itself.
+        assert router.nearest(router.sums / router.counts[:, None])[0] == list(router.expert)
+    ws.ingest(toy_rows("hats", 10), task="hats")
+    ws.update()
+    assert traces(ws, SECRET) == []
+
+
+def test_somebody_answers_where_all_that_was_learned_is_gone(workspace: MakeWorkspace) -> None:
+    ws = workspace(val_size=0.0, gate={"floor": 1.0, "margin": 1.0})
+    ws.ingest(toy_rows("pens", 6), task="pens", held_out=[{"text": "a question", "label": "pens a"}])
+    ws.update()
+    ws.forget(where="task=pens")
+    v1 = registry.get(ws, "v1")
+    router = Router.load(v1.folder)
+    assert (list(router.expert), router.answers, v1.problems()) == ([ANYTHING, "\n"], {}, [])
+    assert router.route(router.sums / router.counts[:, None]) == [None, OWN]
+    assert traces(ws, "pens a") == []
+
+
+def test_what_a_conversation_asks_on_the_way_is_forgotten_too(workspace: MakeWorkspace) -> None:
+    ws = workspace(val_size=0.0)
+    asked = [("user", f"who is {SECRET}?"), ("assistant", "a word"), ("user", "and then?"), ("assistant", "nothing")]
+    ws.ingest([turns(*asked), *toy_rows("pens", 4)], task="pens")
+    ws.forget(where=f"text~{SECRET}")
+    with sqlite3.connect(ws.root / "treering.db") as db:
+        assert db.execute("SELECT count(*) FROM within").fetchone() == (0,)
+    db.close()
+    assert ws.ingest([], task="pens", held_out=[turns(*asked[:2])]).withdrawn == 0
 
 
 CALLING: dict[str, Any] = {

@@ -24,7 +24,7 @@ from treering.errors import LockError, UsageError, VersionError, full_disk_is_cl
 from treering.files import fsync_folder, write_file
 from treering.plan import clear
 from treering.progress import say
-from treering.redact import redact
+from treering.redact import Left, redact
 from treering.workspace import DELETING
 
 if TYPE_CHECKING:
@@ -157,11 +157,11 @@ def _finish(ws: Workspace, stones: Tombstones, found: Found, patience: float) ->
         rows, gone = erase(writer, stones)
     with ws.catalog.writing() as writer:
         index.clear(writer.index, writer.runs()[0])
-    damaged = []
+    damaged, left = [], Left(ws, stones)
     with ws.changing("forget"):
         for version in registry.versions(ws):
             try:
-                redact(ws, version, stones)
+                redact(ws, version, stones, left)
             except VersionError as error:
                 damaged.append(f"{version.name}: {error}")
         registry.forget_rows(ws, stones.__contains__)

@@ -68,21 +68,20 @@ REMEMBERED = 200
 """Rows that what was measured before counts as at most, unless more are new: few new rows do not outweigh it."""
 
 
-@dataclass(frozen=True)
-class Known:
-    """How far rows lie from the nearest class that other rows made, the logarithm of the squared distance.
+def task_of(name: str) -> str:
+    """The task of the class of that name."""
+    return name.partition("\n")[0]
 
-    With `sharpness`, of `SHARPNESSES` the geometric mean of the best for `labelled` rows, distances tell how likely
-    labels are.
-    """
+
+@dataclass(frozen=True)
+class Spread:
+    """How far rows of a task lie from the nearest class that other rows made, the logarithm of the squared distance."""
 
     rows: int = 0
     mean: float = 0.0
     variance: float = 0.0
-    labelled: int = 0
-    sharpness: float = 1 / 16
 
-    def with_new(self, logs: Tensor) -> Known:
+    def with_new(self, logs: Tensor) -> Spread:
         """Of `logs` and of what was before, of which not all counts: distances shrink as rows come in."""
         new, old = len(logs), min(self.rows, max(len(logs), REMEMBERED))
         if not new:
@@ -91,8 +90,20 @@ class Known:
         total = new + old
         variance = (float(logs.var(correction=0)) * new + self.variance * old) / total
         between = (mean - self.mean) ** 2 * new * old / total**2
-        mean = (mean * new + self.mean * old) / total
-        return replace(self, rows=self.rows + new, mean=mean, variance=variance + between)
+        return Spread(self.rows + new, (mean * new + self.mean * old) / total, variance + between)
+
+    @property
+    def far(self) -> float:
+        """From where on a row is far; nowhere, where too few rows are known to tell."""
+        return self.mean + FAR * math.sqrt(max(self.variance, 1e-12)) if self.rows >= ENOUGH else math.inf
+
+
+@dataclass(frozen=True)
+class Known:
+    """With `sharpness`, of `SHARPNESSES` the geometric mean of the best for `labelled` rows, distances tell labels."""
+
+    labelled: int = 0
+    sharpness: float = 1 / 16
 
     def sharper(self, losses: Tensor, labelled: int) -> Known:
         """With the best sharpness of so many new rows, whose `losses` are summed up for each of `SHARPNESSES`."""
@@ -101,13 +112,7 @@ class Known:
             return self
         best = math.log(float(SHARPNESSES[losses.argmin()]))
         sharpness = math.exp((best * new + math.log(self.sharpness) * old) / (new + old))
-        return replace(self, labelled=self.labelled + new, sharpness=sharpness)
-
-    def far(self, logs: Tensor) -> Tensor:
-        """Which of `logs` lie too far above the mean; none where too few rows are known to tell."""
-        if self.rows < ENOUGH:
-            return torch.zeros_like(logs, dtype=torch.bool)
-        return (logs - self.mean) / math.sqrt(max(self.variance, 1e-12)) > FAR
+        return Known(self.labelled + new, sharpness)
 
 
 @dataclass(frozen=True)
@@ -126,14 +131,16 @@ class Shown:
 
 @dataclass(frozen=True)
 class _Near:
-    """Of each row the expert of the class nearest to it, of those that were taught, and the squared distance.
+    """Of each row the expert of the class nearest to it, of those that were taught, and the `log` of its distance.
 
-    `astray`: prompts about anything are nearer.
+    `astray`: prompts about anything are nearer than that class, and than the mean of any task, which few rows tell
+    better than the means of their labels. `distances` `[n, classes]` are squared.
     """
 
     experts: list[str]
-    distances: Tensor
+    log: Tensor
     astray: list[bool]
+    distances: Tensor
 
 
 @dataclass
@@ -143,7 +150,8 @@ class Router:
     `expert` names each class's expert; `counts` and `sums` `[classes, size]` are of its rows, in the same order;
     `products` `[size, size]` is the sum of all rows' outer products. `answers` has the texts of classes that are
     labels, as they came last. `whole`: all that was learned it was shown, which an adapter made elsewhere forbids.
-    `forms` are those in which it was shown prompts about anything; `mistaken`: rows that were learned are like them.
+    `spread` is that of each task. `forms` are those in which it was shown prompts about anything; `mistaken` the tasks
+    whose rows are like them.
     """
 
     size: int
@@ -154,8 +162,9 @@ class Router:
     known: Known = Known()
     answers: dict[str, str] = field(default_factory=dict)
     whole: bool = True
+    spread: dict[str, Spread] = field(default_factory=dict)
     forms: list[str] = field(default_factory=list)
-    mistaken: bool = False
+    mistaken: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.sums.numel():
@@ -165,25 +174,33 @@ class Router:
     def learn(self, shown: Shown, owners: Mapping[str, str]) -> None:
         """The rows `shown`, which the experts in `owners` answer by their classes from now on."""
         rows, classes = shown.vectors.double(), shown.classes
-        logs, losses = [torch.zeros(0, dtype=torch.float64)], torch.zeros(len(SHARPNESSES), dtype=torch.float64)
-        labelled, tasks = 0, [name.partition("\n")[0] for name in classes]
-        astray = Counter[str]()
+        tasks = [task_of(name) for name in classes]
+        logs, astray = {task: list[float]() for task in tasks}, Counter[str]()
+        losses, labelled = torch.zeros(len(SHARPNESSES), dtype=torch.float64), 0
         if shown.forms:
             self._add(shown.anything.double(), [ANYTHING] * len(shown.anything), {ANYTHING: NOBODY})
             self.forms = [*self.forms, *shown.forms]
         for part in _folds(len(rows)):
-            told, distances = self._told(rows, classes, part)
-            if told._taught:  # The first row of all has no other to be measured by.
-                near = told._near(distances)
-                logs.append(near.distances.log())
-                astray.update(tasks[at] for at, strayed in zip(part, near.astray, strict=True) if strayed)
-                labels = [classes[at] if classes[at] in shown.answers else None for at in part]
-                found, count = told._losses(distances, labels)
-                losses, labelled = losses + found, labelled + count
-        self.mistaken |= any(count > max(1, MISTAKEN * tasks.count(task)) for task, count in astray.items())
+            told, asked = self._told(rows, classes, part)
+            if not told._taught:  # The first row of all has no other to be measured by.
+                continue
+            near = told._near(asked)
+            for at, log, strayed in zip(part, near.log.tolist(), near.astray, strict=True):
+                logs[tasks[at]].append(log)
+                astray[tasks[at]] += strayed
+            labels = [classes[at] if classes[at] in shown.answers else None for at in part]
+            found, count = told._losses(near.distances, labels)
+            losses, labelled = losses + found, labelled + count
         self._add(rows, classes, owners)
         self.answers = {**self.answers, **shown.answers}
-        self.known = self.known.with_new(torch.cat(logs)).sharper(losses, labelled)
+        self.known = self.known.sharper(losses, labelled)
+        spreads = {
+            task: self.spread.get(task, Spread()).with_new(torch.tensor(found, dtype=torch.float64))
+            for task, found in logs.items()
+        }
+        self.spread = {**self.spread, **spreads}
+        lost = {task for task in logs if astray[task] > max(1, MISTAKEN * tasks.count(task))}
+        self.mistaken = [*(task for task in self.mistaken if task not in logs), *sorted(lost)]
 
     def with_rows(self, features: Tensor, classes: Sequence[str], owners: Mapping[str, str]) -> Router:
         """Another that knows these rows as well, but no more of what is far."""
@@ -191,16 +208,10 @@ class Router:
         found._add(features.double(), classes, owners)
         return found
 
-    def distances(self, features: Tensor) -> Tensor:
-        """The squared distances of each of `features` `[n, size]` to all classes, `[n, classes]`, in their order."""
-        factor, means = self._fitted
-        white = torch.linalg.solve_triangular(factor, features.double().T, upper=False).T
-        return torch.cdist(white, means).square().clamp_min(1e-12)
-
     def nearest(self, features: Tensor) -> tuple[list[str], Tensor]:
         """The expert of the class nearest to each of `features` `[n, size]`, and the log of its squared distance."""
-        near = self._near(self.distances(features))
-        return near.experts, near.distances.log()
+        near = self._near(features)
+        return near.experts, near.log
 
     def like(self, features: Tensor, sharper: float, most: int) -> list[dict[str, float]]:
         """How likely each of `features` `[n, size]` is of which class, `most` classes of each; none where it is far.
@@ -209,15 +220,15 @@ class Router:
         """
         names, found = list(self.expert), list[dict[str, float]]()
         for part in features.split(AT_ONCE):
-            distances = self.distances(part)
-            far = self.known.far(self._near(distances).distances.log())
+            near = self._near(part)
+            far, distances = self._far(near), near.distances
             if self.mistaken:
                 distances[:, names.index(ANYTHING)] = math.inf
             chances = torch.softmax(distances * (-sharper * self.known.sharpness / 2), 1)
             top = chances.topk(min(most, len(names)), 1)
             found += [
                 {} if away else {names[at]: chance for at, chance in zip(places, values, strict=True)}
-                for away, places, values in zip(far.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+                for away, places, values in zip(far, top.indices.tolist(), top.values.tolist(), strict=True)
             ]
         return found
 
@@ -225,9 +236,9 @@ class Router:
         """The expert that answers each of `features` `[n, size]`; None: none of them."""
         if not len(features):
             return []
-        near = self._near(self.distances(features))
-        far = self.known.far(near.distances.log()).tolist()
-        elsewhere = [away or (astray and not self.mistaken) for away, astray in zip(far, near.astray, strict=True)]
+        near = self._near(features)
+        pairs = zip(self._far(near), near.astray, strict=True)
+        elsewhere = [far or (astray and not self.mistaken) for far, astray in pairs]
         return [None if away else expert for expert, away in zip(near.experts, elsewhere, strict=True)]
 
     def novelty(self, features: Tensor, classes: Sequence[str]) -> float:
@@ -235,8 +246,8 @@ class Router:
         rows = features.double()
         found: list[str] = []
         for part in _folds(len(rows)):
-            told, distances = self._told(rows, classes, part)
-            found += told._near(distances).experts if told._taught else []
+            told, asked = self._told(rows, classes, part)
+            found += told._near(asked).experts if told._taught else []
         return found.count(_OTHERS) / max(1, len(rows))
 
     def save(self, folder: Path) -> None:
@@ -249,6 +260,7 @@ class Router:
             "known": asdict(self.known),
             "answers": self.answers,
             "whole": self.whole,
+            "spread": {task: asdict(spread) for task, spread in self.spread.items()},
             "forms": self.forms,
             "mistaken": self.mistaken,
         }
@@ -262,30 +274,41 @@ class Router:
         from safetensors.torch import load_file
 
         about: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        known = Known(**about.pop("known"))
-        # What older versions do not say, they were judged without.
+        known = about.pop("known")
+        of_sharpness = {name: known.pop(name) for name in ("labelled", "sharpness") if name in known}
+        about["spread"] = {task: Spread(**told) for task, told in about.get("spread", {"": known}).items()}
+        # What older versions do not say, they were judged without; their tasks have one spread.
         told = {"answers": {}, "whole": False, **about, **load_file(folder / SUMS)}
-        return cls(**told, known=known)
+        return cls(**told, known=Known(**of_sharpness))
 
     @property
     def _taught(self) -> bool:
         """Whether there is a class that rows taught."""
         return bool(self.expert.keys() - {ANYTHING})
 
-    def _near(self, distances: Tensor) -> _Near:
-        """What is nearest by `distances` `[n, classes]`."""
+    def _near(self, features: Tensor) -> _Near:
+        """What is nearest to each of `features` `[n, size]`."""
+        factor, means, tasks = self._fitted
+        white = torch.linalg.solve_triangular(factor, features.double().T, upper=False).T
+        distances = torch.cdist(white, means).square().clamp_min(1e-12)
         owners = list(self.expert.values())
-        astray = torch.tensor([owner == NOBODY for owner in owners])
-        found = distances.masked_fill(astray, math.inf).min(1)
-        return _Near(
-            [owners[at] for at in found.indices.tolist()],
-            found.values,
-            astray[distances.argmin(1)].tolist(),
-        )
+        nobody = torch.tensor([owner == NOBODY for owner in owners])
+        found = distances.masked_fill(nobody, math.inf).min(1)
+        known = torch.minimum(found.values, torch.cdist(white, tasks).square().min(1).values)
+        astray = distances[:, nobody].lt(known[:, None]).any(1)
+        return _Near([owners[at] for at in found.indices.tolist()], found.values.log(), astray.tolist(), distances)
+
+    def _far(self, near: _Near) -> list[bool]:
+        """Which are farther than rows of any task are: of what is unlike another, all may lie farther."""
+        limit = max((spread.far for spread in self.spread.values()), default=math.inf)
+        return near.log.gt(limit).tolist()
 
     @cached_property
-    def _fitted(self) -> tuple[Tensor, Tensor]:
-        """The Cholesky factor of the covariance within classes, and the means in whose space it is the identity."""
+    def _fitted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The Cholesky factor of the covariance within classes; in whose space that is the identity, means.
+
+        Those of the classes, and those of the tasks.
+        """
         means = self.sums / self.counts[:, None]
         # Sums of outer products less those of the means: the covariance within classes, whatever came when.
         within = (self.products - self.sums.T @ means) / self.counts.sum()
@@ -293,7 +316,14 @@ class Router:
         shrunk = (1 - SHRINKAGE) * within
         shrunk.diagonal().add_(SHRINKAGE * even.clamp_min(1e-12))
         factor = torch.linalg.cholesky(shrunk)
-        return factor, torch.linalg.solve_triangular(factor, means.T, upper=False).T
+        places: dict[str, list[int]] = {}
+        for at, name in enumerate(self.expert):
+            if name != ANYTHING:
+                places.setdefault(task_of(name), []).append(at)
+        tasks = [self.sums[own].sum(0) / self.counts[own].sum() for own in places.values()]
+        found = (means, torch.stack(tasks) if tasks else means[:0])
+        white = [torch.linalg.solve_triangular(factor, rows.T, upper=False).T for rows in found]
+        return factor, white[0], white[1]
 
     def _add(self, rows: Tensor, classes: Sequence[str], owners: Mapping[str, str]) -> None:
         self.expert |= {name: owners[name] for name in classes}
@@ -308,11 +338,10 @@ class Router:
         self.__dict__.pop("_fitted", None)
 
     def _told(self, rows: Tensor, classes: Sequence[str], part: range) -> tuple[Router, Tensor]:
-        """One that knows all others of `rows` too, as those of `_OTHERS`, and the `distances` of those in `part`."""
+        """One that knows all others of `rows` too, as those of `_OTHERS`, and the rows in `part`."""
         others = [at for at in range(len(rows)) if at not in part]
         told = self.with_rows(rows[others], [classes[at] for at in others], dict.fromkeys(classes, _OTHERS))
-        asked = rows[part.start :: part.step]
-        return told, told.distances(asked) if told.expert else asked.new_empty(len(asked), 0)
+        return told, rows[part.start :: part.step]
 
     def _losses(self, distances: Tensor, labels: Sequence[str | None]) -> tuple[Tensor, int]:
         """The cross entropy in nats at each of `SHARPNESSES`, summed over the rows whose label is known; their number.

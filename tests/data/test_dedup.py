@@ -100,6 +100,82 @@ def test_leakage_is_refused(ws: Workspace) -> None:
     assert sides(ws) == {"train": {"something else": "yes"}, "held_out": {LONG: "yes"}}
 
 
+def talk(*said: str, system: str = "") -> Mapping[str, Any]:
+    """A conversation: what the user and the assistant say in turn."""
+    turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(said)]
+    return {"messages": [{"role": "system", "content": system}] * bool(system) + turns}
+
+
+SHORT = (LONG, "yes, within a month", "and who pays for that?", "we do")
+GROWN = (*SHORT, "thank you", "you are welcome")
+WAYS = [SHORT[:2], SHORT, (NEAR, *SHORT[1:2]), (SHORT[0].upper(), f"{SHORT[1]}!", *SHORT[2:])]
+"""Conversations that the grown one goes on from, to the letter or nearly."""
+
+
+@pytest.mark.parametrize("held_out", WAYS)
+@pytest.mark.parametrize("rest", [(), ("what else?", "that is all")])
+def test_a_longer_conversation_gives_a_held_out_one_away(
+    ws: Workspace, held_out: tuple[str, ...], rest: tuple[str, ...]
+) -> None:
+    ws.ingest([], task="a", held_out=[talk(*held_out)])
+    found = balanced(ws.ingest([talk(*GROWN, *rest), row("something else")], task="b"))
+    assert (found.accepted, found.reasons) == (1, {"leakage": 1})
+    assert "is held out and says nearly the same" in found.refused[0]["reason"]
+
+
+@pytest.mark.parametrize("held_out", WAYS)
+def test_a_held_out_row_takes_longer_conversations_out_of_training(ws: Workspace, held_out: tuple[str, ...]) -> None:
+    ws.ingest([talk(*GROWN), row("something else")], task="a")
+    found = balanced(ws.ingest([], task="a", held_out=[talk(*held_out)]))
+    assert (found.accepted, found.withdrawn) == (1, 1)
+    assert [bad["rule"] for bad in ws.catalog.quarantined()] == ["leakage"]
+    assert ws.catalog.counts() == {"train": 1, "held_out": 1, "quarantined": 1}
+
+
+def test_a_row_that_moves_to_the_held_out_side_takes_longer_ones_out(ws: Workspace) -> None:
+    ws.ingest([talk(*SHORT), talk(*GROWN)], task="a")
+    assert ws.catalog.counts()["train"] == 2
+    found = balanced(ws.ingest([], task="a", held_out=[talk(*SHORT)]))
+    assert (found.accepted, found.withdrawn) == (1, 1)
+    assert ws.catalog.counts() == {"train": 0, "held_out": 1, "quarantined": 1}
+
+
+def test_a_held_out_row_that_a_longer_conversation_has_taught_is_refused(ws: Workspace) -> None:
+    rows = [talk(*GROWN), talk(*SHORT), *(row(f"question {number}") for number in range(4))]
+    ws.ingest(rows, task="a")
+    ws.update(max_steps=1, gate={"floor": 1.0, "margin": 1.0})
+    found = balanced(ws.ingest([], task="a", held_out=[talk(*SHORT[:2])]))
+    assert found.reasons == {"held-out-was-trained": 1}
+
+
+def test_what_is_asked_on_the_way_and_not_learned_gives_nothing_away(ws: Workspace) -> None:
+    ws.ingest([], task="a", held_out=[talk(*SHORT[:2]), talk(*GROWN, "one more?", "no")])
+    read: Any = talk(*GROWN)
+    read["messages"][1]["weight"] = 0
+    other = talk(LONG, "no, never", *SHORT[2:])
+    shorter = talk(*SHORT[2:], "what of the last answer of a longer one?", "it is not in here")
+    found = balanced(ws.ingest([read, other, shorter], task="a"))
+    assert (found.accepted, found.near, found.reasons) == (3, 0, {})
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("at_once", [11, 6])
+def test_a_conversation_that_grows_stays_on_one_side(workspace: MakeWorkspace, seed: int, at_once: int) -> None:
+    ws = workspace(val_size=0.9)
+    family = [talk(*GROWN[:2]), talk(*GROWN), talk(NEAR, *GROWN[1:4])]
+    rows = [*family, *(talk(f"question {number}", "yes", "and?", "no") for number in range(8))]
+    random.Random(seed).shuffle(rows)
+    for start in range(0, len(rows), at_once):
+        balanced(ws.ingest(rows[start : start + at_once], task="a"))
+    said = {
+        side: [[turn.content for turn in example.messages] for example in ws.catalog.examples(ids).values()]
+        for side, ids in (("held_out", ws.catalog.held_out()["a"]), ("train", ws.catalog.waiting(()).get("a", [])))
+    }
+    held_out, trained = ([turns for turns in said[side] if turns[0] in (LONG, NEAR)] for side in ("held_out", "train"))
+    assert not any(longer[1 : len(turns)] == turns[1:] for turns in held_out for longer in trained)
+    assert at_once < len(rows) or (len(held_out), len(trained), len(said["held_out"])) == (0, 3, 8)
+
+
 def test_a_held_out_row_takes_its_likes_out_of_training(ws: Workspace) -> None:
     ws.ingest([row(NEAR), row("something else")], task="a")
     found = balanced(ws.ingest([], task="a", held_out=[row(LONG)]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -95,3 +95,19 @@ def test_a_newer_catalog_is_refused(ws: Workspace) -> None:
     db.close()
     with pytest.raises(TreeringError, match=f"newer than {SCHEMA}: update treering"):
         Workspace(ws.root).ingest([row("more")], task="a")
+
+
+def test_a_catalog_of_schema_3(ws: Workspace) -> None:
+    turns = [{"role": ("user", "assistant")[at % 2], "content": f"{word} of it"} for at, word in enumerate("abcdef")]
+    rows: list[Mapping[str, object]] = [{"messages": turns}, row("something else")]
+    ws.ingest(rows, task="a")
+    ws.catalog.engine.dispose()
+    del ws.catalog
+    with sqlite3.connect(ws.root / "treering.db") as db:
+        db.execute("DROP TABLE within")
+        db.execute("UPDATE meta SET schema = 3")
+    db.close()
+    for run in (ws.root / "near").iterdir():
+        (run / "places.npy").rename(run / "owners.npy")
+    found = Workspace(ws.root).ingest([], task="a", held_out=[{"messages": turns[:4]}])
+    assert (found.accepted, found.withdrawn) == (1, 1)

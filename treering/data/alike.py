@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -52,11 +52,26 @@ class Said:
         turns = [(turn.role, normalise(turn.text)) for turn in asking]
         # An answer of nothing but punctuation has no normal form.
         label = "" if example.is_text else example.label or example.answer
+        return cls._of(turns, words("\n".join(text for role, text in turns if role != "system")), label)
+
+    @classmethod
+    def within(cls, example: Example) -> list[Said]:
+        """Of each answer before the last one that is learned too, as if the row ended with it."""
+        before = example.messages[:-1]
+        ends = [at for at, turn in enumerate(before) if turn.role == "assistant" and turn.is_learned]
+        if not ends:
+            return []
+        turns = [(turn.role, normalise(turn.text)) for turn in before]
+        each = [words(text) if role != "system" else frozenset[str]() for role, text in turns]
+        return [cls._of(turns[:at], frozenset[str]().union(*each[:at]), turns[at][1] or before[at].text) for at in ends]
+
+    @classmethod
+    def _of(cls, turns: Sequence[tuple[str, str]], words: frozenset[str], label: str) -> Said:
         return cls(
             _hash("\x1f".join(f"{role}\x1e{text}" for role, text in turns)),
             _hash(label),
             "\n".join(text for role, text in turns if role == "system"),
-            words("\n".join(text for role, text in turns if role != "system")),
+            words,
             label,
         )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from treering.data import index
 from treering.data.alike import Common, Said
@@ -80,6 +82,10 @@ class Judge:
                 one.stored = Stored(self.last, row.example, fit.said, task, side, own, row.file, row.line)
                 self.restored |= {self.last} if was else set()
                 new.append(one)
+            elif one.fate == "to_held_out":
+                number = self.writer.number(id)
+                one.stored = Stored(number, row.example, fit.said, task, "held_out", True, row.file, row.line)
+                new.append(one)
             elif one.fate == "already_trained":
                 why = "it is to be held out, but a version has already learned it; leave it out of the held-out file"
                 one.refused = (TRAINED, why)
@@ -107,37 +113,29 @@ class Judge:
     # How rows compare
 
     def _compare(self, new: Sequence[Judged], task: str) -> None:
-        """Settle what those of a batch that nobody has met yet are to stored rows and to each other."""
+        """Settle what those of a batch that are new on their side are to stored rows and to each other."""
         rows = [one.stored for one in new if one.stored]
         self._batch = {row.seq: one for row, one in zip(rows, new, strict=True)}
         self._gone = set()
         common = self._common_of(task).beside(row.said.words for row in rows)
-        signed = index.signatures([common.without(row.said.words) for row in rows])
-        asking, near = by_question(self.writer.asking(row.said.asked for row in rows)), self._near(signed)
-        earlier = [set[int]() for _ in rows]
-        for place, other in within(signed, self.threshold):
-            earlier[place].add(other)
-        asked: dict[int, list[int]] = {}
-        for place, (one, row) in enumerate(zip(new, rows, strict=True)):
-            same = asked.setdefault(row.said.asked, [])
-            stored = {other.seq: other for other in [*asking.get(row.said.asked, ()), *near[place]]}
-            fresh = {rows[at].seq: rows[at] for at in {*same, *earlier[place]} if new[at].is_kept}
-            others = [other for seq, other in sorted((stored | fresh).items()) if seq not in self._gone]
-            self._settle(one, row, others, common)
-            same.append(place)
-        kept = [place for place, one in enumerate(new) if one.is_kept]
-        self._index.add(signed[kept], [rows[place].seq for place in kept])
-        self._common_of(task).learn(rows[place].said.words for place in kept)
+        said = _Sayings(rows, lambda _: common)
+        fresh = said.alike(self.threshold)
+        for one, row, stored, earlier in zip(new, rows, self._stored(rows, said), fresh, strict=True):
+            others = stored | {rows[at].seq: rows[at] for at in earlier if new[at].is_kept}
+            others.pop(row.seq, None)  # It was stored for training until now.
+            self._settle(one, row, [other for seq, other in sorted(others.items()) if seq not in self._gone], common)
+        kept = [at for at, place in enumerate(said.of) if new[place].is_kept]
+        self._index.add(said.signed[kept], [rows[said.of[at]].seq for at in kept])
+        self._common_of(task).learn(row.said.words for one, row in zip(new, rows, strict=True) if one.is_kept)
 
     def _settle(self, one: Judged, row: Stored, others: Sequence[Stored], common: Common) -> None:
         """What `row` is to others that came before it."""
         if row.example.id in self.needed and not one.was:
             return
-        alike = [other for other in others if row.said.like(other.said, common, self.threshold)]
         if row.split == "train":
-            self._train(one, row, alike)
+            self._train(one, row, others, common)
         else:
-            self._hold_out(one, row, alike)
+            self._hold_out(one, row, others, common)
         if not one.is_kept:
             return
         if row.said.asked in self._disputed:
@@ -150,17 +148,19 @@ class Judge:
         for other in against:
             self._contradict(one, row, other)
 
-    def _train(self, one: Judged, row: Stored, alike: Sequence[Stored]) -> None:
-        held_out = next((other for other in alike if other.split == "held_out"), None)
+    def _train(self, one: Judged, row: Stored, others: Sequence[Stored], common: Common) -> None:
+        told = self._told(row, others, common)
+        held_out = next((other for other in told if other.split == "held_out"), None)
+        alike = [other for other in told if row.said.like(other.said, common, self.threshold)]
         if held_out:
             one.refused = (LEAKAGE, f"{_where(held_out)} is held out and says nearly the same, so scores would lie")
         elif alike and self.config.dedup.near == "drop":
             one.like = alike[0].example.id
-        elif alike:
-            self.tied |= {row.example.id, *(other.example.id for other in alike)}
+        elif kin := [*told, *self._telling(row, others, common)]:
+            self.tied |= {row.example.id, *(other.example.id for other in kin)}
 
-    def _hold_out(self, one: Judged, row: Stored, alike: Sequence[Stored]) -> None:
-        trained = [other for other in alike if other.split == "train"]
+    def _hold_out(self, one: Judged, row: Stored, others: Sequence[Stored], common: Common) -> None:
+        trained = [other for other in self._telling(row, others, common) if other.split == "train"]
         learned = next((other for other in trained if other.example.id in self.trained), None)
         if learned:
             one.refused = (
@@ -170,6 +170,15 @@ class Judge:
             return
         for other in trained:
             self._remove(one, other, LEAKAGE, f"{_where(row)} is held out and says nearly the same")
+
+    def _told(self, row: Stored, others: Sequence[Stored], common: Common) -> list[Stored]:
+        """Those of the others whose answer a model learns from `row`, as its last or on the way to it."""
+        learned = [row.said, *Said.within(row.example)] if others else []
+        return [o for o in others if any(said.like(o.said, common, self.threshold) for said in learned)]
+
+    def _telling(self, row: Stored, others: Sequence[Stored], common: Common) -> list[Stored]:
+        """Those of the others from which a model learns the answer of `row`."""
+        return [other for other in others if self._told(other, [row], common)]
 
     def _contradict(self, one: Judged, row: Stored, other: Stored) -> None:
         """Do as the task's policy says with `row`, which answers what the `other` answers with something else."""
@@ -196,14 +205,22 @@ class Judge:
         else:
             one.removes.append((other, rule, reason))
 
-    def _near(self, signed: index.Signatures) -> list[list[Stored]]:
-        """For each signature the stored rows that may be near."""
-        pairs = list(self._index.near(signed, self.threshold))
-        stored = {row.seq: row for row in self.writer.numbered(seq for _, seq in pairs)}
-        found: list[list[Stored]] = [[] for _ in signed]
-        for place, seq in sorted(pairs):
-            if seq in stored:
-                found[place].append(stored[seq])
+    def _stored(self, rows: Sequence[Stored], said: _Sayings) -> list[dict[int, Stored]]:
+        """For each of the rows the stored ones, by their numbers, that it may be near, as a whole or on the way."""
+        pairs = list(self._index.near(said.signed, self.threshold, said.of))
+        near = {row.seq: row for row in self.writer.numbered(seq for _, seq in pairs)}
+        ending = by_question(self.writer.asking(asked for all in said.asked for asked in all))
+        passing: dict[int, list[Stored]] = {}
+        for other in self.writer.asking_within(row.said.asked for row in rows):
+            for one in Said.within(other.example):
+                passing.setdefault(one.asked, []).append(other)
+        found = list[dict[int, Stored]]()
+        for asked in said.asked:
+            same = [*passing.get(asked[0], ()), *(other for one in asked for other in ending.get(one, ()))]
+            found.append({other.seq: other for other in same})
+        for place, seq in pairs:
+            if seq in near:
+                found[place][seq] = near[seq]
         return found
 
     def _common_of(self, task: str) -> Common:
@@ -220,9 +237,45 @@ class Judge:
             index.clear(self.writer.index, ())
             opened, upto = Index(self.writer.index, ()), 0
         for page in self.writer.after(upto):
-            sets = [self._common_of(row.task).without(row.said.words) for row in page]
-            opened.add(index.signatures(sets), [row.seq for row in page])
+            said = _Sayings(page, self._common_of)
+            opened.add(said.signed, [page[place].seq for place in said.of])
         return opened
+
+
+class _Sayings:
+    """What `rows` say, as a whole and then on the way (`Said.within`).
+
+    `asked` has what is asked each time, row by row; `signed` the signatures of all, and `of` the place of the row that
+    each is of.
+    """
+
+    def __init__(self, rows: Sequence[Stored], common_of: Callable[[str], Common]) -> None:
+        whole = index.signatures([common_of(row.task).without(row.said.words) for row in rows])
+        parts: list[index.Signatures] = []
+        self.asked: list[list[int]] = []
+        self.of: list[int] = []
+        for place, row in enumerate(rows):
+            within = Said.within(row.example)  # Row by row: those of a long conversation have many words in all.
+            parts.append(whole[place : place + 1])
+            if within:
+                parts.append(index.signatures([common_of(row.task).without(said.words) for said in within]))
+            self.asked.append([row.said.asked, *(said.asked for said in within)])
+            self.of += [place] * (1 + len(within))
+        self.signed = np.concatenate(parts) if parts else whole
+
+    def alike(self, threshold: float) -> Iterator[set[int]]:
+        """For each row the places of those before it that it may be near, as a whole or on the way."""
+        near = [set[int]() for _ in self.asked]
+        for place, other in within(self.signed, threshold, self.of):
+            near[place].add(other)
+        ending: dict[int, list[int]] = {}
+        passing: dict[int, list[int]] = {}
+        for place, (whole, *way) in enumerate(self.asked):
+            found = near[place].union(passing.get(whole, ()), *(ending.get(asked, ()) for asked in (whole, *way)))
+            ending.setdefault(whole, []).append(place)
+            for asked in way:
+                passing.setdefault(asked, []).append(place)
+            yield found
 
 
 def _where(row: Stored) -> str:

@@ -14,6 +14,7 @@ from treering.data.index import Index
 from treering.data.schema import duplicates as _duplicates
 from treering.data.schema import quarantine as _quarantine
 from treering.data.schema import rows as _rows
+from treering.data.schema import within as _within
 from treering.data.tombstones import Tombstones, marks
 from treering.data.writer import CHUNK, Writer
 
@@ -41,6 +42,7 @@ def erase(writer: Writer, stones: Tombstones) -> tuple[int, set[str]]:
         writer.take_back(row.id)  # What was set aside stands in quarantine, too.
     for table, column, values in (
         (_rows, _rows.c.seq, seqs),
+        (_within, _within.c.row, seqs),
         (_quarantine, _quarantine.c.seq, [entry.seq for entry in refused]),
         (_duplicates, _duplicates.c.id, left_out),
     ):

@@ -34,21 +34,22 @@ MARGIN = 0.15
 """How far below what is asked for an estimate may lie."""
 
 _SEED = 1
-_FILES = ("keys", "owners", "rows", "sketches")
+_FILES = ("keys", "places", "rows", "sketches")
 
 Signatures = NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
 class Run:
-    """The bands of some rows: sorted `keys` and the row number that has each (`owners`).
+    """The bands of some signatures: sorted `keys` and the place of the signature that has each (`places`).
 
-    `rows` are the row numbers, sorted, and `sketches` `[rows, HASHES]` the low bytes of their signatures. `name` is the
-    folder's on disk; empty: it is in memory only.
+    `rows` are the numbers of the rows they are of, sorted, and `sketches` `[signatures, HASHES]` their low bytes. A row
+    has a signature for each thing that it says, the first of all that it says. `name` is the folder's on disk; empty:
+    it is in memory only.
     """
 
     keys: NDArray[np.uint64]
-    owners: NDArray[np.uint32]
+    places: NDArray[np.uint32]
     rows: NDArray[np.uint32]
     sketches: NDArray[np.uint8]
     name: str = ""
@@ -56,33 +57,43 @@ class Run:
     @classmethod
     def of(cls, signatures: Signatures, rows: NDArray[np.uint32]) -> Run:
         """Of new rows, whose numbers rise."""
-        return cls._sorted(_keys(signatures), np.repeat(rows, BANDS), rows, signatures.astype(np.uint8))
+        places = np.repeat(np.arange(len(rows), dtype=np.uint32), BANDS)
+        return cls._sorted(_keys(signatures), places, rows, signatures.astype(np.uint8))
 
     @classmethod
     def merged(cls, one: Run, later: Run) -> Run:
         """Both; `later` has the higher row numbers."""
-        keys, owners = (np.concatenate([getattr(one, key), getattr(later, key)]) for key in ("keys", "owners"))
-        rows, sketches = (np.concatenate([getattr(one, key), getattr(later, key)]) for key in ("rows", "sketches"))
-        return cls._sorted(keys, owners, rows, sketches)
+        keys, rows, sketches = (
+            np.concatenate([getattr(one, key), getattr(later, key)]) for key in ("keys", "rows", "sketches")
+        )
+        places = np.concatenate([one.places, later.places + np.uint32(len(one.rows))])
+        return cls._sorted(keys, places, rows, sketches)
 
     def without(self, rows: Sequence[int]) -> Run:
         """What is left when these rows go."""
-        others, left = ~np.isin(self.owners, rows), ~np.isin(self.rows, rows)
-        return Run(self.keys[others], self.owners[others], self.rows[left], self.sketches[left])
+        left = ~np.isin(self.rows, rows)
+        others = left[self.places]
+        places = (np.cumsum(left) - 1).astype(np.uint32)[self.places[others]]
+        return Run(self.keys[others], places, self.rows[left], self.sketches[left])
 
     @classmethod
     def _sorted(
         cls,
         keys: NDArray[np.uint64],
-        owners: NDArray[np.uint32],
+        places: NDArray[np.uint32],
         rows: NDArray[np.uint32],
         sketches: NDArray[np.uint8],
     ) -> Run:
         order = np.argsort(keys, kind="stable")  # Stable: of one key the rows stay in the order they came.
-        return cls(keys[order], owners[order], rows, sketches)
+        return cls(keys[order], places[order], rows, sketches)
 
-    def near(self, signatures: Signatures, least: float) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-        """Pairs of a place among `signatures` and a row of this run whose estimated likeness is `least` or more."""
+    def near(
+        self, signatures: Signatures, of: NDArray[np.uint32], least: float
+    ) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        """Pairs of one of the rows that `signatures` are `of` and a row of this run, whose likeness may be `least`.
+
+        At least one of the two has to be alike as a whole: by the first of its signatures.
+        """
         asked = _keys(signatures)
         order = np.argsort(asked)  # Neighbours are found in neighbouring pages.
         begins, ends = (np.searchsorted(self.keys, asked[order], side) for side in ("left", "right"))
@@ -93,12 +104,11 @@ class Run:
         starts = np.repeat(ends - counts, counts)
         within = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
         places = np.repeat(order // BANDS, counts).astype(np.int64)
-        pairs = np.unique((places << 32) | self.owners[starts + within].astype(np.int64))
-        places, owners = pairs >> 32, (pairs & 0xFFFFFFFF).astype(np.uint32)
-        sketches = self.sketches[np.searchsorted(self.rows, owners)]
-        likeness = (sketches == signatures[places].astype(np.uint8)).mean(1)
-        taken = likeness >= least
-        return places[taken], owners[taken]
+        pairs = np.unique((places << 32) | self.places[starts + within].astype(np.int64))
+        places, found = pairs >> 32, pairs & 0xFFFFFFFF
+        likeness = (self.sketches[found] == signatures[places].astype(np.uint8)).mean(1)
+        taken = (likeness >= least) & (_is_first(of, places) | _is_first(self.rows, found))
+        return of[places[taken]], self.rows[found[taken]]
 
     def save(self, folder: Path) -> None:
         """Write it there; on disk once this returns."""
@@ -133,14 +143,18 @@ class Index:
         self.folder = folder
         self.runs = [Run.load(folder / name) for name in names]
 
-    def near(self, signatures: Signatures, least: float) -> Iterator[tuple[int, int]]:
-        """Pairs of a place among `signatures` and a stored row that may be alike by `least` (Jaccard index)."""
+    def near(self, signatures: Signatures, least: float, of: Sequence[int] | None = None) -> Iterator[tuple[int, int]]:
+        """Pairs of a row that `signatures` are `of` and a stored one that may be alike by `least` (Jaccard index).
+
+        None: each signature is of a row of its own, which is named by its place.
+        """
+        numbers = _numbers(signatures, of)
         for run in self.runs:
-            for place, row in zip(*run.near(signatures, least - MARGIN), strict=True):
-                yield int(place), int(row)
+            for row, stored in zip(*run.near(signatures, numbers, least - MARGIN), strict=True):
+                yield int(row), int(stored)
 
     def add(self, signatures: Signatures, rows: Sequence[int]) -> None:
-        """Add rows, whose numbers are higher than all before."""
+        """Add rows, whose numbers are higher than all before; one that says several things stands there as often."""
         if not len(rows):
             return
         self.runs.append(Run.of(signatures, np.array(rows, np.uint32)))
@@ -165,12 +179,13 @@ class Index:
         return [run.name for run in self.runs]
 
 
-def within(signatures: Signatures, least: float) -> Iterator[tuple[int, int]]:
-    """Pairs of places among `signatures` that may be alike, the later first."""
-    run = Run.of(signatures, np.arange(len(signatures), dtype=np.uint32))
-    for place, other in zip(*run.near(signatures, least - MARGIN), strict=True):
-        if other < place:
-            yield int(place), int(other)
+def within(signatures: Signatures, least: float, of: Sequence[int] | None = None) -> Iterator[tuple[int, int]]:
+    """Pairs of the rows that `signatures` are `of`, as in `Index.near`, that may be alike, the later first."""
+    numbers = _numbers(signatures, of)
+    run = Run.of(signatures, numbers)
+    for row, other in zip(*run.near(signatures, numbers, least - MARGIN), strict=True):
+        if other < row:
+            yield int(row), int(other)
 
 
 def signatures(sets: Sequence[Iterable[str]]) -> Signatures:
@@ -185,6 +200,16 @@ def clear(folder: Path, keep: Iterable[str]) -> None:
     if folder.is_dir():
         for run in set(os.listdir(folder)) - set(keep):
             shutil.rmtree(folder / run)
+
+
+def _numbers(signatures: Signatures, of: Sequence[int] | None) -> NDArray[np.uint32]:
+    return np.arange(len(signatures), dtype=np.uint32) if of is None else np.array(of, np.uint32)
+
+
+def _is_first(rows: NDArray[np.uint32], places: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of the `places` in sorted `rows` are the first of their row."""
+    first: NDArray[np.bool_] = (places == 0) | (rows[places] != rows[places - 1])
+    return first
 
 
 def _keys(signatures: Signatures) -> NDArray[np.uint64]:

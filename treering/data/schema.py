@@ -31,6 +31,14 @@ rows = sa.Table(
 )
 """Every accepted row. `asked` is that of `Said`."""
 
+within = sa.Table(
+    "within",
+    _tables,
+    sa.Column("row", sa.Integer, nullable=False, index=True),
+    sa.Column("asked", sa.BigInteger, nullable=False, index=True),
+)
+"""What else the row of the catalog with that `seq` asks, where it learns answers before its last (`Said.within`)."""
+
 quarantine = sa.Table(
     "quarantine",
     _tables,
@@ -123,7 +131,22 @@ def _keep_to_the_rows(db: sa.Connection) -> None:
         db.execute(words.insert().values(task=task, rows=common.rows, counts=counts))
 
 
-MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (_add_what_was_asked, _keep_to_the_rows)
+def _add_what_is_asked_within(db: sa.Connection) -> None:
+    """4: what rows ask before their last turn, so that a held-out row is found in a longer conversation."""
+    _tables.create_all(db, [within])
+    query = sa.select(rows.c.seq, rows.c.messages)
+    for part in db.execute(query.execution_options(yield_per=10_000)).partitions():
+        asked = [(seq, one.asked) for seq, text in part for one in Said.within(Example.of(json.loads(text)))]
+        if asked:
+            db.execute(within.insert(), [{"row": seq, "asked": hash} for seq, hash in asked])
+    db.execute(runs.delete())  # The index is made anew, with all that rows say.
+
+
+MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (
+    _add_what_was_asked,
+    _keep_to_the_rows,
+    _add_what_is_asked_within,
+)
 """The first makes schema 2 of schema 1."""
 
 SCHEMA = 1 + len(MIGRATIONS)

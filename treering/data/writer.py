@@ -19,6 +19,7 @@ from treering.data.schema import files as _files
 from treering.data.schema import quarantine as _quarantine
 from treering.data.schema import rows as _rows
 from treering.data.schema import runs as _runs
+from treering.data.schema import within as _within
 from treering.data.schema import words as _words
 from treering.data.values import RAW_LENGTH
 from treering.files import timestamp
@@ -83,6 +84,17 @@ class Writer:
     def asking(self, asked: Iterable[int]) -> list[Stored]:
         """The rows that are trained or held out and ask this (`Said.asked`), in the order they came."""
         return [row for part in _parts(sorted(set(asked))) for row in self._stored(_rows.c.asked.in_(part))]
+
+    def asking_within(self, asked: Iterable[int]) -> list[Stored]:
+        """The rows that are trained or held out and ask this before their last turn, in the order they came."""
+        these = sa.select(_within.c.row)
+        parts = _parts(sorted(set(asked)))
+        return [row for part in parts for row in self._stored(_rows.c.seq.in_(these.where(_within.c.asked.in_(part))))]
+
+    def number(self, id: str) -> int:
+        """That of a stored row."""
+        found: int = self.db.execute(sa.select(_rows.c.seq).where(_rows.c.id == id)).scalar_one()
+        return found
 
     def numbered(self, seqs: Iterable[int]) -> list[Stored]:
         """Those of the rows with these numbers that are trained or held out, in the order they came."""
@@ -164,6 +176,9 @@ class Writer:
         if values:
             self._judge_anew([row.example.id for row in rows])
             self.db.execute(_rows.insert(), values)
+        within = [{"row": row.seq, "asked": said.asked} for row in rows for said in Said.within(row.example)]
+        if within:
+            self.db.execute(_within.insert(), within)
 
     def leave_out(self, task: str, rows: Sequence[tuple[Row, str]]) -> None:
         """Note rows that are not stored, for another says the same; its id stands beside each."""
@@ -225,6 +240,7 @@ class Writer:
     def delete(self, row: Stored) -> None:
         """Store a row no longer."""
         self.db.execute(_rows.delete().where(_rows.c.seq == row.seq))
+        self.db.execute(_within.delete().where(_within.c.row == row.seq))
 
     def refuse(self, task: str, bad: Sequence[Bad], split: Split = "train") -> None:
         """Put what cannot be accepted into quarantine, with the side it was to be on."""

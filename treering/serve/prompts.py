@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from treering.data.example import Message
 from treering.data.marks import marks_of, neutral
-from treering.features import last_turn
+from treering.features import LONGEST, last_turn
 from treering.rendering import rendered
 from treering.serve.engine import EngineError, Job
 
@@ -51,7 +51,8 @@ class Prompts:
         """
         if self.by_hand(job):
             return self.of(job), 0
-        messages = job.messages or [{"role": "user", "content": self._text(job)}]
+        # Its end alone is read, and with the template's own tokens all of it might be too long.
+        messages = job.messages or [{"role": "user", "content": self._text(job)[-HEAD * LONGEST :]}]
         *before, last = messages
         ids = self._rendered(job, messages)
         return ids, last_turn(ids, self._rendered(job, [*before, {**last, "content": ""}]))

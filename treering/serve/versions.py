@@ -41,16 +41,25 @@ class Home:
     recall: Recall | None = None
 
     def guide(
-        self, prompt: Sequence[int], question: int, config: Config, tokenizer: PreTrainedTokenizerBase
+        self,
+        prompt: Sequence[int],
+        question: int,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        by_hand: bool = False,
     ) -> tuple[int | None, Recalled | None]:
-        """The slot for `prompt`, whose last turn begins at `question`, and what it recalls. None: the base model's."""
+        """The slot for `prompt`, whose last turn begins at `question`, and what it recalls. None: the base model's.
+
+        Where its turns were put together `by_hand`, it looks like nothing that was learned: the nearest expert answers.
+        """
         if self.batch.slots is not None:
             self.batch.slots.use([0])
         read = vectors(self.batch.model, [(prompt, question)], config)
         slot: int | None = self.slot
         recalled = None
         if self.router is not None:
-            [expert] = self.router.route(read)
+            [expert] = self.router.nearest(read)[0] if by_hand else self.router.route(read)
             slot = None if expert is None else self.experts.get(expert, self.slot)
         if self.recall is not None:
             [recalled] = self.recall.of(read, tokenizer)

@@ -92,7 +92,8 @@ class Worker:
         self._grammars = Grammars(self._tokenizer, self._vocabulary)
         self._drafts: deque[tuple[Job, Future[llguidance.LLMatcher]]] = deque()
         self._waiting: deque[tuple[str, Answer]] = deque()
-        self._guided: tuple[ref[Home] | None, list[int], int | None, Recalled | None] = None, [], 0, None
+        self._guided: tuple[ref[Home] | None, tuple[list[int], bool], int | None, Recalled | None]
+        self._guided = None, ([], False), 0, None
         self._texts: deque[Texts] = deque()
         self._ends = self._end_tokens(model)
 
@@ -264,8 +265,14 @@ class Worker:
             return home.batch, home.slot
         if self._to_guide(home, answer):
             asked = self._prompts.asked(answer.job)
-            found = _with_room(home.batch, partial(home.guide, *asked, self._config, self._tokenizer))
-            self._guided = ref(home), answer.prompt, *found  # It may leave meanwhile, with all its weights.
+            found = _with_room(
+                home.batch, partial(home.guide, *asked, self._config, self._tokenizer, by_hand=answer.by_hand)
+            )
+            self._guided = (
+                ref(home),
+                (answer.prompt, answer.job.messages is None),
+                *found,
+            )  # It may leave meanwhile, with all its weights.
         _, _, slot, recalled = self._guided
         if answer.job.messages is not None:  # What is learned are answers to a turn, not how a text goes on.
             answer.sampler.recall(recalled)
@@ -273,8 +280,9 @@ class Worker:
 
     def _to_guide(self, home: Home, answer: Answer) -> bool:
         """Whether it takes a pass to know who answers, and what is recalled."""
-        last, prompt, _, _ = self._guided
-        return self._guides(home, answer) and (last is None or last() is not home or prompt != answer.prompt)
+        last, asked, _, _ = self._guided
+        new = (answer.prompt, answer.job.messages is None)  # A text is read otherwise than turns with the same tokens.
+        return self._guides(home, answer) and (last is None or last() is not home or asked != new)
 
     def _guides(self, home: Home, answer: Answer) -> bool:
         """Whether `home` has anything to say of it.
