@@ -28,7 +28,9 @@ def row(question: str, answer: str = "yes") -> dict[str, Any]:
 def ws(tmp_path_factory: pytest.TempPathFactory, model_folder: Any) -> Workspace:
     """A version that learned twenty rows, then a near duplicate, a row that supersedes, one refused, new ones."""
     settings: dict[str, Any] = {"model_name_or_path": str(model_folder), "bf16": False, "val_size": 0.0}
-    ws = Workspace.create(tmp_path_factory.mktemp("stats") / "ws", **settings, memory={"size": 100})
+    # What is held out is unlike what is learned here, and is to say that something was.
+    settings |= {"memory": {"size": 100}, "recall": {"fallback": False}}
+    ws = Workspace.create(tmp_path_factory.mktemp("stats") / "ws", **settings)
     ws.ingest(
         [*toy_rows("a", 19), row(LONG, "a a")], task="a", held_out=[row("one held", "a b"), row("two held", "a c")]
     )
