@@ -243,6 +243,10 @@ def _gain(pairs: Sequence[tuple[Result, Result]], known: bool, config: GateConfi
     reason = f"changed by {_points(found['change'])} (bounds {_range(found)}), held-out loss by {loss:+.3f}"
     if not passed:
         reason += f"; a gain of at least {_points(wanted)} or a lower loss is needed"
+        if elsewhere := sum(after.of_base for _, after in pairs):
+            reason += (
+                f"; {elsewhere} of {len(pairs)} prompts are unlike what was learned, so the base model answered them"
+            )
     return _judgement("new data", "new", {**found, "rows_needed": 0}, passed, reason)
 
 

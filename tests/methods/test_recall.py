@@ -313,6 +313,14 @@ def test_it_is_told_how_many_held_out_rows_went_to_the_base_model(workspace: Mak
     assert f"of the held-out rows it answered {len(lost)} of 8 of pens" in v1.manifest["choices"]["fallback"]["reason"]
 
 
+def test_who_learned_nothing_that_is_held_out_is_told_why(workspace: MakeWorkspace) -> None:
+    ws = workspace(**SETTINGS, val_size=0.0)
+    ws.ingest(toy_rows("pens", 40), task="pens", held_out=[{"text": text, "label": "pens a"} for text in ELSEWHERE])
+    v1 = ws.update()
+    assert v1 is not None and not v1.promote
+    assert "4 of 4 prompts are unlike what was learned, so the base model answered them" in v1.summary
+
+
 def test_not_where_it_was_not_wanted(copied: Workspace) -> None:
     v3 = learn(copied, "hats", "recall.fallback=false")
     assert v3.manifest["choices"]["fallback"] == {"value": False, "reason": "set"}
