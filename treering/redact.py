@@ -142,7 +142,7 @@ def _router(folder: Path, classes: set[str] | None) -> _Write | None:
     from safetensors.torch import load_file, save
 
     from treering.experts import class_of
-    from treering.router import ANYTHING, SUMS
+    from treering.router import ANYTHING, SUMS, task_of
 
     about = json.loads((folder / registry.ROUTER).read_text(encoding="utf-8"))
     owners, answers = about["expert"], about.get("answers", {})
@@ -161,6 +161,10 @@ def _router(folder: Path, classes: set[str] | None) -> _Write | None:
         about["expert"][class_of("", "")] = next(owner for name, owner in owners.items() if not is_kept[name])
         sums, left = torch.cat([sums, gone.sum(0, keepdim=True)]), torch.cat([left, counts.sum(0, keepdim=True)])
     tensors = {"products": products, "sums": sums, "counts": left}
+    tasks = {task_of(name) for name in about["expert"]}
+    for key in {"spread", "mistaken"} & about.keys():
+        left_of = [task for task in about[key] if task in tasks]
+        about[key] = {task: about[key][task] for task in left_of} if key == "spread" else left_of
     if answers:
         about["answers"] = {name: text for name, text in answers.items() if is_kept[name]}
 

@@ -173,7 +173,7 @@ class Judge:
 
     def _told(self, row: Stored, others: Sequence[Stored], common: Common) -> list[Stored]:
         """Those of the others whose answer a model learns from `row`, as its last or on the way to it."""
-        learned = [row.said, *Said.within(row.example)] if others else []
+        learned = [row.said, *row.within] if others else []
         return [o for o in others if any(said.like(o.said, common, self.threshold) for said in learned)]
 
     def _telling(self, row: Stored, others: Sequence[Stored], common: Common) -> list[Stored]:
@@ -212,7 +212,7 @@ class Judge:
         ending = by_question(self.writer.asking(asked for all in said.asked for asked in all))
         passing: dict[int, list[Stored]] = {}
         for other in self.writer.asking_within(row.said.asked for row in rows):
-            for one in Said.within(other.example):
+            for one in other.within:
                 passing.setdefault(one.asked, []).append(other)
         found = list[dict[int, Stored]]()
         for asked in said.asked:
@@ -255,7 +255,7 @@ class _Sayings:
         self.asked: list[list[int]] = []
         self.of: list[int] = []
         for place, row in enumerate(rows):
-            within = Said.within(row.example)  # Row by row: those of a long conversation have many words in all.
+            within = row.within  # Row by row: those of a long conversation have many words in all.
             parts.append(whole[place : place + 1])
             if within:
                 parts.append(index.signatures([common_of(row.task).without(said.words) for said in within]))

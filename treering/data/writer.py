@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +56,11 @@ class Stored:
     given: bool
     file: str
     line: int
+
+    @cached_property
+    def within(self) -> list[Said]:
+        """As `Said.within`; many rows may be compared with this one."""
+        return Said.within(self.example)
 
 
 class Writer:
