@@ -33,7 +33,7 @@ def main() -> None:
     base = resolve(config.model_name_or_path)
     model, tokenizer = load_base(base, config), load_tokenizer(base)
     model.eval()
-    prompts = [line for line in given.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = anything.prompts(given.prompts)
     asked = [[Message("user", prompt)] for prompt in prompts]
     answers = generate(model, tokenizer, asked, [given.tokens] * len(asked), config)
     rows = [

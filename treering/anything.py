@@ -22,9 +22,9 @@ MOST = 4
 
 
 @cache
-def prompts() -> tuple[str, ...]:
-    """The prompts, a line each."""
-    return tuple(line for line in FILE.read_text(encoding="utf-8").splitlines() if line.strip())
+def prompts(file: Path = FILE) -> tuple[str, ...]:
+    """The prompts in `file`, a line each."""
+    return tuple(line for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
 def forms(examples: Iterable[Example], known: Collection[str]) -> dict[str, list[list[Message]]]:

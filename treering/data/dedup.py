@@ -124,9 +124,10 @@ class Judge:
             others = stored | {rows[at].seq: rows[at] for at in earlier if new[at].is_kept}
             others.pop(row.seq, None)  # It was stored for training until now.
             self._settle(one, row, [other for seq, other in sorted(others.items()) if seq not in self._gone], common)
-        kept = [at for at, place in enumerate(said.of) if new[place].is_kept]
+        added = [one.is_kept and one.fate == "new" for one in new]  # The others were counted when they came.
+        kept = [at for at, place in enumerate(said.of) if added[place]]
         self._index.add(said.signed[kept], [rows[said.of[at]].seq for at in kept])
-        self._common_of(task).learn(row.said.words for one, row in zip(new, rows, strict=True) if one.is_kept)
+        self._common_of(task).learn(row.said.words for row, is_new in zip(rows, added, strict=True) if is_new)
 
     def _settle(self, one: Judged, row: Stored, others: Sequence[Stored], common: Common) -> None:
         """What `row` is to others that came before it."""
@@ -209,7 +210,7 @@ class Judge:
         """For each of the rows the stored ones, by their numbers, that it may be near, as a whole or on the way."""
         pairs = list(self._index.near(said.signed, self.threshold, said.of))
         near = {row.seq: row for row in self.writer.numbered(seq for _, seq in pairs)}
-        ending = by_question(self.writer.asking(asked for all in said.asked for asked in all))
+        ending = by_question(self.writer.asking(asked for every in said.asked for asked in every))
         passing: dict[int, list[Stored]] = {}
         for other in self.writer.asking_within(row.said.asked for row in rows):
             for one in other.within:

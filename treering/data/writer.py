@@ -182,7 +182,7 @@ class Writer:
         if values:
             self._judge_anew([row.example.id for row in rows])
             self.db.execute(_rows.insert(), values)
-        within = [{"row": row.seq, "asked": said.asked} for row in rows for said in Said.within(row.example)]
+        within = [{"row": row.seq, "asked": said.asked} for row in rows for said in row.within]
         if within:
             self.db.execute(_within.insert(), within)
 
