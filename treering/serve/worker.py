@@ -71,6 +71,11 @@ class Answer:
     """Whether its prompt's turns were put together elsewhere."""
     written: int = 0
 
+    @property
+    def asked(self) -> tuple[list[int], bool]:
+        """Its prompt, and whether that is a text, which is read otherwise than turns with the same tokens."""
+        return self.prompt, self.job.messages is None
+
 
 class Worker:
     """Runs the jobs of `inbox` together, and hands every event to `send`."""
@@ -268,11 +273,7 @@ class Worker:
             found = _with_room(
                 home.batch, partial(home.guide, *asked, self._config, self._tokenizer, by_hand=answer.by_hand)
             )
-            self._guided = (
-                ref(home),
-                (answer.prompt, answer.job.messages is None),
-                *found,
-            )  # It may leave meanwhile, with all its weights.
+            self._guided = ref(home), answer.asked, *found  # It may leave meanwhile, with all its weights.
         _, _, slot, recalled = self._guided
         if answer.job.messages is not None:  # What is learned are answers to a turn, not how a text goes on.
             answer.sampler.recall(recalled)
@@ -281,8 +282,7 @@ class Worker:
     def _to_guide(self, home: Home, answer: Answer) -> bool:
         """Whether it takes a pass to know who answers, and what is recalled."""
         last, asked, _, _ = self._guided
-        new = (answer.prompt, answer.job.messages is None)  # A text is read otherwise than turns with the same tokens.
-        return self._guides(home, answer) and (last is None or last() is not home or asked != new)
+        return self._guides(home, answer) and (last is None or last() is not home or asked != answer.asked)
 
     def _guides(self, home: Home, answer: Answer) -> bool:
         """Whether `home` has anything to say of it.
