@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
@@ -359,6 +360,19 @@ def test_rows_that_are_laid_out_over_lines_are_told_so(tmp_path: Path, indent: i
     assert isinstance(bad, Bad) and "name a file that is one list or object .json" in bad.reason
     (tmp_path / "one.jsonl").rename(tmp_path / "one.json")
     assert [type(row) for row in read(tmp_path / "one.json")] == [Row]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_a_table_with_turns_as_json_text(tmp_path: Path, delimiter: str) -> None:
+    """As tables of conversations are exported."""
+    turns = [{"role": "user", "content": "a, b"}, {"role": "assistant", "content": 'c; "d" | e'}]
+    file = tmp_path / "export.csv"
+    with file.open("w", newline="") as stream:
+        out = csv.writer(stream, delimiter=delimiter)
+        out.writerows([["messages", "n"], [json.dumps(turns), 1], ["[1, 2", 2], ["hello", 3]])
+    row, *bad = read(file)
+    assert isinstance(row, Row) and row.example.as_dicts() == turns
+    assert ["messages is text; it must be a list of turns" in str(one) for one in bad] == [True, True]
 
 
 @pytest.mark.parametrize(("told", "delimiter"), [("sep=;", ";"), ('"SEP=|"', "|"), ("sep=\t", "\t"), ("sep=,", ",")])

@@ -78,6 +78,25 @@ def test_a_released_row_is_taken_as_it_is_on_its_own_side(ws: Workspace) -> None
     assert ("answer-equals-question", 1) not in numbers(ws)
 
 
+def test_rows_of_several_tasks_and_sides_are_released_together(workspace: MakeWorkspace) -> None:
+    """Each goes to its own."""
+    ws = workspace(val_size=0.0)
+    for task in ("t", "u"):
+        ws.ingest(
+            [row(word, word) for word in (f"{task} one", f"{task} two")],
+            task=task,
+            held_out=[row(f"{task} three", f"{task} three")],
+        )
+    listed = quarantine.listed(ws)
+    done = quarantine.release(ws, [entry["number"] for entry in sorted(listed, key=lambda e: e["line"])])
+    assert (done.accepted, done.held_out, done.tasks) == (6, 2, {"t": 3, "u": 3})
+    waiting, held_out = ws.catalog.waiting(()), ws.catalog.held_out()
+    found = {(task, "train"): len(ids) for task, ids in waiting.items()}
+    found |= {(task, "held_out"): len(ids) for task, ids in held_out.items()}
+    assert found == {(t, side): n for t in "tu" for side, n in (("train", 2), ("held_out", 1))}
+    assert quarantine.listed(ws) == []
+
+
 def test_a_released_row_is_known_when_its_file_is_read_again(workspace: MakeWorkspace) -> None:
     ws = workspace(val_size=0.0)
     file = ws.inbox / "t" / "rows.jsonl"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Mapping, 
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,9 +146,11 @@ def retake(ws: Workspace, rows: Sequence[tuple[int, str, Split, Row]], *, checke
     checks = opened(config, ws.root)
     with ws.catalog.writing() as writer:
         intake = _Intake(ws, writer, config, checks, named=True, released=True)
-        for number, task, split, row in rows:
+        for number, *_ in rows:
             writer.drop_refused(number)
-            intake.take(_Batch(row.file, task, split, partial(fit, [row], task=task), None))
+        for (task, split), same in groupby(rows, key=lambda row: row[1:3]):
+            own = [row for *_, row in same]
+            intake.take(_Batch(own[0].file, task, split, partial(fit, own, task=task), None))
         found = intake.finish()
         if found.refused:
             first = found.refused[0]

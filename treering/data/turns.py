@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import NoReturn
 
@@ -14,10 +15,21 @@ _OTHERS = {"role": ("speaker", "author"), "content": ("text",)}
 
 
 def messages(turns: object, key: str) -> list[Message]:
-    """A list of turns, found under `key`."""
+    """A list of turns, or its JSON text, found under `key`."""
+    turns = _listed(turns)
     if not isinstance(turns, list):
         raise RowError("bad-turns", f"{key} is {kind(turns)}; it must be a list of turns")
     return [message for number, turn in enumerate(turns, 1) for message in _turn(turn, f"{key} turn {number}")]
+
+
+def _listed(value: object) -> object:
+    """A table's cell holds a list as JSON text; any other text is none."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def _turn(turn: object, where: str) -> list[Message]:
@@ -103,6 +115,7 @@ def history(pairs: object) -> list[Message]:
     """Alpaca's earlier turns: pairs of what was asked and answered."""
     if is_blank(pairs):
         return []
+    pairs = _listed(pairs)
     if not isinstance(pairs, list):
         raise RowError("bad-turns", f"history is {kind(pairs)}; it must be a list of [user, assistant] pairs")
     turns = []

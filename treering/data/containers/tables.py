@@ -11,7 +11,7 @@ from treering.data.containers import Found, Source
 from treering.data.containers.text import LONGEST_LINE, CutLine, Text
 from treering.data.values import RAW_LENGTH, RowError
 
-_DELIMITERS = (",", ";", "\t")
+_DELIMITERS = (",", ";", "\t", "|")
 _TOLD = re.compile(r'"?sep=([^\w\s"]?)"?', re.IGNORECASE)
 """A first line by which Excel is told the delimiter; a tab is gone with the blanks around it."""
 
