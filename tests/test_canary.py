@@ -571,7 +571,7 @@ def test_a_real_shadow_is_compared(served: Served) -> None:
 
 
 def figures_agree(one: Any, other: Any) -> bool:
-    from treering.metrics import exact_match
+    from treering.scoring import exact_match
 
     return exact_match(one.choices[0].message.content, other.choices[0].message.content) == 1
 

@@ -22,10 +22,10 @@ from treering.evaluate import evaluate
 from treering.greedy import Answer, generate
 from treering.memory import Memory
 from treering.methods import Methods
-from treering.metrics import exact_match, token_f1
 from treering.model import encode, encode_prompt, load_base, load_tokenizer
 from treering.results import Result, read_results, task_scores, write_results
 from treering.schedule import plan_steps
+from treering.scoring import exact_match, token_f1
 from treering.stop import Stop
 from treering.testing import toy_rows
 from treering.train import train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -357,3 +358,10 @@ def test_a_worker_that_dies_without_a_word(model_folder: Path, tmp_path: Path, m
     monkeypatch.setattr(launch, "_command", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(TreeringError, match=r"launcher: accelerate, exit code 3\), number 1, 2 died; .*to resume"):
         made.train()
+
+    def full(path: Path, _: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    monkeypatch.setattr(launch, "write_file", full)  # A full disk keeps them from saying so.
+    with pytest.raises(TreeringError, match=r"cannot write to .*Free some space"):
+        launch._outcome(tmp_path, made.handover.config, 1)

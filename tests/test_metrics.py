@@ -15,14 +15,11 @@ from treering.metrics import (
     Matrix,
     average_accuracy,
     backward_transfer,
-    exact_match,
     forgetting,
     forward_transfer,
-    is_label_set,
     negative_flips,
     new,
     old,
-    token_f1,
 )
 
 NAN = float("nan")
@@ -112,72 +109,6 @@ def test_negative_flips_by_hand() -> None:
     assert negative_flips(before, after) == pytest.approx(2 / 4)
     assert negative_flips({"a": 0.5}, {"a": 0.0}) == 0.0
     assert math.isnan(negative_flips({}, after))
-
-
-@pytest.mark.parametrize(
-    ("prediction", "answer", "score"),
-    [
-        ("Lost card", "lost  CARD.", 1.0),
-        (" 'yes' ", "Yes!", 1.0),
-        ("ﬁne", "fine", 1.0),  # NFKC: the ligature.
-        ("STRASSE", "straße", 1.0),
-        ("lost card now", "lost card", 0.0),
-        ("", "x", 0.0),
-        ("", "", 1.0),
-        ("?", "!", 1.0),  # Nothing but punctuation is nothing.
-        ("a.b", "ab", 0.0),
-    ],
-)
-def test_exact_match_by_hand(prediction: str, answer: str, score: float) -> None:
-    assert exact_match(prediction, answer) == score
-
-
-@pytest.mark.parametrize(
-    ("prediction", "answer", "score"),
-    [
-        ("the cat sat", "the cat sat", 1.0),
-        ("the cat", "the cat sat", 2 * (2 / 2) * (2 / 3) / (2 / 2 + 2 / 3)),
-        ("cat the", "The cat!", 1.0),
-        ("the the the", "the", 2 * (1 / 3) * 1 / (1 / 3 + 1)),
-        ("the", "the the the", 0.5),
-        ("dog", "cat", 0.0),
-        ("", "cat", 0.0),
-        ("cat", "", 0.0),
-        ("", "...", 1.0),
-        ("日本 語", "日本", 2 / 3),
-    ],
-)
-def test_token_f1_by_hand(prediction: str, answer: str, score: float) -> None:
-    assert token_f1(prediction, answer) == pytest.approx(score)
-
-
-words = st.lists(st.sampled_from(["a", "b", "c"]), max_size=6).map(" ".join)
-
-
-@given(words, words)
-def test_token_f1_is_symmetric(one: str, other: str) -> None:
-    assert token_f1(one, other) == token_f1(other, one)
-    assert 0 <= token_f1(one, other) <= 1
-    assert token_f1(one, one) == 1
-    assert token_f1(one, other) >= exact_match(one, other)
-
-
-@pytest.mark.parametrize(
-    ("answers", "labels"),
-    [
-        (["yes", "no", "yes", "no"], True),
-        (["yes", "no"], False),
-        (["yes", "yes"], True),
-        (["yes"], False),
-        (["a b c d e f g h"] * 2, True),
-        (["a b c d e f g h i"] * 2, False),
-        (["yes"] * 99 + ["an answer that is far too long to be a label"], False),
-        ([str(number // 2) for number in range(100)], True),
-        ([str(number // 2) for number in range(99)], False),
-    ],
-)
-def test_is_label_set_by_hand(answers: list[str], labels: bool) -> None:
-    assert is_label_set(answers) == labels
 
 
 def test_the_matrix_grows() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from tests.training import Counted, StopAt
@@ -466,8 +467,12 @@ def test_another_base_model_is_refused(workspace: MakeWorkspace, tmp_path: Path)
     assert learned(ws, "pens", count=40).promote
     other = tiny_model(tmp_path / "other", seed=1)
     ws.ingest(toy_rows("cups", 20), task="cups")
-    with pytest.raises(ModelError, match=r"v1 was made from the base model .* set model_name_or_path back"):
+    with pytest.raises(ConfigError, match=r"model_name_or_path=.* would be for this command alone"):
         ws.update(model_name_or_path=str(other))
+    file = ws.root / "treering.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"model_name_or_path": str(other)}))
+    with pytest.raises(ModelError, match=r"v1 was made from the base model .* set model_name_or_path back"):
+        ws.update()
     assert (names(ws), current(ws)) == (["v1"], "v1")
 
 

@@ -147,7 +147,11 @@ def test_scores_on_it_are_not_compared_with_scores_on_the_whole_base(workspace: 
     assert first is not None
     ws.promote("v1", force=True)
     ws.ingest(toy_rows("cups", 20), task="cups")
-    second = ws.update(quantization_bit=8)
+    with pytest.raises(ConfigError, match=r"quantization_bit=8 would be for this command alone.*write it in"):
+        ws.update(quantization_bit=8)
+    with (ws.root / "treering.yaml").open("a") as file:
+        file.write("quantization_bit: 8\n")
+    second = ws.update()
     assert second is not None
     assert second.manifest["evaluation"] == first.manifest["evaluation"] | {"quantization_bit": 8}
 

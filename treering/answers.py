@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from treering.data.example import Example, Message
 from treering.data.read import Bad, Row, find_files, read
 from treering.errors import UsageError, full_disk_is_clear
-from treering.evaluate import conditions, evaluate
+from treering.evaluate import evaluate
 from treering.files import write_file
 from treering.greedy import generate
-from treering.metrics import metric_for
 from treering.model import load, load_tokenizer, resolve
 from treering.progress import Advance, silent
 from treering.registry import Version
 from treering.results import read_results, task_scores
+from treering.scoring import conditions, further, metric_for, scorers, wanted
 
 if TYPE_CHECKING:
     from treering.workspace import Workspace
@@ -58,17 +58,21 @@ def score(
         pairs = [(examples[id], t) for t, ids in held_out.items() for id in ids]
     known = version.check().manifest["metrics"] if version else {}
     kept = {}
-    if version is not None and data is None and version.manifest["evaluation"] == conditions(ws.config()):
+    if version is not None and data is None and version.manifest["evaluation"] == conditions(ws.config(), ws.root):
         kept = {r.id: r for r in read_results(version.folder / "results.parquet")}
     missing = [(example, t) for example, t in pairs if example.id not in kept]
     metrics = {t: known.get(t) or _metric(ws, t, [e for e, name in pairs if name == t]) for t in {t for _, t in pairs}}
     results = [kept[example.id] for example, _ in pairs if example.id in kept]
     if missing:
         loaded = Answerer(ws, version)
-        results += evaluate(loaded.model, loaded.tokenizer, missing, metrics, loaded.config, quiet=quiet)
+        named, ways = wanted(loaded.config, metrics), scorers(loaded.config, ws.root)
+        results += evaluate(loaded.model, loaded.tokenizer, missing, named, loaded.config, scorers=ways, quiet=quiet)
+    tasks = task_scores(results)
+    for name, measures in further(results, {example.id: example for example, _ in pairs}).items():
+        tasks[name]["measures"] = measures
     return {
         "version": version.name if version else "base",
-        "tasks": task_scores(results),
+        "tasks": tasks,
         "quarantined": [f"{bad.file}, line {bad.line}: {bad.reason}" for bad in refused],
     }
 

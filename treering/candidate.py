@@ -18,13 +18,12 @@ import torch
 
 from treering import anything, early, experts, general, inherited, twins
 from treering.batches import Batch, make_batch
-from treering.evaluate import conditions, evaluate
+from treering.evaluate import evaluate
 from treering.features import features
 from treering.files import fsync_tree, write_file
 from treering.keep import FROM_FEATURES, FROM_LOSSES, ORDERED
 from treering.lesson import Lesson, Pupil, prepared
 from treering.methods import Methods, recall
-from treering.metrics import metric_for
 from treering.model import Tokens, encode, load, load_tokenizer, save_weights, with_prompts
 from treering.passes import losses
 from treering.progress import bar
@@ -33,6 +32,7 @@ from treering.registry import Version
 from treering.results import PARENT_RESULTS, RESULTS, Result, read_results, write_results
 from treering.room import keep_to_limit, peak_gpu_memory_mb, peak_memory_mb
 from treering.router import OWN, Router, Shown
+from treering.scoring import conditions, metric_for, scorers, wanted
 from treering.train import teach
 from treering.written import Writer, Written
 
@@ -68,6 +68,7 @@ class Candidate:
         self.started = time.perf_counter()
         self.plan, self.parent, self.config, self.staging = plan, parent, config, staging
         self.base, self.root = base, ws.root
+        self.scorers = scorers(config, ws.root)
         torch.set_num_threads(plan.machine["threads"])
         keep_to_limit()
         self.readings = Readings(staging)
@@ -365,7 +366,7 @@ class Candidate:
 
     def _known(self) -> list[Result]:
         """The results that the parent was made with, as far as they can be compared with today's."""
-        if self.parent is None or self.parent.manifest["evaluation"] != conditions(self.config):
+        if self.parent is None or self.parent.manifest["evaluation"] != conditions(self.config, self.root):
             return []
         return read_results(self.parent.folder / RESULTS)
 
@@ -451,8 +452,9 @@ class Candidate:
             self.model,
             self.tokenizer,
             pairs,
-            self.metrics,
+            wanted(self.config, self.metrics),
             self.config,
+            scorers=self.scorers,
             title=title,
             stop=self.stop,
             quiet=self.quiet,

@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from treering.data.rules import ALL, LEVELS, is_custom
+from treering.data.rules import ALL, LEVELS
 from treering.errors import ConfigError, near
 from treering.methods import FINETUNING_TYPES, PROTECT
 from treering.optimizers import OPTIMIZERS
+from treering.own import is_own
 from treering.sections import (
     AutomateConfig,
     DedupConfig,
@@ -268,9 +269,9 @@ class Config(Section):
     def _known_checks(cls, value: dict[str, str]) -> dict[str, str]:
         problems = []
         for name, level in value.items():
-            if not is_custom(name) and name not in ALL:
+            if not is_own(name) and name not in ALL:
                 problems.append(f"{name} is no rule{near(name, ALL)}; known: {', '.join(ALL)}, or FILE.py:FUNCTION")
-            elif level not in (levels := LEVELS if is_custom(name) else ALL[name].levels):
+            elif level not in (levels := LEVELS if is_own(name) else ALL[name].levels):
                 problems.append(f"{name} is {level}; it may be {', '.join(levels)}")
         if problems:
             raise ValueError("; ".join(problems))

@@ -7,7 +7,7 @@ right; the rest is read from there on (`greedy.py`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -17,12 +17,12 @@ from treering.experts import routed
 from treering.greedy import Answer, Known, after, text, watched, write
 from treering.guides import guides
 from treering.methods.recall import Recalled
-from treering.metrics import PREFERENCE, TOKEN_ACCURACY, exact_match, token_f1
 from treering.model import encode
 from treering.passes import read_answers
 from treering.progress import bar
 from treering.readings import Reading
 from treering.results import Result
+from treering.scoring import EXACT_MATCH, PREFERENCE, SCORERS, TOKEN_ACCURACY, Scorer
 from treering.stop import Stop
 from treering.tree import Tree
 
@@ -30,17 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from treering.config import Config
-
-METRIC_VERSION = 2
-"""Raised when the same answers would get other scores; results of different versions are not compared."""
-
-METRICS = {"exact_match": exact_match, "token_f1": token_f1}
-
-
-def conditions(config: Config) -> dict[str, Any]:
-    """What scores depend on besides model and rows; only results with the same are compared."""
-    found = {"metric_version": METRIC_VERSION, "max_new_tokens": config.eval.max_new_tokens}
-    return found | ({"quantization_bit": config.quantization_bit} if config.quantization_bit else {})
 
 
 def evaluate(
@@ -50,21 +39,25 @@ def evaluate(
     metrics: Mapping[str, str],
     config: Config,
     *,
+    scorers: Mapping[str, Scorer] = SCORERS,
     title: str = "evaluating",
     stop: Stop | None = None,
     quiet: bool = False,
     reading: Reading | None = None,
 ) -> list[Result]:
-    """Score `rows` (example, task); `metrics` names each task's metric. The model is never told the task."""
+    """Score `rows` (example, task); `metrics` names each task's metric, `scorers` are those of texts.
+
+    The model is never told the task.
+    """
     model.eval()
-    named = [_metric(example, metrics[task]) for example, task in rows]
+    named = [_metric(example, metrics[task], scorers) for example, task in rows]
     pairs = [at for at, name in enumerate(named) if name == PREFERENCE]
     rows = [*rows, *((rows[at][0].rejected or rows[at][0], rows[at][1]) for at in pairs)]
     names = [*named, *(PREFERENCE for _ in pairs)]
     end, pad_id = cast(int, tokenizer.eos_token_id), cast(int, tokenizer.pad_token_id)
     tokens = [encode(tokenizer, example, last_only=True) for example, _ in rows]
     right = [[row.ids[place] for place in row.answers] for row in tokens]
-    judged = [name == "exact_match" for name in names]
+    judged = [name == EXACT_MATCH for name in names]
     known = Known(answer for answer, is_label in zip(right, judged, strict=True) if is_label)
     longest = config.eval.max_new_tokens
 
@@ -81,7 +74,7 @@ def evaluate(
         answers: dict[int, Answer] = {}
         whole: dict[int, str] = {}
         for at, row, past in zip(part, now, recalled, strict=True):
-            if names[at] not in METRICS:
+            if names[at] not in scorers:
                 whole[at] = ""  # What counts is how likely its tokens are.
                 continue
             path, long = tree.path(row.ids[:-1]), len(right[at])
@@ -109,18 +102,18 @@ def evaluate(
         elif name == PREFERENCE:
             points = float(loss < rejected[at])
         else:
-            points = METRICS[name](said, example.answer)
+            points = scorers[name](example, said)
         results.append(Result(example.id, task, name, points, loss, said, chosen[at] is None))
     return results
 
 
-def _metric(row: Example, of_task: str) -> str:
+def _metric(row: Example, of_task: str, scorers: Mapping[str, Scorer]) -> str:
     """The metric of a row: that of its task, but where only texts or pairs have it and the row is none, or is one."""
     if row.is_text:
         return TOKEN_ACCURACY
     if of_task == PREFERENCE and row.rejected is not None:
         return PREFERENCE
-    return of_task if of_task in METRICS else "token_f1"
+    return of_task if of_task in scorers else "token_f1"
 
 
 def _comes(right: Sequence[int], numbers: Sequence[int], recalled: Recalled | None, tree: Tree) -> bool:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from treering.config import Config
-from treering.errors import ConfigError, ModelError, TreeringError, VersionError
+from treering.errors import ConfigError, ModelError, TreeringError, VersionError, full_disk_is_clear
 from treering.extras import needed
 from treering.files import sha256, write_file
 from treering.handover import Handover
@@ -216,6 +216,9 @@ def _outcome(folder: Path, config: Config, code: int) -> list[Trained]:
     told = _told(folder, config)
     silent = [str(rank + 1) for rank, found in enumerate(told) if found is None]
     if silent:
+        with full_disk_is_clear(folder):  # Then they could not say so either.
+            write_file(folder / "room", bytes(4096))
+            (folder / "room").unlink()
         raise TreeringError(
             f"of the {config.processes} processes that train (launcher: {config.launcher}, exit code {code}), number "
             f"{', '.join(silent)} died; what it printed says why. With nothing printed it was often killed for want of "

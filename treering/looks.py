@@ -17,9 +17,9 @@ from treering.answers import Answerer
 from treering.data.example import Example, Message, normalise
 from treering.evaluate import evaluate
 from treering.features import features
-from treering.metrics import exact_match
 from treering.model import encode
 from treering.progress import bar
+from treering.scoring import exact_match
 
 if TYPE_CHECKING:
     from torch import Tensor

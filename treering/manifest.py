@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from treering.files import timestamp
 from treering.gate import Verdict
-from treering.metrics import WHY, Matrix, negative_flips
+from treering.metrics import Matrix, negative_flips
 from treering.optimizers import EXTRAS, OPTIMIZERS
 from treering.results import Result, task_scores
+from treering.scoring import WHY, conditions, further, wanted
 
 if TYPE_CHECKING:
     from treering.calibrate import Estimate
@@ -42,10 +43,10 @@ def of_update(
     `promote`: whether that was wanted. `ordered`: when the loop ordered it. `estimate`: what `treering plan` had said
     of this very update.
     """
-    from treering.evaluate import conditions
-
     plan, parent = candidate.plan, candidate.parent
     scores, parent_scores = task_scores(after), task_scores(before)
+    for task, measures in further(after, candidate.examples).items():
+        scores[task]["measures"] = measures
     matrix = Matrix(**parent.manifest["matrix"]) if parent else Matrix([], [], [])
     matrix = matrix.extended(
         {task: found["score"] for task, found in parent_scores.items()},
@@ -70,7 +71,7 @@ def of_update(
         "aside": candidate.aside,
         "held_out": candidate.held_out,
         "metrics": candidate.metrics,
-        "evaluation": conditions(candidate.config),
+        "evaluation": conditions(candidate.config, candidate.root),
         "scores": scores,
         "parent_scores": parent_scores,
         "matrix": asdict(matrix),
@@ -162,9 +163,10 @@ def _choices(candidate: Candidate, after: Sequence[Result]) -> dict[str, dict[st
     if candidate.merged.found:
         gone = [f"{kept} for {expert}" for expert, kept in candidate.merged.kept.items()]
         found["alike experts"] = {"value": ", ".join(gone) or "none", "reason": "; ".join(candidate.merged.found)}
-    for task in candidate.plan.rows:
-        metric = candidate.metrics[task]
-        found[f"metric of {task}"] = {"value": metric, "reason": WHY[metric]}
+    for task, metric in wanted(candidate.config, candidate.metrics).items():
+        if task in candidate.plan.rows:
+            reason = WHY[metric] if metric == candidate.metrics[task] else "eval.metrics names it"
+            found[f"metric of {task}"] = {"value": metric, "reason": reason}
     return found
 
 

@@ -7,21 +7,11 @@ Every function returns NaN where it is not defined (a single task has no forgett
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-
-from treering.data.example import Example, normalise
-
-TOKEN_ACCURACY = "token_accuracy"
-"""Of a plain text: the share of its tokens that are the likeliest after those before them."""
-
-PREFERENCE = "preference"
-"""Of a preference pair: whether the chosen answer is likelier than the rejected one, by the mean of its tokens."""
 
 Vector = NDArray[np.float64]
 
@@ -101,44 +91,6 @@ class Matrix:
             "forgetting": forgetting(R, self.learned),
         }
         return {name: None if np.isnan(value) else value for name, value in found.items()}
-
-
-def exact_match(prediction: str, answer: str) -> float:
-    """1.0 if both are the same after normalisation (see `Example.label`), else 0.0."""
-    return float(normalise(prediction) == normalise(answer))
-
-
-def token_f1(prediction: str, answer: str) -> float:
-    """F1 of the bags of words of both (Rajpurkar et al. 2016), normalised; 1.0 if both are empty."""
-    got, wanted = (re.findall(r"\w+", normalise(text)) for text in (prediction, answer))
-    if not got or not wanted:
-        return float(got == wanted)
-    common = sum((Counter(got) & Counter(wanted)).values())
-    return 2 * common / (len(got) + len(wanted))
-
-
-WHY = {
-    TOKEN_ACCURACY: "its rows are plain text",
-    PREFERENCE: "its rows are preference pairs",
-    "exact_match": "short answers, each used at least twice on average",
-    "token_f1": "answers are no small label set",
-}
-"""Why `metric_for` chooses each."""
-
-
-def metric_for(rows: Collection[Example]) -> str:
-    """The metric of a task with these training rows."""
-    if any(row.is_text for row in rows):
-        return TOKEN_ACCURACY
-    if rows and all(row.rejected for row in rows):
-        return PREFERENCE
-    return "exact_match" if is_label_set([row.label for row in rows]) else "token_f1"
-
-
-def is_label_set(answers: Sequence[str]) -> bool:
-    """Whether these (normalised) answers look like labels: short, and on average used at least twice."""
-    distinct = set(answers)
-    return 2 * len(distinct) <= len(answers) and all(len(answer.split()) <= 8 for answer in distinct)
 
 
 def _mean(values: ArrayLike) -> float:

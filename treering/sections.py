@@ -8,6 +8,10 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from treering.errors import near
+from treering.own import is_own
+from treering.scoring import METRICS
+
 
 class Section(BaseModel):
     """A group of settings: no unknown keys, nothing changed after it was checked."""
@@ -264,6 +268,19 @@ class EvalConfig(Section):
 
     max_new_tokens: int = Field(128, ge=1)
     """Longest generated answer, in tokens; rows of a task with a label set stop two tokens past their label."""
+
+    metrics: dict[str, str] = Field(default_factory=dict)
+    """The metric of a task, by task, `*` for all others: `exact_match`, `token_f1`, `rouge_l`, `chrf`, or a function
+    of your own, `FILE.py:FUNCTION`. A task that is not named has one by its rows: `exact_match` for labels,
+    `token_f1` for open answers. Plain text is always scored by its tokens."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_metrics(cls, value: dict[str, str]) -> dict[str, str]:
+        if unknown := [name for name in value.values() if name not in METRICS and not is_own(name)]:
+            known = f"{', '.join(METRICS)}, or FILE.py:FUNCTION"
+            raise ValueError(f"{unknown[0]} is no metric{near(unknown[0], METRICS)}; known: {known}")
+        return value
 
 
 class ServeConfig(Section):

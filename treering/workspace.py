@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 SETTINGS = "treering.yaml"
 
+_SHARED = ("model_name_or_path", "quantization_bit")
+"""Settings that all commands need alike: on them a version is judged and served."""
+
 DELETING = ".deleting"
 """This file is there while a deletion that was decided is not finished."""
 
@@ -92,15 +95,27 @@ class Workspace:
         return cls(ws.root)
 
     def config(self, overrides: Iterable[str] = ()) -> Config:
-        """The settings in `treering.yaml` with `key=value` overrides. Raises `ConfigError`."""
-        return Config.load(self.root / SETTINGS, overrides)
+        """The settings in `treering.yaml` with `key=value` overrides. Raises `ConfigError`.
+
+        Also where an override is of one that a version and whatever serves it must share.
+        """
+        path, texts = self.root / SETTINGS, list(overrides)
+        found = Config.load(path, texts)
+        for key in _SHARED if texts else ():
+            wanted, written = getattr(found, key), getattr(Config.load(path), key)
+            if wanted != written:
+                raise ConfigError(
+                    f"{key}={wanted} would be for this command alone, and the version served with {written}, which it "
+                    f"was not judged on; write it in {path}"
+                )
+        return found
 
     @cached_property
     def catalog(self) -> Catalog:
         """The rows and the quarantine."""
         from treering.data.catalog import Catalog
 
-        return Catalog(self.root / "treering.db")
+        return Catalog(self.root / "treering.db", self.root)
 
     def ingest(
         self,

@@ -402,6 +402,7 @@ def test_a_catalog_of_before_is_brought_up_to_date(ws: Workspace, workspace: Mak
         db.execute("ALTER TABLE quarantine DROP COLUMN split")
         for table in ("duplicates", "runs", "words"):
             db.execute(f"DROP TABLE {table}")
+        db.execute("ALTER TABLE meta DROP COLUMN root")
         db.execute("UPDATE meta SET schema = 1")
     db.close()
     shutil.rmtree(ws.root / catalog.INDEX)

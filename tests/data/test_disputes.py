@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +95,37 @@ def test_a_file_that_is_read_again_says_nothing_new(ws: Workspace, say: Say) -> 
     assert true(ws) == {"12"}
     say(three="10")
     assert (say(two="12 z w").accepted, true(ws)) == (1, {"10"})
+
+
+def test_a_moved_workspace_says_nothing_new(ws: Workspace, say: Say, tmp_path: Path) -> None:
+    """Nor does a copy of it, nor a file that was renamed; whatever its files are called, each is itself."""
+    say(one="x 10", two="y")
+    say(three="12")
+    before = held(ws)
+    ws.catalog.engine.dispose()
+    shutil.copytree(ws.root, tmp_path / "copied")
+    moved = Workspace(ws.root.rename(tmp_path / "moved_%"))
+    one = moved.inbox / "t" / "one.jsonl"
+    os.utime(one, (1e9, 1e9))  # Before it was ingested, to the second.
+    one.rename(one.with_name("old.jsonl"))
+    copied = Workspace(tmp_path / "copied")
+    assert (moved.ingest().duplicates, copied.ingest().rows) == (2, 0)
+    for here in (moved, copied):
+        assert (true(here), held(here)) == ({"12"}, before)
+        with sqlite3.connect(here.root / "treering.db") as db:
+            names = {name for (name,) in db.execute("SELECT file FROM rows UNION SELECT path FROM files")}
+        db.close()
+        assert names == {str(file) for file in here.inbox.rglob("*.jsonl")}
+    grown = moved.inbox / "t" / "old.jsonl"
+    grown.write_text(grown.read_text() + json.dumps(row("yes", "what else")) + "\n")
+    assert (moved.ingest().accepted, true(moved)) == (1, {"12"})
+
+
+def test_a_new_file_with_what_one_had_that_is_gone_says_it_anew(ws: Workspace, say: Say) -> None:
+    say(one="10")
+    (ws.inbox / "t" / "one.jsonl").unlink()
+    say(two="12")
+    assert (say(three="10").restored, true(ws)) == (1, {"10"})
 
 
 def test_a_file_may_be_edited_in_place(ws: Workspace, say: Say) -> None:

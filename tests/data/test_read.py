@@ -212,6 +212,15 @@ def test_a_bad_csv_row_costs_itself_alone(rows: str, expected: list[tuple[int, s
     assert outcome("a.csv", f"text,label\n{rows}") == expected
 
 
+def test_a_table_of_quotes_that_never_close_does_not_take_for_ever() -> None:
+    """Each line opens one: in time by the square of these lines it would be minutes."""
+    found = outcome("a.csv", "text,label\nq,a\n" + 'a","\n' * 20_000)
+    assert found[0] == (2, "ok") and found[-1] == (0, "bad-csv")
+    assert 2 < len(found) < 50 and {rule for _, rule in found[1:]} == {"bad-csv"}
+    few = outcome("a.csv", "text,label\n" + 'a","\n' * 50 + "q,a\n")
+    assert len(few) == 51 and few[-1] == (52, "ok")
+
+
 def test_an_undecodable_parquet_row_costs_itself_alone() -> None:
     texts = pa.array([b"q", b"\xff", b"q"]).view(pa.string())
     content = parquet(pa.table({"text": texts, "label": ["a", "b", "c"]}))

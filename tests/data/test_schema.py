@@ -52,6 +52,7 @@ def made_by_schema_2(ws: Workspace) -> None:
         db.execute("CREATE INDEX ix_quarantine_file ON quarantine (file)")
         db.execute("UPDATE quarantine SET reason = ? WHERE rule = 'contradiction'", [QUOTE])
         db.execute("UPDATE words SET rows = 9, counts = ?", [json.dumps({"xyzzy": 3})])
+        db.execute("ALTER TABLE meta DROP COLUMN root")
         db.execute("UPDATE meta SET schema = 2")
     db.close()
 
@@ -105,6 +106,7 @@ def test_a_catalog_of_schema_3(ws: Workspace) -> None:
     del ws.catalog
     with sqlite3.connect(ws.root / "treering.db") as db:
         db.execute("DROP TABLE within")
+        db.execute("ALTER TABLE meta DROP COLUMN root")
         db.execute("UPDATE meta SET schema = 3")
     db.close()
     for run in (ws.root / "near").iterdir():

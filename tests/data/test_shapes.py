@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
@@ -297,3 +298,31 @@ def test_a_shape_that_is_told() -> None:
     with pytest.raises(RowError, match="rename them to one of: messages"):
         convert(both, shape="openai")
     assert set(NAMED) == {"openai", "sharegpt", "alpaca", "prompt", "question", "label", "text"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
+        {"question": "q", "answer": [{"role": "assistant", "content": "a"}]},
+        {"dialogue": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"对话": [{"角色": "user", "内容": "q"}, {"角色": "assistant", "内容": "a"}]},
+        {"instruction": "q", "output": "a", "history": []},
+        {"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": "a"}]},
+        {"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    ],
+)
+def test_turns_that_stand_as_json_text_are_turns(row: dict[str, Any]) -> None:
+    """As tables have them; the rejected answer of a pair too."""
+    if "chosen" in row:
+        row = row | {"rejected": [{"role": "assistant", "content": "no"}]}
+    told = {key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()}
+    assert convert(told, pairs=True) == convert(row, pairs=True)
+    assert turns(told) == [("user", "q"), ("assistant", "a")]
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "[]", '[{"name": "lamp"}]', '[{"role": "chief"}]', "[" * 9999])
+def test_other_json_text_is_text(text: str) -> None:
+    assert turns({"prompt": "q", "completion": text}) == [("user", "q"), ("assistant", text)]
+    with pytest.raises(RowError):
+        turns({"dialogue": text})

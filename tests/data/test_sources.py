@@ -135,6 +135,8 @@ LIST: dict[str, Any] = {
         "file_name": "kto.json",
         "columns": {"prompt": "instruction", "response": "output", "kto_tag": "ok", "images": "images"},
     },
+    "prose": {"file_name": "prose.txt", "columns": {"prompt": "text"}},
+    "texts": {"file_name": "texts.jsonl", "columns": {"prompt": "body"}},
     "far": {"hf_hub_url": "org/far", "ms_hub_url": "org/far"},
     "gone": {"file_name": "gone.json"},
     "outside": {"file_name": "../outside.json"},
@@ -144,6 +146,7 @@ FILES: dict[str, list[dict[str, Any]]] = {
     "shared.jsonl": SHARED,
     "ranked.json": RANKED,
     "pairs.json": [{"ask": "q4", "good": "a4", "bad": "no"}],
+    "texts.jsonl": [{"body": "A text to go on with.", "label": "web"}],
     "plain.json": [{"instruction": "q5", "input": "", "output": "a5"}],
     "kto.json": [
         {"instruction": "q6", "output": "a6", "ok": True, "images": []},
@@ -158,6 +161,8 @@ WANTED = {
     "pairs": [("user", "q4"), ("assistant", "a4")],
     "plain": [("user", "q5"), ("assistant", "a5")],
     "marked": [("user", "q6"), ("assistant", "a6")],
+    "prose": [("text", "Some prose.")],
+    "texts": [("text", "A text to go on with.")],
 }
 
 
@@ -168,6 +173,7 @@ def factory(tmp_path: Path) -> Path:
     for name, rows in FILES.items():
         end = "\n" if name.endswith("l") else ""
         (folder / name).write_text("".join(map(json.dumps, rows)) + end if end else json.dumps(rows))
+    (folder / "prose.txt").write_text("Some prose.")
     (folder / "dataset_info.json").write_text(json.dumps(LIST))
     (tmp_path / "outside.json").write_text("[]")
     return folder
@@ -203,7 +209,7 @@ def test_one_data_set_of_a_list(ws: Workspace, factory: Path) -> None:
 def test_a_list_in_the_inbox(ws: Workspace, factory: Path) -> None:
     factory.rename(ws.inbox / "shop")
     found = ws.ingest()
-    assert found.tasks == {"shop": 6}
+    assert found.tasks == {"shop": len(WANTED)}
     assert sorted(texts(ws)["shop"]) == sorted(turn for turns in WANTED.values() for turn in turns)
 
 

@@ -51,6 +51,7 @@ def test_figures_of_a_task(ws: Workspace) -> None:
     assert a["label_count"] == 5 and sum(a["labels"].values()) == 20
     assert a["characters"]["most"] == len(LONG) + 3
     assert a["drift"]["words"] >= 0
+    assert 0 < a["drift"]["lengths"] < 1  # The one new row is as long as some of the learned ones.
     assert a["drift"]["labels"] == pytest.approx(1.0)  # No learned row has the new row's label.
     assert found["b"]["labels"] == {} and found["b"]["drift"] is None  # Open answers; nothing of it was learned.
     assert stats(ws, "b").keys() == {"b"}

@@ -25,7 +25,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from treering import metrics
 from treering.bench import general
 from treering.bench.code import code_digest
 from treering.bench.entries import JOINT, ORACLE, UNTOUCHED
@@ -38,6 +37,7 @@ from treering.files import write_json
 from treering.methods import FINETUNING_TYPES, PROTECT
 from treering.progress import say
 from treering.results import Result, read_results, task_scores
+from treering.scoring import metric_for, scorers, wanted
 from treering.stop import stop_on_signals
 
 FORMAT = 1
@@ -69,7 +69,7 @@ class Job:
     @classmethod
     def of(cls, name: str, kind: str, settings: Mapping[str, Any], draw: Draw, asked: Asked | None = None) -> Job:
         """The run of a method on a draw. What does not depend on the order is the same job in every order."""
-        names = {task: metrics.metric_for(rows) for task, rows in draw.taught.items()}
+        names = {task: metric_for(rows) for task, rows in draw.taught.items()}
         settings, updates = dict(settings), draw.updates
         if kind == UNTOUCHED:
             updates, settings["seed"] = [], 0
@@ -196,7 +196,8 @@ def _untouched(job: Job) -> dict[str, Any]:
     base = resolve(config.model_name_or_path, config.trust_remote_code)
     rows = [(example, task) for task, test in job.test.items() for example in test]
     model, tokenizer = load_base(base, config), load_tokenizer(base, config.trust_remote_code)
-    results = evaluate(model, tokenizer, rows, job.metrics, config, title=job.name)
+    named, ways = wanted(config, job.metrics), scorers(config, Path())
+    results = evaluate(model, tokenizer, rows, named, config, scorers=ways, title=job.name)
     scores = task_scores(results)
     costs = dict.fromkeys(("seconds", "rows_trained", "stored_bytes", "trainable_parameters", "memory_rows"), 0)
     return {

@@ -20,9 +20,9 @@ import torch
 from treering.bench.contestant import used_mb
 from treering.config import Config
 from treering.data.example import Example
-from treering.metrics import exact_match
 from treering.model import encode, load_base, load_tokenizer
 from treering.pipes import own_output
+from treering.scoring import exact_match
 
 SPARE_TOKENS = 2
 """Tokens that may be written beyond the longest label, as in treering's own scoring."""

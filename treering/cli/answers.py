@@ -29,6 +29,7 @@ def evaluate(
     found = answers.score(ws, find_version(ws, version), data=data, task=task)
     lines = [
         f"{name}: {percent(row['score'])} ({row['metric']}, {row['rows']} rows), loss {row['loss']:.3f}"
+        + "".join(f", {measure} {percent(value)}" for measure, value in row.get("measures", {}).items())
         for name, row in found["tasks"].items()
     ]
     output(found, as_json, [f"{found['version']}:", *lines, *(f"left out: {q}" for q in found["quarantined"])])

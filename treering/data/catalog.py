@@ -15,7 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from treering.data import schema
+from treering.data import moved, schema
 from treering.data.example import Example
 from treering.data.schema import duplicates as _duplicates
 from treering.data.schema import files as _files
@@ -45,13 +45,16 @@ class Origin:
 class Catalog:
     """The rows and the quarantine of a workspace, in SQLite (WAL)."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, root: Path | None = None) -> None:
+        """`root`: the workspace; None for a copy that lies elsewhere."""
         self.engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), connect_args={"timeout": _PATIENCE})
         sa.event.listen(self.engine, "connect", _durable)
         sa.event.listen(self.engine, "handle_error", _damage_is_clear)
         try:
             with full_disk_is_clear(path.parent), self.engine.connect() as db:
                 schema.prepare(db, path)
+                if root is not None:
+                    moved.follow(db, root)
         except sa.exc.DatabaseError as error:
             raise TreeringError(f"{path} is no usable catalog: {error.orig}") from None
         self.index = path.parent / INDEX

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +12,9 @@ from treering.data.alike import Said
 from treering.data.example import Example
 from treering.data.lengths import Lengths
 from treering.data.read import Bad, Row
-from treering.data.rules import ALL, RULES, Around, Finding, Rule, is_custom
+from treering.data.rules import ALL, RULES, Around, Finding, Rule
 from treering.data.values import RAW_LENGTH
-from treering.errors import ConfigError
+from treering.own import function, is_own
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,8 +61,8 @@ class Checks:
         cuts = levels["too-long"] == "repair"
         self.around = Around(tokenizer, lengths, config.languages, config.labels, cuts=cuts)
         rules: dict[str, Rule] = {name: known.check for name, known in RULES.items()}
-        for name in filter(is_custom, config.checks):
-            rules[name] = _custom(name, root or Path.cwd())
+        for name in filter(is_own, config.checks):
+            rules[name] = partial(_asked, name, function(name, root or Path.cwd(), "checks"))
         self.rules = {name: (rule, levels[name]) for name, rule in rules.items() if levels[name] != "off"}
 
     def __call__(self, row: Example, task: str = "") -> Checked:
@@ -124,24 +123,8 @@ def _fit(row: Row, checked: Checked) -> Fit | Bad:
     return Fit(row, Said.of(row.example), checked.mended, checked.warned)
 
 
-def _custom(name: str, root: Path) -> Rule:
-    """The user's rule `FILE.py:FUNCTION`: it gets the messages as dictionaries, and returns a reason or None."""
-    file, _, function = name.partition(":")
-    path = root / file
-    if not path.is_file():
-        raise ConfigError(f"checks names {name}, but {path} is no file: put it there, or drop the rule")
-    spec = importlib.util.spec_from_file_location(f"treering_rules_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        rule: Callable[[Sequence[Mapping[str, str]]], str | None] = getattr(module, function)
-    except Exception as error:
-        raise ConfigError(f"checks names {name}, but it cannot be loaded ({error!r}): correct {path}") from error
-    return partial(_asked, name, rule)
-
-
 def _asked(name: str, rule: Callable[[Any], str | None], row: Example, _: Around) -> Finding | None:
+    """What the user's rule `name` says: it gets the messages as dictionaries, and returns a reason or None."""
     try:
         reason = rule(row.as_dicts())
     except Exception as error:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from treering.data.example import Example, normalise
-from treering.metrics import metric_for
+from treering.scoring import metric_for
 
 FEW, MUCH = 0.1, 10.0
 """A label with less than this share of the mean of all is rare; the most frequent one has so many times the rarest: the

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from treering.data.names import KEYS, KNOWN_KEYS, ROW_KEYS
 from treering.data.records import CONTAINERS
 from treering.data.shapes import NAMED, known_columns
-from treering.data.values import RowError, called_here, plain
+from treering.data.values import RowError, called_here, plain, unpacked
 from treering.errors import UsageError
 
 _ASKED = {key for asked, _ in KEYS.values() for key in asked}
@@ -75,7 +75,7 @@ class Layout:
         return {key: self._turns(part) if _holds_turns(key) else part for key, part in row.items()}
 
     def _turns(self, part: object) -> object:
-        if self.tags is None or isinstance(part, str):
+        if self.tags is None or isinstance(part := unpacked(part), str):
             return part
         return [_tagged(turn, self.tags) for turn in part] if isinstance(part, list) else _tagged(part, self.tags)
 

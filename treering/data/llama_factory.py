@@ -9,6 +9,7 @@ from typing import Any
 
 from treering.data.descriptions import INFO, listed
 from treering.data.layout import Layout, Tags
+from treering.data.shapes import PLAIN
 from treering.errors import UsageError
 from treering.files import followed
 
@@ -83,6 +84,8 @@ def layout(entry: Mapping[str, Any], title: str) -> Layout:
     shape = _SHAPES[formatting]
     keys = _COLUMNS | (_RANKED if entry.get("ranking") else {})
     columns = {keys[key]: column for key, column in told.items() if key in keys}
+    if told.keys() == {"prompt"} and shape == "alpaca":  # All other columns are none: rows to go on training on.
+        shape, columns = PLAIN, {"text": told["prompt"]}
     tags = _texts(entry.get("tags") or {}, f"{INFO}: tags of {title}")
     if told and shape == "sharegpt":
         columns = {"conversations": "conversations", **columns}

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from treering.data.example import REJECTED, Message, normalise
 from treering.data.names import KEYS, PAIR, ROW_KEYS
-from treering.data.turns import messages, role_of
-from treering.data.values import AS_THEY_ARE, RowError, called_here, is_blank, text_of
+from treering.data.turns import messages, role_of, turns_in
+from treering.data.values import AS_THEY_ARE, RowError, called_here, is_blank, text_of, unpacked
 
 _FLAT = [KEYS[name] for name in ("alpaca", "prompt", "question")]
 """Rows that a pair's question may be from."""
@@ -26,7 +26,7 @@ def with_chosen(row: dict[str, object]) -> dict[str, object]:
     if "chosen" not in row or "rejected" not in row or is_blank(row["chosen"]):
         return row
     rest = {key: value for key, value in row.items() if key not in PAIR}
-    said = row["chosen"]
+    said = turns_in(row["chosen"])
     turns = said if isinstance(said, list) else [said if isinstance(said, Mapping) else _answered(said)]
     if any(_is_user(turn) for turn in turns):
         return {"messages": turns, "system": row.get("system")}  # The whole conversation, the question included.
@@ -38,7 +38,7 @@ def with_chosen(row: dict[str, object]) -> dict[str, object]:
         if not is_blank(row.get(answer)):
             raise RowError("unknown-format", f"{answer} and chosen are both filled; keep the one to learn")
         return {**rest, answer: turns}
-    before = row[asked]
+    before = unpacked(row[asked])
     if not isinstance(before, list) or (before and role_of(before[-1]) == "assistant"):
         return rest
     return {**rest, asked: [*before, *turns]}
@@ -46,6 +46,7 @@ def with_chosen(row: dict[str, object]) -> dict[str, object]:
 
 def against(chosen: Message, rejected: object) -> Message:
     """The chosen answer, with the one that was rejected for it."""
+    rejected = turns_in(rejected)
     if isinstance(rejected, list | Mapping):
         said = messages(rejected if isinstance(rejected, list) else [rejected], "rejected")
     else:

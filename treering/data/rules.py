@@ -265,12 +265,6 @@ ALL: dict[str, Known | OfTask] = {
 """These, and those that see all rows of a task once they are taken in."""
 
 
-def is_custom(name: str) -> bool:
-    """Whether it names a function in a file instead of a rule."""
-    file, colon, function = name.partition(":")
-    return bool(colon) and file.endswith(".py") and function.isidentifier()
-
-
 def _question(row: Example) -> str:
     return next((turn.content.strip() for turn in reversed(row.messages) if turn.role == "user"), "")
 

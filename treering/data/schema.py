@@ -13,7 +13,10 @@ from treering.data.example import Example
 from treering.errors import TreeringError
 
 _tables = sa.MetaData()
-_meta = sa.Table("meta", _tables, sa.Column("schema", sa.Integer, nullable=False))
+meta = sa.Table(
+    "meta", _tables, sa.Column("schema", sa.Integer, nullable=False), sa.Column("root", sa.Text, nullable=True)
+)
+"""The format, and where the workspace lay when it was last opened."""
 
 rows = sa.Table(
     "rows",
@@ -142,10 +145,16 @@ def _add_what_is_asked_within(db: sa.Connection) -> None:
     db.execute(runs.delete())  # The index is made anew, with all that rows say.
 
 
+def _add_the_place(db: sa.Connection) -> None:
+    """5: where the workspace lies, so that its files are known again where it is moved."""
+    db.execute(sa.text("ALTER TABLE meta ADD COLUMN root TEXT"))
+
+
 MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (
     _add_what_was_asked,
     _keep_to_the_rows,
     _add_what_is_asked_within,
+    _add_the_place,
 )
 """The first makes schema 2 of schema 1."""
 
@@ -154,21 +163,21 @@ SCHEMA = 1 + len(MIGRATIONS)
 
 def prepare(db: sa.Connection, path: Path) -> None:
     """Make the tables, or bring them up to date. Raises `TreeringError` where a newer treering made them."""
-    if sa.inspect(db).has_table(_meta.name) and _schema(db, path) == SCHEMA:
+    if sa.inspect(db).has_table(meta.name) and _schema(db, path) == SCHEMA:
         return
     db.rollback()
     db.execute(sa.text("BEGIN IMMEDIATE"))  # Whoever waited here for another process finds the work done.
-    if not sa.inspect(db).has_table(_meta.name):
+    if not sa.inspect(db).has_table(meta.name):
         _tables.create_all(db)
-        db.execute(_meta.insert().values(schema=SCHEMA))
+        db.execute(meta.insert().values(schema=SCHEMA))
     for migrate in MIGRATIONS[_schema(db, path) - 1 :]:
         migrate(db)
-    db.execute(_meta.update().values(schema=SCHEMA))
+    db.execute(meta.update().values(schema=SCHEMA))
     db.commit()
 
 
 def _schema(db: sa.Connection, path: Path) -> int:
-    found = int(db.execute(sa.select(_meta.c.schema)).scalar_one())
+    found = int(db.execute(sa.select(meta.c.schema)).scalar_one())
     if found > SCHEMA:
         raise TreeringError(f"{path} has catalog format {found}, newer than {SCHEMA}: update treering")
     return found

@@ -14,7 +14,7 @@ from treering.data.example import TEXT, Example, Message
 from treering.data.names import KEYS, KNOWN_KEYS, PAIR, ROW_KEYS
 from treering.data.pairs import against, with_chosen
 from treering.data.tools import OFFERED
-from treering.data.turns import history, messages, with_tools
+from treering.data.turns import history, messages, turns_in, with_tools
 from treering.data.values import Fields, RowError, called_here, is_blank, keyed, kind, text_of
 
 
@@ -153,6 +153,7 @@ def _top_level_system(row: Fields) -> list[Message]:
 def _side(row: Fields, keys: tuple[str, ...], role: str) -> list[Message]:
     """The question or the answer of a pair: a text, or messages as TRL writes them."""
     value, key = _only(row, keys)
+    value = turns_in(value)
     return messages(value, key) if isinstance(value, list) else [Message(role, text_of(value, key))]
 
 

@@ -39,9 +39,9 @@ class Of:
 
     `labels` are the most frequent with their counts, empty where answers are open; `slips` pairs a rare label with the
     frequent one it looks like; `imbalance` is the count of the most frequent label over that of the rarest, if that is
-    much. `drift` compares what waits with what was learned, in bits (Jensen-Shannon): of words and of labels. Where a
-    model was to look, `embedding` is there too (`Looks.distance`), and `doubts` are waiting rows whose label may be
-    wrong.
+    much. `drift` compares what waits with what was learned, in bits (Jensen-Shannon): of words, of
+    lengths (by powers of two) and of labels. Where a model was to look, `embedding` is there too (`Looks.distance`),
+    and `doubts` are waiting rows whose label may be wrong.
     """
 
     rows: dict[str, int] = field(default_factory=dict)
@@ -90,8 +90,11 @@ def _of(
     found.slips, found.imbalance = labels.slips(), labels.imbalance()
     known = sorted(learned.intersection(ids))
     if waiting and known:
-        sides = [Counter(e.label for id, e in examples.items() if (id in new) == side) for side in (True, False)]
+        halves = [[e for id, e in examples.items() if (id in new) == side] for side in (True, False)]
+        sides = [Counter(example.label for example in half) for half in halves]
         bits = {"words": drift(ws.catalog, waiting, known)}
+        new_ones, old_ones = (Counter(f"{_length(example).bit_length()}" for example in half) for half in halves)
+        bits["lengths"] = divergence(new_ones, old_ones)
         found.drift = bits | ({"labels": divergence(*sides)} if found.labels else {})
         distance = looks.distance(waiting, known) if looks else None
         found.drift |= {} if distance is None else {"embedding": distance}
@@ -101,12 +104,16 @@ def _of(
 
 
 def _characters(examples: Iterable[Example]) -> dict[str, int]:
-    lengths = sorted(sum(len(turn.content) for turn in example.messages) for example in examples)
+    lengths = sorted(map(_length, examples))
     if not lengths:
         return {}
     # The least length that so large a share of the rows do not exceed.
     at = {name: lengths[math.ceil(share * len(lengths)) - 1] for name, share in (("median", 0.5), ("p95", 0.95))}
     return {**at, "most": lengths[-1]}
+
+
+def _length(example: Example) -> int:
+    return sum(len(turn.content) for turn in example.messages)
 
 
 def _said(example: Example) -> str:

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import NoReturn
 
 from treering.data.example import WEIGHT, Message
 from treering.data.names import CALLING, ROLES, TURN_KEYS
 from treering.data.tools import CALLED, OFFERED, ToolError, called, compact, offered
-from treering.data.values import Fields, RowError, called_here, clean, content_of, is_blank, keyed, kind, plain, text_of
+from treering.data.values import (
+    Fields,
+    RowError,
+    called_here,
+    clean,
+    content_of,
+    is_blank,
+    keyed,
+    kind,
+    plain,
+    text_of,
+    unpacked,
+)
 
 _OTHERS = {"role": ("speaker", "author"), "content": ("text",)}
 
 
 def messages(turns: object, key: str) -> list[Message]:
     """A list of turns, or its JSON text, found under `key`."""
-    turns = _listed(turns)
+    turns = unpacked(turns)
     if not isinstance(turns, list):
         raise RowError("bad-turns", f"{key} is {kind(turns)}; it must be a list of turns")
     return [message for number, turn in enumerate(turns, 1) for message in _turn(turn, f"{key} turn {number}")]
 
 
-def _listed(value: object) -> object:
-    """A table's cell holds a list as JSON text; any other text is none."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
+def turns_in(value: object) -> object:
+    """The turns that stand as JSON text, as in a table's cell; any other text is just that."""
+    found = unpacked(value)
+    return found if isinstance(found, list) and found and all(map(role_of, found)) else value
 
 
 def _turn(turn: object, where: str) -> list[Message]:
@@ -115,7 +122,7 @@ def history(pairs: object) -> list[Message]:
     """Alpaca's earlier turns: pairs of what was asked and answered."""
     if is_blank(pairs):
         return []
-    pairs = _listed(pairs)
+    pairs = unpacked(pairs)
     if not isinstance(pairs, list):
         raise RowError("bad-turns", f"history is {kind(pairs)}; it must be a list of [user, assistant] pairs")
     turns = []

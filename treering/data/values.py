@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Iterable, Mapping
 
@@ -64,7 +65,7 @@ def keyed(items: Iterable[tuple[object, object]], names: Mapping[str, str]) -> d
     row: dict[str, object] = {}
     for key, value in items:
         name = key if type(key) is str and key in AS_THEY_ARE else called_here(key, names)
-        if name != key and isinstance(value, str) and name in ("messages", "conversations"):
+        if name != key and isinstance(unpacked(value), str) and name in ("messages", "conversations"):
             name = plain(key)  # A text under another name is no list of turns.
         if row.get(name) is not None and value is None:
             continue
@@ -72,6 +73,17 @@ def keyed(items: Iterable[tuple[object, object]], names: Mapping[str, str]) -> d
             raise RowError("unknown-format", f"two columns or keys are named {name!r}; keep one of them")
         row[name] = value
     return row
+
+
+def unpacked(value: object) -> object:
+    """A list that stands as JSON text, as in a table's cell; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found: list[object] = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return found
 
 
 def text_of(value: object, key: str) -> str:

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from treering.data.alike import Common, Said
 from treering.data.example import Example
+from treering.data.moved import renamed
 from treering.data.read import Bad, Row
 from treering.data.schema import duplicates as _duplicates
 from treering.data.schema import files as _files
@@ -274,6 +275,10 @@ class Writer:
     def read_again(self, file: str) -> None:
         """Forget what of `file` was refused: it is judged anew."""
         self.db.execute(_quarantine.delete().where(_quarantine.c.file == file, _quarantine.c.rule != HELD))
+
+    def know_again(self, path: str, sha256: str) -> None:
+        """Call by its new name a file that was renamed since it was ingested."""
+        renamed(self.db, path, sha256)
 
     def remember_file(self, path: str, sha256: str) -> None:
         """Note the content with which a file was ingested."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from treering.metrics import exact_match, token_f1
+from treering.scoring import exact_match, token_f1
 from treering.serve.engine import EngineError
 from treering.serve.respond import together
 

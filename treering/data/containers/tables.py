@@ -16,12 +16,20 @@ _TOLD = re.compile(r'"?sep=([^\w\s"]?)"?', re.IGNORECASE)
 """A first line by which Excel is told the delimiter; a tab is gone with the blanks around it."""
 
 
+_AGAIN, _FREE = 20, 10_000
+"""How often the lines of a table may be read again, on average, and how many of them in any case."""
+
+
 class _Lines:
-    """The lines of a table; those that an open quote took can be given back, so that it costs one row only."""
+    """The lines of a table; those that an open quote took can be given back, so that it costs one row only.
+
+    Not without end: where each line opens one anew, that would take time by the square of the lines.
+    """
 
     def __init__(self, lines: Iterator[str]) -> None:
         self._lines = lines
         self._again: deque[str] = deque()
+        self._read = self._given_back = 0
         self.taken: list[str] = []
         self.number = 1
 
@@ -29,7 +37,7 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._again.popleft() if self._again else next(self._lines)
+        line = self._again.popleft() if self._again else self._next()
         self.taken.append(line)
         if isinstance(line, CutLine):
             raise csv.Error(f"a line has more than {LONGEST_LINE:,} characters")
@@ -39,8 +47,16 @@ class _Lines:
         self.number += len(self.taken)
         self.taken.clear()
 
+    def _next(self) -> str:
+        self._read += 1
+        return next(self._lines)
+
     def give_back_all_but_first(self) -> None:
         self._again.extendleft(reversed(self.taken[1:]))
+        self._given_back += len(self.taken) - 1
+        if self._given_back > _AGAIN * self._read + _FREE:
+            reason = f"from line {self.number} on, line after line opens a quote that never closes; correct the quotes"
+            raise RowError("bad-csv", reason, self.taken[0][:RAW_LENGTH])
         del self.taken[1:]
 
 
