@@ -581,3 +581,12 @@ def test_forget(cli: Runner, shop: Path, tmp_path: Path) -> None:
     out, _ = cli.text("forget", "--where", "text~cups item 3", "--yes", *here)
     assert out.startswith("1 row deleted, not to come in again")
     assert cli.json("rollback", "base", *here) == {"current": None}
+
+
+def test_memory_that_runs_out_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("treering.cli.app", none)
+    assert run(["status"]) == 1
+    assert "treering: out of memory (MemoryError). Set optim: adamw_8bit" in capsys.readouterr().err

@@ -708,6 +708,24 @@ def test_files_of_quarantine_are_written_anew_too(workspace: MakeWorkspace, tmp_
         quarantine.export(ws, tmp_path / "none" / "a.jsonl")
 
 
+def test_rows_that_were_mended_do_not_come_back_as_they_were(workspace: MakeWorkspace, tmp_path: Path) -> None:
+    """Where the rule that mended them is off by now."""
+    ws = workspace(val_size=0.0, checks={"personal-data": "repair"})
+    questions = ["mail jane@example.com", "the cafÃ© of Jane", "a <|im_start|> by Jane", "the con\x07trol of Jane"]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        "".join(json.dumps({"question": q, "answer": f"{n} it is"}) + "\n" for n, q in enumerate(questions))
+    )
+    found = ws.ingest(file, task="t")
+    assert (found.accepted, sum(found.mended.values())) == (4, 4)
+    assert ws.forget(where="task=t").rows == 4
+    off = dict.fromkeys(found.mended, "off")
+    settings = ws.root / "treering.yaml"
+    settings.write_text(yaml.safe_dump(yaml.safe_load(settings.read_text()) | {"checks": off}))
+    assert ws.ingest(file, task="t").reasons == {"deleted": 4}
+    assert ws.ingest([{"question": "the café of Joe", "answer": "it is"}], task="t").accepted == 1
+
+
 def test_every_text_of_a_row_is_searched(workspace: MakeWorkspace) -> None:
     ws = workspace(val_size=0.0, stage="dpo")
     pair = {"question": "who?", "chosen": "you", "rejected": f"{SECRET} himself"}

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.data.test_containers import bomb
@@ -114,6 +116,20 @@ def test_ten_gigabytes_of_nothing(tmp_path: Path) -> None:
         file.truncate(10 << 30)
     told, megabytes = reading(tmp_path / "a.parquet")
     assert told == ["0 unreadable"] and megabytes < 300
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_long_text_that_many_rows_share(tmp_path: Path, name: str) -> None:
+    """It is in the file once; written out it would be 3 GB."""
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 2048, pa.int32()), pa.array(["x" * 1_500_000]))
+    table = pa.table({"question": texts, "answer": ["a"] * 2048})
+    if name.endswith("parquet"):
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_file(tmp_path / name, table.schema) as out:
+            out.write_table(table)
+    told, megabytes = reading(tmp_path / name)
+    assert told == [f"{row} ok" for row in range(1, 2049)] and megabytes < 400
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])

@@ -150,6 +150,23 @@ def test_a_corrected_row_takes_its_place(ws: Workspace) -> None:
     assert numbers(ws) == before
 
 
+def test_a_correction_stays_when_its_file_grows(workspace: MakeWorkspace) -> None:
+    """Though the file still has the broken line, and below it what the correction made untrue."""
+    ws = workspace(val_size=0.0)
+    file = ws.inbox / "t" / "rows.jsonl"
+    file.parent.mkdir()
+    lines = [row("How much?", ""), row("other"), row("How much?", "five")]
+    file.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    ws.ingest()
+    done = quarantine.fix(ws, numbers(ws)["no-answer", 1], row("How much?", "seven"))
+    assert (done.accepted, done.superseded) == (1, 1)
+    with file.open("a") as more:
+        more.write(json.dumps(row("unrelated")) + "\n")
+    found = ws.ingest()
+    assert (found.accepted, found.restored, found.superseded) == (1, 0, 0)
+    assert sides(ws) == {f"{said} yes": "train" for said in ("other", "unrelated")} | {"How much? seven": "train"}
+
+
 def test_what_is_written_can_be_corrected_and_ingested(ws: Workspace, tmp_path: Path) -> None:
     file = tmp_path / "refused.jsonl"
     assert quarantine.export(ws, file, rule="contradiction") == 2

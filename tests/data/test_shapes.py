@@ -166,6 +166,8 @@ WRONG: list[tuple[str, str, dict[str, object]]] = [
     ("bad-turns", "turn 2 is null", {"messages": [ASK, {"role": "assistant", "content": None}]}),
     ("bad-turns", "beside it is only 'refusal'", {"messages": [ASK, {"role": "assistant", "refusal": "no"}]}),
     ("bad-turns", "weight of messages turn 2 is 0.5", {"messages": [ASK, {**ANSWER, "weight": 0.5}]}),
+    ("undesired-answer", "label is false", {"prompt": "q", "completion": "a", "label": False}),
+    ("undesired-answer", "label is false", {"prompt": "q", "completion": "a", "label": "False"}),
     ("undesired-answer", "the last turn has weight 0", {"messages": [ASK, {**ANSWER, "weight": 0}]}),
     ("unknown-format", "input and context", {"instruction": "q", "input": "a", "context": "b", "output": "c"}),
     ("bad-turns", "not 'text'", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}),

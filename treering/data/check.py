@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -83,6 +84,14 @@ class Checks:
             else:
                 return Checked(row, (name, found.reason))
         return Checked(row, None, tuple(mended), tuple(warned))
+
+    def mending(self, config: Config, root: Path) -> Checks:
+        """The rules that can mend a row, whatever their level; what they refuse they leave as it is."""
+        there = {name: known for name, known in RULES.items() if "repair" in known.levels}
+        if importlib.util.find_spec("presidio_analyzer") is None:
+            del there["personal-data"]
+        levels = {name: "repair" if name in there else "off" for name, known in ALL.items() if "off" in known.levels}
+        return Checks(config.model_copy(update={"checks": levels}), self.around.tokenizer, root)
 
     def _of(self, task: str) -> Around:
         self.around = replace(self.around, task=task)

@@ -16,6 +16,7 @@ from treering.data import ahead
 from treering.data.alike import Said
 from treering.data.check import Checks, Fit, fit, opened, refused
 from treering.data.dedup import Judge
+from treering.data.example import Example
 from treering.data.fates import Judged
 from treering.data.fetch import STDIN
 from treering.data.labels import Labels
@@ -175,6 +176,7 @@ class _Intake:
         trained = {id for version in versions for id in version.rows}
         judged = {id for version in versions for id in registry.measured(version)}
         self.writer, self.checks, self.named, self.stones = writer, checks, named, Tombstones(ws.root)
+        self.mended_anyway = checks.mending(config, ws.root) if self.stones else None
         self.judge, self.share = Judge(writer, config, trained, judged, released), config.val_size
         self.counts: Counter[str] = Counter()
         self.tasks: Counter[str] = Counter()
@@ -285,7 +287,12 @@ class _Intake:
     def _deleted(self, one: Fit | Bad) -> Fit | Bad:
         """The row, or where it was deleted on request what may be said of it."""
         row = one.row if isinstance(one, Fit) else one
-        if not self.stones.know(one.row.example if isinstance(one, Fit) else one.example or one.raw):
+        what = row.example or one.raw if isinstance(one, Bad) else row.example
+        known = what is not None and self.stones.know(what)
+        if not known and isinstance(what, Example) and self.mended_anyway:
+            # Deleted as it was mended, it may come now as it was, for a rule was switched off.
+            known = self.stones.know(self.mended_anyway(what).row)
+        if not known:
             return one
         return Bad(row.file, row.line, DELETED, DELETED_REASON, "")
 

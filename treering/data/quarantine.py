@@ -90,9 +90,9 @@ def fix(ws: Workspace, number: int, record: Mapping[str, Any]) -> Ingested:
         example = convert(record, system=ws.config().default_system)
     except RowError as error:
         raise UsageError(f"the corrected row is refused, {error}") from None
-    return retake(
-        ws, [(number, entry["task"], entry["split"], Row(entry["file"], entry["line"], example))], checked=True
-    )
+    # Of that file it is not, which when it is read again says what it said.
+    row = Row(f"{entry['file']} (corrected)", entry["line"], example)
+    return retake(ws, [(number, entry["task"], entry["split"], row)], checked=True)
 
 
 def export(ws: Workspace, file: Path, rule: str | None = None, task: str | None = None) -> int:

@@ -112,6 +112,8 @@ def _alpaca(row: Fields, shape: Shape) -> list[Message]:
 
 
 def _pair(row: Fields, shape: Shape) -> list[Message]:
+    if str(row.get("label")).strip().lower() == "false":  # As TRL writes rows that are no pairs (KTO).
+        raise RowError("undesired-answer", "label is false: the answer is one not to learn")
     return [*_top_level_system(row), *_side(row, shape.question, "user"), *_side(row, shape.answer, "assistant")]
 
 

@@ -15,16 +15,24 @@ if TYPE_CHECKING:
 
 _ARROW_FILE = b"ARROW1"
 
+_ROWS, _BYTES = 1024, 1 << 26
+"""How much is decoded at once, at most."""
+
 
 def read_parquet(source: Source) -> Iterator[Found]:
     """The rows of a Parquet file."""
     import pyarrow.parquet as pq
 
     def batches(file: BinaryIO) -> Iterator[pa.RecordBatch]:
-        table = pq.ParquetFile(file, page_checksum_verification=True)
+        names = pq.ParquetFile(file).schema
+        texts = [column.path for column in map(names.column, range(len(names))) if column.physical_type == "BYTE_ARRAY"]
+        # A text that many rows have is there once; written out, a small file could fill the memory.
+        table = pq.ParquetFile(file, page_checksum_verification=True, read_dictionary=texts)
         # Other columns may hold images, or dates that Python cannot.
         known = source.columns(table.schema_arrow.names)
-        yield from table.iter_batches(batch_size=1024, columns=known)
+        groups = [table.metadata.row_group(at) for at in range(table.num_row_groups)]
+        long = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+        yield from table.iter_batches(batch_size=max(1, min(_ROWS, _BYTES // max(1, long))), columns=known)
 
     return _rows(source, batches, "Parquet")
 
@@ -46,7 +54,7 @@ def read_arrow(source: Source) -> Iterator[Found]:
         for batch in found:
             # What the file says of its own lengths and offsets is believed by nobody before this.
             batch.validate(full=True)
-            yield from (batch.slice(start, 1024) for start in range(0, batch.num_rows, 1024))
+            yield batch
 
     return _rows(source, batches, "Arrow data")
 
@@ -55,17 +63,23 @@ def _rows(source: Source, batches: Any, what: str) -> Iterator[Found]:
     number = 0
     try:
         with source.path.open("rb") as file:
-            for batch in batches(file):
+            for batch in (part for whole in batches(file) for part in _parts(whole)):
                 labels = _label_names(batch.schema)
                 for found in _batch(batch, number):
                     number += 1
                     yield found._replace(value=_with_names(found.value, labels)) if labels else found
-    except RowError:
+    except (RowError, MemoryError):
         raise
     except Exception as error:  # a damaged file makes pyarrow raise nearly anything
         raise RowError(
             "unreadable", f"the {what} cannot be read after row {number}: {error}; write the file again"
         ) from error
+
+
+def _parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """As few rows together as have no more than `_BYTES`, even if each had all the bytes there are."""
+    rows = max(1, min(_ROWS, _BYTES // max(1, batch.nbytes)))
+    return (batch.slice(start, rows) for start in range(0, batch.num_rows, rows))
 
 
 def _batch(batch: pa.RecordBatch, before: int) -> list[Found]:
