@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from treering import Workspace, files, registry
 from treering.cli import run
@@ -713,9 +714,8 @@ def test_rows_that_were_mended_do_not_come_back_as_they_were(workspace: MakeWork
     ws = workspace(val_size=0.0, checks={"personal-data": "repair"})
     questions = ["mail jane@example.com", "the cafÃ© of Jane", "a <|im_start|> by Jane", "the con\x07trol of Jane"]
     file = tmp_path / "rows.jsonl"
-    file.write_text(
-        "".join(json.dumps({"question": q, "answer": f"{n} it is"}) + "\n" for n, q in enumerate(questions))
-    )
+    rows = [{"question": question, "answer": f"{number} it is"} for number, question in enumerate(questions)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = ws.ingest(file, task="t")
     assert (found.accepted, sum(found.mended.values())) == (4, 4)
     assert ws.forget(where="task=t").rows == 4

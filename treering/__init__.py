@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 # Two spinning OpenMP threads on a shared machine can fall to a twenty-fifth of their speed;
 # OpenMP reads this once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# In KiB: libraries that allocate with mimalloc else reserve a gigabyte each, which counts where address space is limited.
+# In KiB. Libraries with mimalloc else reserve a gigabyte each, which counts where a process may have so much only.
 os.environ.setdefault("MIMALLOC_ARENA_RESERVE", "65536")
 
 __version__ = "0.1.0"
