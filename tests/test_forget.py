@@ -711,7 +711,7 @@ def test_files_of_quarantine_are_written_anew_too(workspace: MakeWorkspace, tmp_
 
 def test_rows_that_were_mended_do_not_come_back_as_they_were(workspace: MakeWorkspace, tmp_path: Path) -> None:
     """Where the rule that mended them is off by now."""
-    ws = workspace(val_size=0.0, checks={"personal-data": "repair"})
+    ws = workspace(val_size=0.0, checks=dict.fromkeys(("personal-data", "control-characters"), "repair"))
     questions = ["mail jane@example.com", "the cafÃ© of Jane", "a <|im_start|> by Jane", "the con\x07trol of Jane"]
     file = tmp_path / "rows.jsonl"
     rows = [{"question": question, "answer": f"{number} it is"} for number, question in enumerate(questions)]
