@@ -234,8 +234,9 @@ def test_the_steps_that_are_tried_span_all_others() -> None:
     tokens = {"a": 11, "b": 21, "c": 31, "d": 61}
     steps = [[["b", "b"]], [["a"]], [["d"]], [["c"], ["a", "a"]]]
     a, b, c, d = [["a"]], [["b", "b"]], [["c"], ["a", "a"]], [["d"]]
-    assert typical_steps(steps, tokens) == [d, a, a, c, c, b, b, d]
-    assert typical_steps([a], tokens) == [a] * 8
+    assert typical_steps(steps, tokens) == [d, a, c, d]
+    assert typical_steps(steps * 4, tokens) == [d, a, a, c, c, b, d, d]
+    assert typical_steps([a], tokens) == [a] * 4
     # 10, 40 and 60 tokens took 1, 4 and 8 seconds; 50 lie between.
     tried = [d, a, b, d]
     assert _all_steps(steps, tried, [99.0, 1.0, 4.0, 8.0], tokens) == pytest.approx(4 + 1 + 8 + 6)

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SPREAD = 7
-"""Steps tried after the first."""
+"""Steps tried after the first, at most; of a short update half of its own, but no fewer than `FEWEST`."""
+
+FEWEST = 3
 
 REPORT_MB = 5
 """A report, most of it the library that draws its curves."""
@@ -148,13 +150,14 @@ def _stand_in(writing: list[float], writer: Writer) -> Written:
 
 
 def typical_steps(steps: Sequence[Step], tokens: Mapping[str, int]) -> list[Step]:
-    """The step with the largest batch, to warm up; then `SPREAD` from the smallest to the largest, evenly by rank.
+    """The step with the largest batch, to warm up; then up to `SPREAD` from the smallest to the largest, evenly by rank.
 
     So the large ones come when the optimiser has its state, and more than once: what the first of them gave back to the
     allocator is not all of use to the next. `tokens`: the length of each row.
     """
     ranked = sorted(steps, key=lambda step: max(len(batch) * max(tokens[id] for id in batch) for batch in step))
-    return [ranked[-1], *(ranked[(len(ranked) - 1) * at // (SPREAD - 1)] for at in range(SPREAD))]
+    count = min(SPREAD, max(FEWEST, len(steps) // 2))
+    return [ranked[-1], *(ranked[(len(ranked) - 1) * at // (count - 1)] for at in range(count))]
 
 
 def _trying(candidate: Candidate) -> tuple[int, float]:

@@ -107,6 +107,13 @@ def no_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in _NO_MEMORY)
 
 
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether a `MemoryError` began it, though what cleaned up after that met other errors."""
+    while error is not None and not isinstance(error, MemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def first_line(error: Exception) -> str:
     """What `error` says, as far as it fits into a message of ours."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

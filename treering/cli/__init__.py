@@ -30,7 +30,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command; returns its exit code."""
-    from treering.errors import LESS_TO_LEARN, TreeringError, first_line
+    from treering.errors import LESS_TO_LEARN, TreeringError, first_line, ran_out_of_memory
 
     as_json = "--json" in arguments
     try:
@@ -42,10 +42,10 @@ def run(arguments: list[str]) -> int:
         return 1
     except OSError as error:
         return _fail(str(error), 1, as_json)
-    except MemoryError as error:
-        return _fail(f"out of memory ({first_line(error)}). {LESS_TO_LEARN}", 1, as_json)
     except Exception as error:
         # Typer's own usage errors carry a way to print themselves; anything else is a bug to see whole.
+        if ran_out_of_memory(error):
+            return _fail(f"out of memory ({first_line(error)}). {LESS_TO_LEARN}", 1, as_json)
         if not hasattr(error, "format_message"):
             raise
         return _fail(error.format_message(), 3, as_json)
