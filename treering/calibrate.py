@@ -150,7 +150,7 @@ def _stand_in(writing: list[float], writer: Writer) -> Written:
 
 
 def typical_steps(steps: Sequence[Step], tokens: Mapping[str, int]) -> list[Step]:
-    """The step with the largest batch, to warm up; then up to `SPREAD` from the smallest to the largest, evenly by rank.
+    """The step with the largest batch, to warm up; then some from the smallest to the largest, evenly by rank.
 
     So the large ones come when the optimiser has its state, and more than once: what the first of them gave back to the
     allocator is not all of use to the next. `tokens`: the length of each row.
