@@ -110,6 +110,8 @@ def test_a_moved_workspace_says_nothing_new(ws: Workspace, say: Say, tmp_path: P
     one.rename(one.with_name("old.jsonl"))
     copied = Workspace(tmp_path / "copied")
     assert (moved.ingest().duplicates, copied.ingest().rows) == (2, 0)
+    (copied.inbox / "t" / "four.jsonl").write_text(json.dumps(row("yes", "what else")))
+    assert copied.ingest().accepted == 1
     for here in (moved, copied):
         assert (true(here), held(here)) == ({"12"}, before)
         with sqlite3.connect(here.root / "treering.db") as db:

@@ -53,11 +53,9 @@ class Catalog:
         try:
             with full_disk_is_clear(path.parent), self.engine.connect() as db:
                 schema.prepare(db, path)
-                if root is not None:
-                    moved.follow(db, root)
         except sa.exc.DatabaseError as error:
             raise TreeringError(f"{path} is no usable catalog: {error.orig}") from None
-        self.index = path.parent / INDEX
+        self.index, self.root = path.parent / INDEX, root
 
     def copy(self, path: Path) -> Catalog:
         """The same rows in a catalog of their own at `path`, to try things on."""
@@ -89,6 +87,8 @@ class Catalog:
                 if "locked" not in str(error.orig):
                     raise
                 raise LockError("another process is ingesting into this workspace; try again when it is done") from None
+            if self.root is not None:
+                moved.follow(db, self.root)
             yield Writer(db, self.index)
 
     def waiting(self, consumed: Collection[str], file: str | None = None) -> dict[str, list[str]]:
@@ -248,7 +248,9 @@ class Catalog:
     def took(self, file: Path) -> bool:
         """Whether the file was ingested with the content it has now; False for one that cannot be read."""
         with self.engine.connect() as db:
-            known = db.execute(sa.select(_files.c.sha256).where(_files.c.path == printable(str(file)))).scalar()
+            name = printable(str(file))
+            name = moved.called(db, name, self.root) if self.root is not None else name
+            known = db.execute(sa.select(_files.c.sha256).where(_files.c.path == name)).scalar()
         with suppress(OSError):
             return known is not None and known == sha256(file)
         return False

@@ -20,13 +20,10 @@ _NAMES = (rows.c.file, quarantine.c.file, duplicates.c.file)
 
 def follow(db: sa.Connection, root: Path) -> None:
     """Have what lies in the workspace called by the place where that lies now; the first time, note the place."""
-    here, query = printable(str(root)), sa.select(meta.c.root)
-    if db.execute(query).scalar_one() == here:
+    here, before = printable(str(root)), db.execute(sa.select(meta.c.root)).scalar_one()
+    if before == here:
         return
-    db.rollback()
-    db.execute(sa.text("BEGIN IMMEDIATE"))
-    before = db.execute(query).scalar_one()  # Another process may have done it meanwhile.
-    if before not in (None, here):
+    if before is not None:
         old, new = f"{before}/", f"{here}/"
         db.execute(files.delete().where(files.c.path.startswith(new, autoescape=True)))
         for name in (files.c.path, *_NAMES):
@@ -34,7 +31,12 @@ def follow(db: sa.Connection, root: Path) -> None:
             of = sa.update(name.table).where(name.startswith(old, autoescape=True))
             db.execute(of.values({name.key: moved}))
     db.execute(meta.update().values(root=here))
-    db.commit()
+
+
+def called(db: sa.Connection, name: str, root: Path) -> str:
+    """What a file that is called `name` now was called when the catalog was last written."""
+    here, before = f"{printable(str(root))}/", db.execute(sa.select(meta.c.root)).scalar_one()
+    return f"{before}/{name.removeprefix(here)}" if before is not None and name.startswith(here) else name
 
 
 def renamed(db: sa.Connection, name: str, sha256: str) -> None:

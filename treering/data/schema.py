@@ -16,7 +16,7 @@ _tables = sa.MetaData()
 meta = sa.Table(
     "meta", _tables, sa.Column("schema", sa.Integer, nullable=False), sa.Column("root", sa.Text, nullable=True)
 )
-"""The format, and where the workspace lay when it was last opened."""
+"""The format, and where the workspace lay when the catalog was last written."""
 
 rows = sa.Table(
     "rows",
