@@ -709,20 +709,27 @@ def test_files_of_quarantine_are_written_anew_too(workspace: MakeWorkspace, tmp_
         quarantine.export(ws, tmp_path / "none" / "a.jsonl")
 
 
-def test_rows_that_were_mended_do_not_come_back_as_they_were(workspace: MakeWorkspace, tmp_path: Path) -> None:
-    """Where the rule that mended them is off by now."""
-    ws = workspace(val_size=0.0, checks=dict.fromkeys(("personal-data", "control-characters"), "repair"))
+MENDING = ("personal-data", "control-characters", "broken-encoding", "special-tokens")
+
+
+@pytest.mark.parametrize("one", [*MENDING, ""])
+@pytest.mark.parametrize("levels", [("repair", "off"), ("off", "repair")])
+def test_rows_that_rules_mend_do_not_come_back_in_another_form(
+    workspace: MakeWorkspace, tmp_path: Path, one: str, levels: tuple[str, str]
+) -> None:
+    """Where `one` rule (or none) goes from a level to another, and all others go the other way."""
+    before, after = ({name: levels[way ^ (name == one)] for name in MENDING} for way in (0, 1))
+    ws = workspace(val_size=0.0, checks=before)
     questions = ["mail jane@example.com", "the cafÃ© of Jane", "a <|im_start|> by Jane", "the con\x07trol of Jane"]
+    questions.append("at the cafÃ© \x07 jane@example.com said <|im_end|>")
     file = tmp_path / "rows.jsonl"
     rows = [{"question": question, "answer": f"{number} it is"} for number, question in enumerate(questions)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = ws.ingest(file, task="t")
-    assert (found.accepted, sum(found.mended.values())) == (4, 4)
-    assert ws.forget(where="task=t").rows == 4
-    off = dict.fromkeys(found.mended, "off")
+    assert ws.ingest(file, task="t").accepted == 5
+    assert ws.forget(where="task=t").rows == 5
     settings = ws.root / "treering.yaml"
-    settings.write_text(yaml.safe_dump(yaml.safe_load(settings.read_text()) | {"checks": off}))
-    assert ws.ingest(file, task="t").reasons == {"deleted": 4}
+    settings.write_text(yaml.safe_dump(yaml.safe_load(settings.read_text()) | {"checks": after}))
+    assert ws.ingest(file, task="t").reasons == {"deleted": 5}
     assert ws.ingest([{"question": "the café of Joe", "answer": "it is"}], task="t").accepted == 1
 
 

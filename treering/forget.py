@@ -7,6 +7,7 @@ of the workspace bears one of them goes. So a crash in the middle is made good b
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from treering import registry
 from treering.data import export, index
+from treering.data.check import opened
 from treering.data.erase import erase, known_by
+from treering.data.example import Example
 from treering.data.intake import DELETED
-from treering.data.tombstones import Tombstones
+from treering.data.tombstones import Tombstones, marks
 from treering.data.where import all_of
 from treering.data.writer import HELD
-from treering.errors import LockError, UsageError, VersionError, full_disk_is_clear
+from treering.errors import LockError, ModelError, UsageError, VersionError, full_disk_is_clear
 from treering.files import fsync_folder, write_file
 from treering.plan import clear
 from treering.progress import say
@@ -40,6 +43,9 @@ READERS = (
 )
 """What keeps a deletion from its end, and what to do."""
 
+_MASK = re.compile(r"<[A-Z]+(_[A-Z]+)*>")
+"""What stands for personal data (`data/personal.py`)."""
+
 _PAGES = b"pages"
 """In the note of an unfinished deletion: all is deleted, but old pages of the catalog are on disk still."""
 
@@ -49,7 +55,8 @@ class Found:
     """What is to be deleted, by its `marks` (`data/tombstones.py`): `stored` rows and `refused` ones, in quarantine.
 
     `alike`: those of them that nobody named, but that say the same as others. `unknown`: those of which quarantine has
-    no text, so that they are not known if they come again. `files`: where all came from, and how many.
+    no text, so that they are not known if they come again. `files`: where all came from, and how many. `personal`:
+    whether some have personal data, masked or not.
     """
 
     marks: frozenset[str] = frozenset()
@@ -58,6 +65,7 @@ class Found:
     alike: int = 0
     unknown: int = 0
     files: dict[str, int] = field(default_factory=dict)
+    personal: bool = False
 
     @property
     def rows(self) -> int:
@@ -113,14 +121,36 @@ def find(ws: Workspace, ids: Collection[str] | None = None, where: Sequence[str]
     kept = set() if where else lost  # The catalog has lost them, versions have not.
     found = [row for row in _everything(ws) if not known_by(row).isdisjoint(meant)] if meant else []
     refused = sum("rule" in row for row in found)
+    mended, personal = _mended(ws, found)
     return Found(
-        frozenset(meant | kept),
+        frozenset(meant | kept | mended),
         len(found) - refused + len(kept),
         refused,
         len(found) - named,
         sum(not row["messages"] and not row["raw"] and row["rule"] != DELETED for row in found),
         dict(Counter(row["file"] for row in found)),
+        personal,
     )
+
+
+def _mended(ws: Workspace, found: Sequence[Mapping[str, Any]]) -> tuple[set[str], bool]:
+    """The marks of these rows as all rules would mend them, for they may come again under other levels of the rules;
+    and whether some have personal data, masked or not.
+    """
+    rows = [Example.of(row["messages"]) for row in found if row["messages"]]
+    if not rows:
+        return set(), False
+    try:
+        checks = opened(ws.config(), ws.root)
+    except ModelError as error:
+        say(f"without the model's tokenizer rows are not known again that a rule mends in another way ({error})")
+        return set(), True
+    mend = checks.mending(ws.config(), ws.root, personal=True)
+    every = [mend(row) for row in rows]
+    personal = any(
+        "personal-data" in one.mended or any(_MASK.search(t.text) for t in one.row.messages) for one in every
+    )
+    return {mark for one in every for mark in marks(one.row)}, personal
 
 
 def forget(ws: Workspace, found: Found) -> Forgotten:
@@ -128,7 +158,7 @@ def forget(ws: Workspace, found: Found) -> Forgotten:
     with ws.lock("forget", "update"), full_disk_is_clear(ws.root):
         stones = Tombstones(ws.root)
         write_file(ws.root / DELETING, b"")
-        stones.add(found.marks)
+        stones.add(found.marks, found.personal)
         return _finish(ws, stones, found, PATIENCE)
 
 

@@ -165,6 +165,8 @@ def test_a_correction_stays_when_its_file_grows(workspace: MakeWorkspace) -> Non
     found = ws.ingest()
     assert (found.accepted, found.restored, found.superseded) == (1, 0, 0)
     assert sides(ws) == {f"{said} yes": "train" for said in ("other", "unrelated")} | {"How much? seven": "train"}
+    assert ws.forget(where=f"file={file}").rows == 5  # Two broken or no longer true.
+    assert sides(ws) == {}
 
 
 def test_what_is_written_can_be_corrected_and_ingested(ws: Workspace, tmp_path: Path) -> None:

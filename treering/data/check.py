@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -85,13 +86,18 @@ class Checks:
                 return Checked(row, (name, found.reason))
         return Checked(row, None, tuple(mended), tuple(warned))
 
-    def mending(self, config: Config, root: Path) -> Checks:
-        """The rules that can mend a row, whatever their level; what they refuse they leave as it is."""
-        there = {name: known for name, known in RULES.items() if "repair" in known.levels}
-        if importlib.util.find_spec("presidio_analyzer") is None:
-            del there["personal-data"]
+    def mending(self, config: Config, root: Path, personal: bool) -> Checks:
+        """The rules that can mend a row, whatever their level, but that none is cut; what they refuse stays as it is.
+
+        So all forms that a row may come in, as settings change, are one. `personal`: masks of personal data as well,
+        where presidio is installed; it takes a millisecond a row.
+        """
+        there = {name for name, known in RULES.items() if "repair" in known.levels} - {"too-long"}
+        if not personal or importlib.util.find_spec("presidio_analyzer") is None:
+            there.remove("personal-data")
         levels = {name: "repair" if name in there else "off" for name, known in ALL.items() if "off" in known.levels}
-        return Checks(config.model_copy(update={"checks": levels}), self.around.tokenizer, root)
+        endless = config.model_copy(update={"checks": levels, "cutoff_len": sys.maxsize})
+        return Checks(endless, self.around.tokenizer, root)
 
     def _of(self, task: str) -> Around:
         self.around = replace(self.around, task=task)

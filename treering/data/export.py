@@ -94,7 +94,7 @@ def without(ws: Workspace, stones: Tombstones) -> tuple[list[str], dict[str, str
     notes: dict[str, list[dict[str, Any]]] = {}
     for _, line in whole_lines(ws.root / NOTES):
         note = json.loads(line)
-        notes.setdefault(note["path"], []).append(note)
+        notes.setdefault(str(ws.root / note["path"]), []).append(note)
     done, kept = list[str](), dict[str, str]()
     for name, of in notes.items():
         path, format, known = Path(name), of[-1]["format"], {note["sha256"] for note in of}
@@ -130,7 +130,9 @@ def _records(path: Path, format: str) -> Iterator[Found]:
 
 
 def _note(ws: Workspace, path: Path, format: str, sha256: str | None) -> None:
-    append_line(ws.root / NOTES, {"time": timestamp(), "path": str(path), "format": format, "sha256": sha256})
+    # Of one that lies in the workspace, and moves with it, the place there.
+    name = path.relative_to(ws.root) if path.is_relative_to(ws.root) else path
+    append_line(ws.root / NOTES, {"time": timestamp(), "path": str(name), "format": format, "sha256": sha256})
 
 
 def _clear(partial: Path, noted: str | None) -> None:

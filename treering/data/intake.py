@@ -176,7 +176,7 @@ class _Intake:
         trained = {id for version in versions for id in version.rows}
         judged = {id for version in versions for id in registry.measured(version)}
         self.writer, self.checks, self.named, self.stones = writer, checks, named, Tombstones(ws.root)
-        self.mended_anyway = checks.mending(config, ws.root) if self.stones else None
+        self.mended_anyway = checks.mending(config, ws.root, self.stones.personal) if self.stones else None
         self.judge, self.share = Judge(writer, config, trained, judged, released), config.val_size
         self.counts: Counter[str] = Counter()
         self.tasks: Counter[str] = Counter()
@@ -290,7 +290,7 @@ class _Intake:
         what = row.example or one.raw if isinstance(one, Bad) else row.example
         known = what is not None and self.stones.know(what)
         if not known and isinstance(what, Example) and self.mended_anyway:
-            # Deleted as it was mended, it may come now as it was, for a rule was switched off.
+            # It may come in another form than the one that was deleted, for the levels of rules were changed.
             known = self.stones.know(self.mended_anyway(what).row)
         if not known:
             return one

@@ -12,7 +12,7 @@ from treering.data.dedup import LEAKAGE, TRAINED
 from treering.data.example import Example
 from treering.data.export import QUARANTINED, noted
 from treering.data.intake import DELETED, Ingested, retake
-from treering.data.read import Row, RowError, convert
+from treering.data.read import CORRECTED, Row, RowError, convert
 from treering.data.rules import ALL
 from treering.data.writer import HELD
 from treering.errors import UsageError
@@ -91,7 +91,7 @@ def fix(ws: Workspace, number: int, record: Mapping[str, Any]) -> Ingested:
     except RowError as error:
         raise UsageError(f"the corrected row is refused, {error}") from None
     # Of that file it is not, which when it is read again says what it said.
-    row = Row(f"{entry['file']} (corrected)", entry["line"], example)
+    row = Row(entry["file"].removesuffix(CORRECTED) + CORRECTED, entry["line"], example)
     return retake(ws, [(number, entry["task"], entry["split"], row)], checked=True)
 
 

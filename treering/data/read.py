@@ -24,6 +24,9 @@ from treering.progress import say
 
 __all__ = ["DATA_SUFFIXES", "Bad", "Row", "RowError", "convert", "find_files", "named_in_utf8", "read", "split_of"]
 
+CORRECTED = " (corrected)"
+"""Behind the name of a file: of a row that was in it, and was corrected in quarantine."""
+
 _TOLD = 20
 _PARTIAL = ("~", ".tmp", ".part", ".crdownload")
 _HELD_OUT = re.compile(r"(test|held[-_]?out)([-_.].*)?", re.DOTALL)

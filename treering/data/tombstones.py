@@ -48,12 +48,15 @@ class Tombstones:
         self._path, self._key_path = root / FILE, root / KEY
         self._key = b""
         self._known: set[str] = set()
+        self.personal = False
+        """Whether some of the rows had personal data, masked or not."""
         if not self._path.exists():
             return
         try:
             self._key = bytes.fromhex(self._key_path.read_text(encoding="ascii"))
             lines = [json.loads(line) for _, line in whole_lines(self._path)]
             self._known = {stone for line in lines for stone in line["rows"]}
+            self.personal = any(line.get("personal") for line in lines)
             mine = {line["key"] for line in lines} <= {self._proof()}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TreeringError(f"{self._path} or {self._key_path} cannot be read ({error}); {_WAY_OUT}") from None
@@ -74,16 +77,17 @@ class Tombstones:
         """The tombstone of the row with this id, or another mark."""
         return hashlib.blake2b(mark.encode(), digest_size=16, key=self._key).hexdigest()
 
-    def add(self, marks: Collection[str]) -> None:
-        """Set those of rows that are to be deleted; on disk once this returns."""
+    def add(self, marks: Collection[str], personal: bool = False) -> None:
+        """Set those of rows that are to be deleted, some with `personal` data; on disk once this returns."""
         if not marks:
             return
         if not self._key:
             self._key = self._make_key()
         new = sorted({self.of(mark) for mark in marks} - self._known)
         if new:
-            append_line(self._path, {"time": timestamp(), "key": self._proof(), "rows": new})
+            append_line(self._path, {"time": timestamp(), "key": self._proof(), "rows": new, "personal": personal})
             self._known.update(new)
+            self.personal |= personal
 
     def _proof(self) -> str:
         """Tells the key from another without giving it away."""

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from treering.data.example import REJECTED
+from treering.data.read import CORRECTED
 from treering.data.spelling import plainly, readings
 from treering.data.tools import CALLED, OFFERED, compact
 from treering.errors import UsageError
@@ -50,7 +51,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 _FIELDS: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "task": ("=~", lambda row: [str(row["task"])]),
-    "file": ("=~", lambda row: [str(row["file"])]),
+    "file": ("=~", lambda row: [str(row["file"]), str(row["file"]).removesuffix(CORRECTED)]),
     "answer": ("=~", _answers),
     "text": ("~", _texts),
     "added": ("<>", lambda row: [str(row["added"])]),
