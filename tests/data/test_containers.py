@@ -11,6 +11,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -360,6 +361,25 @@ def test_rows_that_are_laid_out_over_lines_are_told_so(tmp_path: Path, indent: i
     assert isinstance(bad, Bad) and "name a file that is one list or object .json" in bad.reason
     (tmp_path / "one.jsonl").rename(tmp_path / "one.json")
     assert [type(row) for row in read(tmp_path / "one.json")] == [Row]
+
+
+@pytest.mark.parametrize("encoding", [None, "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY", "PLAIN"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_parquet_of_several_row_groups(tmp_path: Path, encoding: str | None, nested: bool) -> None:
+    """Larger than what is decoded at once, and written in each of the ways that there are."""
+    rows: list[dict[str, Any]] = [{"question": f"what of {n % 700}?", "answer": f"it is {n}"} for n in range(3000)]
+    if nested:
+        texts = [(row["question"], row["answer"]) for row in rows]
+        roles = ("user", "assistant")
+        rows = [{"messages": [{"role": r, "content": t} for r, t in zip(roles, pair, strict=True)]} for pair in texts]
+    how: dict[str, Any] = {"use_dictionary": encoding is None}
+    if encoding is not None:
+        names = ("messages.list.element.role", "messages.list.element.content") if nested else ("question", "answer")
+        how["column_encoding"] = dict.fromkeys(names, encoding)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=1100, **how)
+    found = list(read(tmp_path / "a.parquet"))
+    assert [row.example.answer for row in found if isinstance(row, Row)] == [f"it is {n}" for n in range(3000)]
+    assert isinstance(found[-1], Row) and found[-1].example.prompt[0].content == "what of 199?"
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])

@@ -168,6 +168,8 @@ WRONG: list[tuple[str, str, dict[str, object]]] = [
     ("bad-turns", "weight of messages turn 2 is 0.5", {"messages": [ASK, {**ANSWER, "weight": 0.5}]}),
     ("undesired-answer", "label is false", {"prompt": "q", "completion": "a", "label": False}),
     ("undesired-answer", "label is false", {"prompt": "q", "completion": "a", "label": "False"}),
+    ("undesired-answer", "label is false", {"messages": [ASK, ANSWER], "label": False}),
+    ("undesired-answer", "label is false", {"instruction": "q", "output": "a", "label": False}),
     ("undesired-answer", "the last turn has weight 0", {"messages": [ASK, {**ANSWER, "weight": 0}]}),
     ("unknown-format", "input and context", {"instruction": "q", "input": "a", "context": "b", "output": "c"}),
     ("bad-turns", "not 'text'", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}),

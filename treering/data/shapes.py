@@ -47,6 +47,9 @@ def convert(
     if shape == PLAIN:
         return _plain_text(row)
     found = _shape_of(row, SHAPES if shape is None else (NAMED[shape],))
+    if found.build is not _labelled and str(row.get("label")).strip().lower() == "false":
+        # As TRL and LLaMA-Factory write rows of KTO, which are no pairs.
+        raise RowError("undesired-answer", "label is false: the answer is one not to learn")
     turns = _with_system(found.build(row, found), system)
     if found.build is not _labelled and not is_blank(row.get(OFFERED)):
         turns = with_tools(turns, row[OFFERED])
@@ -112,8 +115,6 @@ def _alpaca(row: Fields, shape: Shape) -> list[Message]:
 
 
 def _pair(row: Fields, shape: Shape) -> list[Message]:
-    if str(row.get("label")).strip().lower() == "false":  # As TRL writes rows that are no pairs (KTO).
-        raise RowError("undesired-answer", "label is false: the answer is one not to learn")
     return [*_top_level_system(row), *_side(row, shape.question, "user"), *_side(row, shape.answer, "assistant")]
 
 

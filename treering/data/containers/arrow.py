@@ -12,11 +12,15 @@ from treering.data.values import RowError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _ARROW_FILE = b"ARROW1"
 
 _ROWS, _BYTES = 1024, 1 << 26
 """How much is decoded at once, at most."""
+
+_PLAINLY = {"PLAIN", "RLE", "BIT_PACKED", "PLAIN_DICTIONARY", "RLE_DICTIONARY"}
+"""Encodings of Parquet that a column which is read as a dictionary may have."""
 
 
 def read_parquet(source: Source) -> Iterator[Found]:
@@ -24,9 +28,8 @@ def read_parquet(source: Source) -> Iterator[Found]:
     import pyarrow.parquet as pq
 
     def batches(file: BinaryIO) -> Iterator[pa.RecordBatch]:
-        names = pq.ParquetFile(file).schema
-        texts = [column.path for column in map(names.column, range(len(names))) if column.physical_type == "BYTE_ARRAY"]
         # A text that many rows have is there once; written out, a small file could fill the memory.
+        texts = _dictionaries(pq.ParquetFile(file).metadata)
         table = pq.ParquetFile(file, page_checksum_verification=True, read_dictionary=texts)
         # Other columns may hold images, or dates that Python cannot.
         known = source.columns(table.schema_arrow.names)
@@ -74,6 +77,19 @@ def _rows(source: Source, batches: Any, what: str) -> Iterator[Found]:
         raise RowError(
             "unreadable", f"the {what} cannot be read after row {number}: {error}; write the file again"
         ) from error
+
+
+def _dictionaries(file: pq.FileMetaData) -> list[str]:
+    """The columns of texts that pyarrow can keep as dictionaries: such as are one everywhere, and not nested."""
+    groups = [file.row_group(at) for at in range(file.num_row_groups)]
+    columns = [[group.column(at) for group in groups] for at in range(file.num_columns)]
+    return [
+        parts[0].path_in_schema
+        for parts in columns
+        if parts
+        and "." not in parts[0].path_in_schema
+        and all(part.physical_type == "BYTE_ARRAY" and _PLAINLY.issuperset(part.encodings) for part in parts)
+    ]
 
 
 def _parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
