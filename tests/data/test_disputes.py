@@ -97,6 +97,15 @@ def test_a_file_that_is_read_again_says_nothing_new(ws: Workspace, say: Say) -> 
     assert (say(two="12 z w").accepted, true(ws)) == (1, {"10"})
 
 
+def test_an_unchanged_file_that_is_named_again_says_nothing_new(ws: Workspace, say: Say) -> None:
+    """Though the row is stored with another file that says the same."""
+    say(one="10")
+    say(two="x 10")
+    say(three="12")
+    assert ws.ingest(ws.inbox / "t" / "two.jsonl", task="t").duplicates == 2
+    assert (true(ws), say(two="x 10 12 10").restored, true(ws)) == ({"12"}, 1, {"10"})
+
+
 def test_a_moved_workspace_says_nothing_new(ws: Workspace, say: Say, tmp_path: Path) -> None:
     """Nor does a copy of it, nor a file that was renamed; whatever its files are called, each is itself."""
     say(one="x 10", two="y")

@@ -325,8 +325,13 @@ def test_turns_that_stand_as_json_text_are_turns(row: dict[str, Any]) -> None:
     assert turns(told) == [("user", "q"), ("assistant", "a")]
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "[]", '[{"name": "lamp"}]', '[{"role": "chief"}]', "[" * 9999])
+ROLES_OF_A_SITE = '[{"role": "user", "permissions": "read"}]'
+SAID = '[{"speaker": "AI", "text": "hello"}]'
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "[]", '[{"name": "lamp"}]', ROLES_OF_A_SITE, SAID, "[" * 9999])
 def test_other_json_text_is_text(text: str) -> None:
     assert turns({"prompt": "q", "completion": text}) == [("user", "q"), ("assistant", text)]
-    with pytest.raises(RowError):
-        turns({"dialogue": text})
+    if text != SAID:
+        with pytest.raises(RowError):
+            turns({"dialogue": text})

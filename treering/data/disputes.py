@@ -23,11 +23,17 @@ class Disputes:
         self.writer, self.config, self.released = writer, config, released
         self._refused: set[tuple[str, str]] = set()
         """Rows that were in quarantine for it, of the files that are read again: file and id."""
+        self._unchanged: set[str] = set()
+        """Files that are read again, and have what they had."""
 
     def read_again(self, file: str) -> None:
         """Forget what of `file` was refused, for it is judged anew, but note what others contradict."""
         self._refused |= {(file, row.example.id) for row in self.writer.quarantined(CONTRADICTION, file)}
         self.writer.read_again(file)
+
+    def unchanged(self, file: str) -> None:
+        """Note that `file` has what it had when it was read before, so that it says nothing anew."""
+        self._unchanged.add(file)
 
     def rival(self, row: Stored, against: Sequence[Stored]) -> Stored | None:
         """Who keeps `row` in quarantine, if it was there when its file was read again; `against` are stored rows.
@@ -60,6 +66,8 @@ class Disputes:
     def _is_anew(self, fit: Fit, was: Stored, asking: Iterable[Stored], lines: Mapping[str, int]) -> bool:
         """`lines`: where the rows that come with this one stand in their file."""
         row = fit.row
+        if row.file in self._unchanged:
+            return False
         rivals = [other for other in asking if fit.said.contradicts(other.said, self.config.threshold)]
         if any(lines.get(other.example.id, 0) > row.line for other in rivals):
             return False  # It says something else further down.

@@ -126,8 +126,8 @@ def ingest(
     with ws.catalog.writing() as writer, bar("ingesting files", len(batches), quiet) as advance:
         intake = _Intake(ws, writer, config, checks, named=source is not None)
         for batch in batches:
-            if batch.digest is not None:
-                writer.know_again(batch.name, batch.digest)
+            if batch.digest is not None and writer.know_again(batch.name, batch.digest):
+                intake.judge.disputes.unchanged(batch.name)
         for name in {batch.name for batch in batches} - {_PYTHON, STDIN}:
             intake.judge.disputes.read_again(name)
         # Held-out files first, so that a row in both is held out.

@@ -34,9 +34,14 @@ def messages(turns: object, key: str) -> list[Message]:
 
 
 def turns_in(value: object) -> object:
-    """The turns that stand as JSON text, as in a table's cell; any other text is just that."""
+    """The turns that stand as JSON text, as in a table's cell; any other text, though it be JSON, is just that."""
     found = unpacked(value)
-    return found if isinstance(found, list) and found and all(map(role_of, found)) else value
+    return found if isinstance(found, list) and found and all(map(_is_turn, found)) else value
+
+
+def _is_turn(value: object) -> bool:
+    keys = {called_here(key, TURN_KEYS) for key in value} if isinstance(value, Mapping) else set()
+    return role_of(value) is not None and ({"role", "content"} <= keys or {"from", "value"} <= keys)
 
 
 def _turn(turn: object, where: str) -> list[Message]:

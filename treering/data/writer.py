@@ -276,9 +276,10 @@ class Writer:
         """Forget what of `file` was refused: it is judged anew."""
         self.db.execute(_quarantine.delete().where(_quarantine.c.file == file, _quarantine.c.rule != HELD))
 
-    def know_again(self, path: str, sha256: str) -> None:
-        """Call by its new name a file that was renamed since it was ingested."""
+    def know_again(self, path: str, sha256: str) -> bool:
+        """Whether the file has what it had when it was ingested; it may have been renamed since."""
         renamed(self.db, path, sha256)
+        return self.db.execute(sa.select(_files.c.sha256).where(_files.c.path == path)).scalar() == sha256
 
     def remember_file(self, path: str, sha256: str) -> None:
         """Note the content with which a file was ingested."""
