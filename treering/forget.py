@@ -140,12 +140,13 @@ def _mended(ws: Workspace, found: Sequence[Mapping[str, Any]]) -> tuple[set[str]
     rows = [Example.of(row["messages"]) for row in found if row["messages"]]
     if not rows:
         return set(), False
+    # A rule of the user's own that is not there is no reason to keep rows.
+    config = ws.config().model_copy(update={"checks": {}, "languages": ()})
     try:
-        checks = opened(ws.config(), ws.root)
+        mend = opened(config, ws.root).mending(config, ws.root, personal=True)
     except ModelError as error:
         say(f"without the model's tokenizer rows are not known again that a rule mends in another way ({error})")
         return set(), True
-    mend = checks.mending(ws.config(), ws.root, personal=True)
     every = [mend(row) for row in rows]
     personal = any(
         "personal-data" in one.mended or any(_MASK.search(t.text) for t in one.row.messages) for one in every
