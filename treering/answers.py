@@ -17,7 +17,7 @@ from treering.model import load, load_tokenizer, resolve
 from treering.progress import Advance, silent
 from treering.registry import Version
 from treering.results import read_results, task_scores
-from treering.scoring import conditions, further, metric_for, scorers, wanted
+from treering.scoring import conditions, metric_for, scorers, wanted
 
 if TYPE_CHECKING:
     from treering.workspace import Workspace
@@ -67,12 +67,9 @@ def score(
         loaded = Answerer(ws, version)
         named, ways = wanted(loaded.config, metrics), scorers(loaded.config, ws.root)
         results += evaluate(loaded.model, loaded.tokenizer, missing, named, loaded.config, scorers=ways, quiet=quiet)
-    tasks = task_scores(results)
-    for name, measures in further(results, {example.id: example for example, _ in pairs}).items():
-        tasks[name]["measures"] = measures
     return {
         "version": version.name if version else "base",
-        "tasks": tasks,
+        "tasks": task_scores(results, {example.id: example for example, _ in pairs}),
         "quarantined": [f"{bad.file}, line {bad.line}: {bad.reason}" for bad in refused],
     }
 

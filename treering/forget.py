@@ -7,7 +7,6 @@ of the workspace bears one of them goes. So a crash in the middle is made good b
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from treering.data.check import opened
 from treering.data.erase import erase, known_by
 from treering.data.example import Example
 from treering.data.intake import DELETED
+from treering.data.personal import MASK
 from treering.data.tombstones import Tombstones, marks
 from treering.data.where import all_of
 from treering.data.writer import HELD
@@ -42,9 +42,6 @@ READERS = (
     "the deleted texts on disk: have that end, then run any command, as `treering status`; it finishes the deletion"
 )
 """What keeps a deletion from its end, and what to do."""
-
-_MASK = re.compile(r"<[A-Z]+(_[A-Z]+)*>")
-"""What stands for personal data (`data/personal.py`)."""
 
 _PAGES = b"pages"
 """In the note of an unfinished deletion: all is deleted, but old pages of the catalog are on disk still."""
@@ -148,9 +145,7 @@ def _mended(ws: Workspace, found: Sequence[Mapping[str, Any]]) -> tuple[set[str]
         say(f"without the model's tokenizer rows are not known again that a rule mends in another way ({error})")
         return set(), True
     every = [mend(row) for row in rows]
-    personal = any(
-        "personal-data" in one.mended or any(_MASK.search(t.text) for t in one.row.messages) for one in every
-    )
+    personal = any("personal-data" in one.mended or any(MASK.search(t.text) for t in one.row.messages) for one in every)
     return {mark for one in every for mark in marks(one.row)}, personal
 
 

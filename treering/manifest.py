@@ -17,7 +17,7 @@ from treering.gate import Verdict
 from treering.metrics import Matrix, negative_flips
 from treering.optimizers import EXTRAS, OPTIMIZERS
 from treering.results import Result, task_scores
-from treering.scoring import WHY, conditions, further, wanted
+from treering.scoring import WHY, conditions, wanted
 
 if TYPE_CHECKING:
     from treering.calibrate import Estimate
@@ -44,9 +44,7 @@ def of_update(
     of this very update.
     """
     plan, parent = candidate.plan, candidate.parent
-    scores, parent_scores = task_scores(after), task_scores(before)
-    for task, measures in further(after, candidate.examples).items():
-        scores[task]["measures"] = measures
+    scores, parent_scores = task_scores(after, candidate.examples), task_scores(before)
     matrix = Matrix(**parent.manifest["matrix"]) if parent else Matrix([], [], [])
     matrix = matrix.extended(
         {task: found["score"] for task, found in parent_scores.items()},

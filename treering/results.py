@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from treering.data.example import Example
 from treering.files import write_file
+from treering.scoring import further
 
 RESULTS, PARENT_RESULTS = "results.parquet", "parent.parquet"
 """In the folder of a version: what it scored, and its parent on the same rows."""
@@ -29,8 +31,9 @@ class Result:
     of_base: bool = False
 
 
-def task_scores(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
-    """Per task: `score` and `loss` (means), `rows` and `metric`."""
+def task_scores(results: Sequence[Result], examples: Mapping[str, Example] | None = None) -> dict[str, dict[str, Any]]:
+    """Per task: `score` and `loss` (means), `rows` and `metric`; with the `examples` by id, `measures` (`further`)."""
+    also = further(results, examples or {})
     tasks: dict[str, list[Result]] = {}
     for result in results:
         tasks.setdefault(result.task, []).append(result)
@@ -40,6 +43,7 @@ def task_scores(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
             "loss": sum(r.loss for r in found) / len(found),
             "rows": len(found),
             "metric": found[0].metric,
+            **({"measures": also[task]} if task in also else {}),
         }
         for task, found in tasks.items()
     }

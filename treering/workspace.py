@@ -101,8 +101,9 @@ class Workspace:
         """
         path, texts = self.root / SETTINGS, list(overrides)
         found = Config.load(path, texts)
-        for key in _SHARED if texts else ():
-            wanted, written = getattr(found, key), getattr(Config.load(path), key)
+        plain = Config.load(path) if texts else found
+        for key in _SHARED:
+            wanted, written = getattr(found, key), getattr(plain, key)
             if wanted != written:
                 raise ConfigError(
                     f"{key}={wanted} would be for this command alone, and the version served with {written}, which it "

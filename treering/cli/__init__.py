@@ -43,9 +43,9 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         return _fail(str(error), 1, as_json)
     except Exception as error:
-        # Typer's own usage errors carry a way to print themselves; anything else is a bug to see whole.
         if ran_out_of_memory(error):
             return _fail(f"out of memory ({first_line(error)}). {LESS_TO_LEARN}", 1, as_json)
+        # Typer's own usage errors carry a way to print themselves; anything else is a bug to see whole.
         if not hasattr(error, "format_message"):
             raise
         return _fail(error.format_message(), 3, as_json)

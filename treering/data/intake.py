@@ -287,8 +287,8 @@ class _Intake:
     def _deleted(self, one: Fit | Bad) -> Fit | Bad:
         """The row, or where it was deleted on request what may be said of it."""
         row = one.row if isinstance(one, Fit) else one
-        what = row.example or one.raw if isinstance(one, Bad) else row.example
-        known = what is not None and self.stones.know(what)
+        what = one.row.example if isinstance(one, Fit) else one.example or one.raw
+        known = self.stones.know(what)
         if not known and isinstance(what, Example) and self.mended_anyway:
             # It may come in another form than the one that was deleted, for the levels of rules were changed.
             known = self.stones.know(self.mended_anyway(what).row)

@@ -28,12 +28,13 @@ def read_parquet(source: Source) -> Iterator[Found]:
     import pyarrow.parquet as pq
 
     def batches(file: BinaryIO) -> Iterator[pa.RecordBatch]:
+        about = pq.read_metadata(file)
+        groups = [about.row_group(at) for at in range(about.num_row_groups)]
         # A text that many rows have is there once; written out, a small file could fill the memory.
-        texts = _dictionaries(pq.ParquetFile(file).metadata)
-        table = pq.ParquetFile(file, page_checksum_verification=True, read_dictionary=texts)
+        texts = _dictionaries(groups)
+        table = pq.ParquetFile(file, metadata=about, page_checksum_verification=True, read_dictionary=texts)
         # Other columns may hold images, or dates that Python cannot.
         known = source.columns(table.schema_arrow.names)
-        groups = [table.metadata.row_group(at) for at in range(table.num_row_groups)]
         long = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
         yield from table.iter_batches(batch_size=max(1, min(_ROWS, _BYTES // max(1, long))), columns=known)
 
@@ -79,15 +80,13 @@ def _rows(source: Source, batches: Any, what: str) -> Iterator[Found]:
         ) from error
 
 
-def _dictionaries(file: pq.FileMetaData) -> list[str]:
+def _dictionaries(groups: Sequence[pq.RowGroupMetaData]) -> list[str]:
     """The columns of texts that pyarrow can keep as dictionaries: such as are one everywhere, and not nested."""
-    groups = [file.row_group(at) for at in range(file.num_row_groups)]
-    columns = [[group.column(at) for group in groups] for at in range(file.num_columns)]
+    columns = [[group.column(at) for group in groups] for at in range(groups[0].num_columns if groups else 0)]
     return [
         parts[0].path_in_schema
         for parts in columns
-        if parts
-        and "." not in parts[0].path_in_schema
+        if "." not in parts[0].path_in_schema
         and all(part.physical_type == "BYTE_ARRAY" and _PLAINLY.issuperset(part.encodings) for part in parts)
     ]
 
