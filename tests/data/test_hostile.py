@@ -118,18 +118,38 @@ def test_ten_gigabytes_of_nothing(tmp_path: Path) -> None:
     assert told == ["0 unreadable"] and megabytes < 300
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_a_long_text_that_many_rows_share(tmp_path: Path, name: str) -> None:
-    """It is in the file once; written out it would be 3 GB."""
-    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 2048, pa.int32()), pa.array(["x" * 1_500_000]))
-    table = pa.table({"question": texts, "answer": ["a"] * 2048})
-    if name.endswith("parquet"):
-        pq.write_table(table, tmp_path / name)
+def write_table(table: pa.Table, file: Path) -> None:
+    if file.suffix == ".parquet":
+        pq.write_table(table, file, dictionary_pagesize_limit=1 << 28)
     else:
-        with pa.ipc.new_file(tmp_path / name, table.schema) as out:
+        with pa.ipc.new_file(file, table.schema) as out:
             out.write_table(table)
+
+
+def shared(places: int) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array([0] * places, pa.int32()), pa.array(["x" * 1_500_000]))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_long_text_that_many_rows_share(tmp_path: Path, name: str, nested: bool) -> None:
+    """It is in the file once; written out it would be 3 GB."""
+    table = pa.table({"question": shared(2048), "answer": ["a"] * 2048})
+    if nested:
+        turn = [pa.array(["user", "assistant"] * 1024), shared(2048)]
+        turns = pa.StructArray.from_arrays(turn, ["role", "content"])
+        table = pa.table({"messages": pa.ListArray.from_arrays(pa.array(range(0, 2049, 2), pa.int32()), turns)})
+    write_table(table, tmp_path / name)
     told, megabytes = reading(tmp_path / name)
-    assert told == [f"{row} ok" for row in range(1, 2049)] and megabytes < 400
+    assert told == [f"{row} ok" for row in range(1, table.num_rows + 1)] and megabytes < 400
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_row_in_which_a_long_text_stands_often(tmp_path: Path, name: str) -> None:
+    asked = pa.ListArray.from_arrays(pa.array([0, 1, 2048], pa.int32()), shared(2048))
+    write_table(pa.table({"history": asked, "text": ["a", "b"], "label": ["c", "d"]}), tmp_path / name)
+    told, megabytes = reading(tmp_path / name)
+    assert told == ["1 ok", "2 too-large"] and megabytes < 300
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])

@@ -178,15 +178,20 @@ def test_what_is_written_can_be_corrected_and_ingested(ws: Workspace, tmp_path: 
     assert ws.ingest(file, task="t").accepted == 1
 
 
-def test_rows_held_by_the_gate_come_back_with_their_file(ws: Workspace) -> None:
-    ids = [id for ids in ws.catalog.waiting(()).values() for id in ids]
+def test_rows_held_by_the_gate_are_taken_back_one_by_one(ws: Workspace) -> None:
+    corrected = quarantine.fix(ws, numbers(ws)["unknown-format", 2], row("new", "right"))
+    assert corrected.accepted == 1
+    before, ids = sides(ws), [id for ids in ws.catalog.waiting(()).values() for id in ids]
     with ws.catalog.writing() as writer:
         writer.set_aside(ids, "worse")
-    number = numbers(ws)["held-by-gate", 6]
-    with pytest.raises(UsageError, match="held by the gate"):
-        quarantine.release(ws, [number])
-    with pytest.raises(UsageError, match="held by the gate"):
-        quarantine.fix(ws, number, row("x", "y"))
+    held = list(quarantine.listed(ws, "held-by-gate"))
+    assert len(held) == len(ids) and len(sides(ws)) < len(before)
+    with pytest.raises(UsageError, match=f"quarantine release {held[0]['number']}"):
+        quarantine.fix(ws, held[0]["number"], row("x", "y"))
+    for entry in held:  # One of them, the corrected row, stands in no file.
+        assert entry["messages"][-1]["content"]
+        assert quarantine.release(ws, [entry["number"]]).accepted == 1
+    assert sides(ws) == before and not quarantine.listed(ws, "held-by-gate")
 
 
 def test_the_commands(ws: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from treering import registry
+from treering.data.read import CORRECTED
 
 if TYPE_CHECKING:
     from treering.registry import Version
@@ -59,9 +60,11 @@ def quarantine(ws: Workspace, file: str, version: Version) -> int:
     rows = [id for ids in waiting.values() for id in ids]
     rows += [id for ids in ws.catalog.held_out(file).values() for id in ids if id not in kept]
     reason = f"{version.name}, which learned this file, was {version.summary}"
-    if Path(file).is_absolute():  # Not rows from Python.
+    if Path(file).is_absolute() and not file.endswith(CORRECTED):  # Rows from Python, or corrected, are in no file.
         reason += (
             f"; to take it back: treering ingest {shlex.quote(file)} --task {shlex.quote(next(iter(waiting), ''))}"
         )
+    else:
+        reason += "; to take it back: treering quarantine release, with its number"
     with ws.catalog.writing() as writer:
         return writer.set_aside(rows, reason)

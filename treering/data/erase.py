@@ -16,7 +16,7 @@ from treering.data.schema import quarantine as _quarantine
 from treering.data.schema import rows as _rows
 from treering.data.schema import within as _within
 from treering.data.tombstones import Tombstones, marks
-from treering.data.writer import CHUNK, Writer
+from treering.data.writer import CHUNK, HELD, Writer
 
 
 def erase(writer: Writer, stones: Tombstones) -> tuple[int, set[str]]:
@@ -29,7 +29,9 @@ def erase(writer: Writer, stones: Tombstones) -> tuple[int, set[str]]:
     seqs = [row.seq for row in db.execute(sa.select(_rows)) if _is_gone(known_by(row._mapping), stones)]
     parts = [seqs[start : start + CHUNK] for start in range(0, len(seqs), CHUNK)]
     rows = [row for part in parts for row in db.execute(sa.select(_rows).where(_rows.c.seq.in_(part)))]
-    refused = [row for row in db.execute(sa.select(_quarantine)) if _is_gone(known_by(row._mapping), stones)]
+    # What was set aside after a hold stands there too, but is among the stored rows.
+    others = sa.select(_quarantine).where(_quarantine.c.rule != HELD)
+    refused = [row for row in db.execute(others) if _is_gone(known_by(row._mapping), stones)]
     gone = {mark for row in [*rows, *refused] for mark in known_by(row._mapping)}
     left_out = [
         id
@@ -39,7 +41,7 @@ def erase(writer: Writer, stones: Tombstones) -> tuple[int, set[str]]:
     gone.update(left_out)
     stones.add(gone)
     for row in rows:
-        writer.take_back(row.id)  # What was set aside stands in quarantine, too.
+        writer.take_back(row.id)
     for table, column, values in (
         (_rows, _rows.c.seq, seqs),
         (_within, _within.c.row, seqs),

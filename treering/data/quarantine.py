@@ -68,10 +68,6 @@ def release(ws: Workspace, numbers: Sequence[int]) -> Ingested:
         number, rule = entry["number"], entry["rule"]
         if rule in _FINAL:
             raise UsageError(f"row {number} was refused by {rule}: {_FINAL[rule]}; correct it with `quarantine fix`")
-        if rule == HELD:
-            raise UsageError(
-                f"row {number} was held by the gate: `treering ingest {entry['file']}` takes its file back"
-            )
         if entry["messages"] is None:
             raise UsageError(f"row {number} could not be read ({rule}); correct it with `quarantine fix`")
     rows = [(e["number"], e["task"], e["split"], Row(e["file"], e["line"], Example.of(e["messages"]))) for e in entries]
@@ -85,7 +81,10 @@ def fix(ws: Workspace, number: int, record: Mapping[str, Any]) -> Ingested:
     """
     entry = get(ws, number)
     if entry["rule"] == HELD:
-        raise UsageError(f"row {number} is good but was held by the gate: ingest its file, {entry['file']}, again")
+        raise UsageError(
+            f"row {number} can be read, but what learned it was held: take it back with `quarantine release {number}`, "
+            "and ingest what is true of it"
+        )
     try:
         example = convert(record, system=ws.config().default_system)
     except RowError as error:

@@ -227,7 +227,8 @@ class Writer:
             here = sa.and_(_rows.c.id.in_(part), sa.not_(_rows.c.given), _rows.c.split.in_(("train", "held_out")))
             query = sa.select(_rows.c.task, _rows.c.file, _rows.c.line, _rows.c.messages).where(here)
             for row in self.db.execute(query.order_by(_rows.c.seq)).all():
-                self.refuse(row.task, [Bad(row.file, row.line, HELD, reason, row.messages[:RAW_LENGTH])])
+                raw, content = row.messages[:RAW_LENGTH], Example.of(json.loads(row.messages))
+                self.refuse(row.task, [Bad(row.file, row.line, HELD, reason, raw, content)])
                 moved += 1
             self.db.execute(_rows.update().where(here).values(split=ASIDE + _rows.c.split))
         return moved

@@ -36,7 +36,9 @@ def read_parquet(source: Source) -> Iterator[Found]:
         # Other columns may hold images, or dates that Python cannot.
         known = source.columns(table.schema_arrow.names)
         long = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
-        yield from table.iter_batches(batch_size=max(1, min(_ROWS, _BYTES // max(1, long))), columns=known)
+        rows = max(1, min(_ROWS, _BYTES // max(1, long)))
+        for at in range(len(groups)):  # Each alone, for pyarrow joins no nested dictionaries of two.
+            yield from table.iter_batches(rows, row_groups=[at], columns=known)
 
     return _rows(source, batches, "Parquet")
 
@@ -81,23 +83,49 @@ def _rows(source: Source, batches: Any, what: str) -> Iterator[Found]:
 
 
 def _dictionaries(groups: Sequence[pq.RowGroupMetaData]) -> list[str]:
-    """The columns of texts that pyarrow can keep as dictionaries: such as are one everywhere, and not nested."""
+    """The columns of texts that pyarrow can keep as dictionaries: such as are one everywhere."""
     columns = [[group.column(at) for group in groups] for at in range(groups[0].num_columns if groups else 0)]
     return [
         parts[0].path_in_schema
         for parts in columns
-        if "." not in parts[0].path_in_schema
-        and all(part.physical_type == "BYTE_ARRAY" and _PLAINLY.issuperset(part.encodings) for part in parts)
+        if all(part.physical_type == "BYTE_ARRAY" and _PLAINLY.issuperset(part.encodings) for part in parts)
     ]
 
 
 def _parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """As few rows together as have no more than `_BYTES`, even if each had all the bytes there are."""
-    rows = max(1, min(_ROWS, _BYTES // max(1, batch.nbytes)))
-    return (batch.slice(start, rows) for start in range(0, batch.num_rows, rows))
+    """As few rows together as are no more than `_ROWS`, with no more than `_BYTES`."""
+    rows = batch.num_rows
+    if rows <= 1 or (rows <= _ROWS and _written_out(batch.to_struct_array()) <= _BYTES):
+        yield batch
+        return
+    for half in (batch.slice(0, rows // 2), batch.slice(rows // 2)):
+        yield from _parts(half)
+
+
+def _written_out(array: pa.Array) -> int:
+    """The bytes of all values, of which what many of them share counts for each, with their places in lists."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind, places = array.type, 8 * len(array)
+    if pa.types.is_struct(kind):
+        return places + sum(_written_out(array.field(at)) for at in range(kind.num_fields))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return places + _written_out(array.flatten())
+    if pa.types.is_dictionary(kind):
+        texts = array.dictionary
+        if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
+            return places + len(array) * int(texts.nbytes)
+        return places + (pc.sum(pc.take(pc.binary_length(texts), array.indices)).as_py() or 0)
+    if pa.types.is_run_end_encoded(kind):
+        return places + len(array) * int(array.values.nbytes)
+    return places + int(array.nbytes)
 
 
 def _batch(batch: pa.RecordBatch, before: int) -> list[Found]:
+    if batch.num_rows == 1 and (size := _written_out(batch.to_struct_array())) > _BYTES:
+        reason = f"the row has {size:,} bytes written out, more than {_BYTES:,}; split it"
+        return [Found(before + 1, None, "", RowError("too-large", reason))]
     try:
         return [Found(number, row) for number, row in enumerate(batch.to_pylist(), before + 1)]
     except ValueError:  # one row is not what the schema says; find out which
