@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treering.gate import Judgement, Verdict, held_for, judge, rows_needed
+from treering.gate import Judgement, Verdict, best_of, held_for, judge, rows_needed
 from treering.results import Result
 from treering.sections import GateConfig
 
@@ -292,6 +292,53 @@ def test_whatever_the_scores_the_verdict_is_sound(pens: list[tuple[int, int]], n
         assert not verdict.promote
     if verdict.promote:
         assert change >= -config.floor
+
+
+def drifting(updates: int, lost: float, seed: int, rows: int = ENOUGH) -> int:
+    """How many updates in a row are promoted, each of which truly loses `lost` of the score of an old task."""
+    config, rng = GateConfig(resamples=400), np.random.default_rng(seed)
+    now = np.ones(rows)
+    best = was = results("pens", now.tolist())
+    for update in range(updates):
+        draw = rng.random(rows)
+        now = np.where(now > 0, draw >= 0.01 + lost, draw < 0.01 * now.sum() / max(1, rows - now.sum()))
+        after = results("pens", now.astype(float).tolist())
+        if not judge(was, after, ["pens"], set(), config, update, best=best).promote:
+            return update
+        was, best = after, best_of(best, after, config, update)
+    return updates
+
+
+def test_small_losses_do_not_add_up() -> None:
+    """Each of 2 points is within the margin of 5; all together they end where 10 are lost."""
+    ended = [drifting(20, 0.02, seed) for seed in range(20)]
+    assert max(ended) <= 6 and sum(ended) > 20
+    stayed = [drifting(20, 0.0, seed) for seed in range(20)]
+    assert sum(20 - updates for updates in stayed if updates < 20) <= 0.05 * 20 * 20
+
+
+def test_what_was_best_is_asked_for_until_something_is_shown_to_be_better() -> None:
+    best = results("pens", scores(300, 100))
+    worse, better = (results("pens", scores(right, 400 - right)) for right in (290, 340))
+    lucky = results("pens", [*scores(0, 10), *scores(305, 85)])  # Ten lost and fifteen gained.
+    assert best_of(best, worse, GateConfig(), 0) == best == best_of(best, lucky, GateConfig(), 0)
+    assert best_of(best, better, GateConfig(), 0) == better
+    more = [*worse, *results("pens", [1, 0], slice_="later"), *results("cups", [1])]
+    assert best_of(best, more, GateConfig(), 0) == [*best, *more[400:]]
+    gone = best_of(best, worse[:50], GateConfig(), 0)
+    assert gone == best[:50]
+
+
+def test_a_task_that_is_as_its_parent_has_it_is_judged_once() -> None:
+    was, now = results("pens", scores(400, 0)), results("pens", scores(399, 1))
+    assert [j.name for j in judge(was, now, ["pens"], set(), GateConfig(), 0, best=was).judgements][:1] == ["pens"]
+    verdict = judge(now, results("pens", scores(350, 50)), ["pens"], set(), GateConfig(margin=0.2, best_margin=0.1), 0, best=was)
+    at_best = named(verdict, "pens at its best")
+    assert (at_best.before, at_best.after, at_best.passed) == (1.0, 0.875, False)
+    assert "the margin is 10.0 points" in verdict.summary
+    assert judge(now, results("pens", scores(350, 50)), ["pens"], set(), GateConfig(margin=0.2), 0, best=was).promote
+    few = judge(was[:30], was[:30], ["pens"], set(), GateConfig(), 0, best=results("pens", scores(30, 0))[:29])
+    assert not [j.name for j in few.judgements if "best" in j.name]
 
 
 TRIALS = 300

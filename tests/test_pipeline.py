@@ -619,6 +619,24 @@ def test_results_are_kept_for_every_row(three: Workspace) -> None:
     assert [r.task for r in read_results(folder / "parent.parquet")] == ["hats"] * 4
 
 
+def test_the_best_results_of_each_task_are_kept(copied: Workspace) -> None:
+    def kept(name: str, file: str, task: str) -> list[Result]:
+        return [r for r in read_results(registry.get(copied, name).folder / file) if r.task == task]
+
+    for task in TASKS:
+        each = [kept(name, "results.parquet", task) for name in ("v1", "v2", "v3")]
+        assert kept("v3", "best.parquet", task) in each
+        assert [r.id for r in kept("v3", "best.parquet", task)] == copied.catalog.held_out()[task]
+    # Whatever was promoted since, forgetting a task is judged against what was best.
+    loose = ["protect=[]", "gate.margin=1.0", "gate.floor=1.0"]
+    forgot = learned(copied, "bags", *loose, count=40)
+    assert forgot.promote and forgot.scores["pens"] < 0.75
+    assert kept(forgot.name, "best.parquet", "pens") == kept("v3", "best.parquet", "pens")
+    judged = learned(copied, "belts", "max_steps=1", *loose, "gate.best_margin=0.0").manifest["verdict"]["judgements"]
+    [pens] = [found for found in judged if found["name"] == "pens at its best"]
+    assert not pens["passed"] and pens["before"] > forgot.scores["pens"]
+
+
 class Counting:
     """A user's own method that counts the rows of all updates."""
 

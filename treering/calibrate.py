@@ -110,7 +110,7 @@ def calibrate(ws: Workspace, plan: Plan, config: Config, folder: Path, quiet: bo
     candidate.merge_alike()
     results, after = _timed(candidate.measure)
     candidate.remember()
-    candidate.write(base_name(config), results, log)
+    candidate.write(base_name(config), results, results, log)
     rest = (
         time.perf_counter()
         - candidate.started

@@ -29,7 +29,7 @@ from treering.passes import losses
 from treering.progress import bar
 from treering.readings import Readings
 from treering.registry import Version
-from treering.results import PARENT_RESULTS, RESULTS, Result, read_results, write_results
+from treering.results import BEST, PARENT_RESULTS, RESULTS, Result, read_results, write_results
 from treering.room import keep_to_limit, peak_gpu_memory_mb, peak_memory_mb
 from treering.router import OWN, Router, Shown
 from treering.scoring import conditions, metric_for, scorers, wanted
@@ -258,7 +258,15 @@ class Candidate:
             None if about is None else dict(zip(ids, about, strict=True)),
         )
 
-    def write(self, base_name: str, results: Sequence[Result], log: Sequence[dict[str, float]]) -> None:
+    def best(self) -> list[Result]:
+        """The best results of each task until now, as far as they can be compared with today's."""
+        known = self._known()
+        kept = self.parent.folder / BEST if self.parent and known else None
+        return read_results(kept) if kept and kept.exists() else known
+
+    def write(
+        self, base_name: str, results: Sequence[Result], best: Sequence[Result], log: Sequence[dict[str, float]]
+    ) -> None:
         """Fill `folder` with what the version consists of, all but its report and manifest."""
         folder = self.folder
         shutil.rmtree(folder, ignore_errors=True)
@@ -272,6 +280,7 @@ class Candidate:
             self.past.router.save(folder)
         self.memory.save(folder)
         write_results(folder / RESULTS, results)
+        write_results(folder / BEST, best)
         write_file(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log).encode())
         shutil.copyfile(self.staging / PARENT_RESULTS, folder / PARENT_RESULTS)
         state = self.main.methods.after_update(self.model, self._learned)

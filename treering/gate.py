@@ -5,6 +5,10 @@ current, and its one-sided bounds. Where the rows are enough to see the margin, 
 worse (lower bound above minus the margin). Where they are too few, the verdict says so and how many are missing; then
 the old tasks are pooled, and each task alone holds the candidate only if it is shown to be worse, or collapses.
 
+The same is asked of the best results that each old task ever had, within a wider margin: else losses too small for the
+gate could add up, update by update. Results are better only where that is shown, by the same bounds, since of many
+versions one has always been lucky.
+
 New rows of an old task are also compared with its old rows: labels that contradict the task (shuffled ones, say) cost
 the old rows little where they are replayed, and any training lowers the loss on them, but no training makes them right.
 
@@ -73,19 +77,22 @@ def judge(
     config: GateConfig,
     seed: int,
     answers: Mapping[str, str] | None = None,
+    best: Sequence[Result] = (),
 ) -> Verdict:
     """Compare candidate (`after`) with current (`before`) on the rows both were scored on.
 
     `old` names the tasks that current knew; `fresh` holds the ids of the new data's own held-out rows. The two sets
     of rows are judged apart: old rows must not get worse, new rows must get better. `answers` has the right answers of
-    fresh rows by id; where they are labels, the candidate's are compared with chance.
+    fresh rows by id; where they are labels, the candidate's are compared with chance. `best` are those of old rows
+    that `best_of` kept.
     """
-    past = {r.id: r for r in before}
-    pairs = [(past[r.id], r) for r in after if r.id in past]
+    pairs = _pairs(before, after)
     old_pairs = {task: [p for p in pairs if p[1].task == task and p[1].id not in fresh] for task in old}
-    judgements = [_old_task(task, found, config, seed) for task, found in old_pairs.items() if found]
-    if any(j.rows < j.rows_needed for j in judgements):
-        judgements.append(_pool([p for found in old_pairs.values() for p in found], config, seed))
+    judgements = _old_tasks(old_pairs, "", config.margin, config, seed)
+    changed = {now.task for was, now in _pairs(best, before) if was.score != now.score and now.id not in fresh}
+    best_pairs = {task: [p for p in _pairs(best, after) if p[1].task == task] for task in old_pairs if task in changed}
+    margin = 2 * config.margin if config.best_margin is None else config.best_margin
+    judgements += _old_tasks(best_pairs, " at its best", margin, config, seed)
     new_pairs = [p for p in pairs if p[1].id in fresh]
     fits = []
     for task, found in old_pairs.items():
@@ -102,6 +109,26 @@ def judge(
             judgements.append(_chance(task, mine, [str(label) for label in labels], config, seed))
     judgements.append(_gain(new_pairs, known, config, seed))
     return Verdict(all(j.passed for j in judgements), _summary(judgements, judged_old), tuple(judgements))
+
+
+def best_of(best: Sequence[Result], after: Sequence[Result], config: GateConfig, seed: int) -> list[Result]:
+    """The results that later candidates are held against, row by row as in `after`, those of the candidate.
+
+    They are a task's `best` so far, unless the candidate's are shown to be better; and its own on rows that have none.
+    """
+    past = {r.id: r for r in best}
+    found = []
+    for task in dict.fromkeys(r.task for r in after):
+        rows = [r for r in after if r.task == task]
+        pairs = [(past[r.id], r) for r in rows if r.id in past]
+        is_better = bool(pairs) and paired(task, pairs, config, seed)["lower"] > 0
+        found += rows if is_better else [past.get(r.id, r) for r in rows]
+    return found
+
+
+def _pairs(before: Sequence[Result], after: Sequence[Result]) -> list[tuple[Result, Result]]:
+    past = {r.id: r for r in before}
+    return [(past[r.id], r) for r in after if r.id in past]
 
 
 def _summary(judgements: Sequence[Judgement], judged_old: bool) -> str:
@@ -129,6 +156,18 @@ def held_for(reason: str) -> Verdict:
     return Verdict(False, f"held: {reason}", ())
 
 
+def _old_tasks(
+    pairs: Mapping[str, Sequence[tuple[Result, Result]]], how: str, margin: float, config: GateConfig, seed: int
+) -> list[Judgement]:
+    """Each old task that has `pairs`, and all together where one has too few; `how` ends their names."""
+    config = config.model_copy(update={"margin": margin})
+    judgements = [_old_task(f"{task}{how}", found, config, seed) for task, found in pairs.items() if found]
+    if any(j.rows < j.rows_needed for j in judgements):
+        every = [pair for found in pairs.values() for pair in found]
+        judgements.append(_pool(f"old tasks together{how}", every, config, seed))
+    return judgements
+
+
 def _old_task(task: str, pairs: Sequence[tuple[Result, Result]], config: GateConfig, seed: int) -> Judgement:
     found = paired(task, pairs, config, seed)
     worse = found["upper"] < 0 and -found["change"] > config.margin
@@ -148,15 +187,15 @@ def _old_task(task: str, pairs: Sequence[tuple[Result, Result]], config: GateCon
     return _judgement(task, "old", found, passed, reason)
 
 
-def _pool(pairs: Sequence[tuple[Result, Result]], config: GateConfig, seed: int) -> Judgement:
-    found = paired("old tasks together", pairs, config, seed)
+def _pool(name: str, pairs: Sequence[tuple[Result, Result]], config: GateConfig, seed: int) -> Judgement:
+    found = paired(name, pairs, config, seed)
     enough = found["rows"] >= found["rows_needed"]
     worse = found["upper"] < 0 and -found["change"] > config.margin
     passed = found["lower"] >= -config.margin if enough else not worse and -found["change"] <= 2 * config.margin
     reason = f"changed by {_points(found['change'])} (bounds {_range(found)}); the margin is {_points(config.margin)}"
     if not enough:
         reason += f"; {_too_few(found, config)}: held only if shown to be worse, or by a drop of twice the margin"
-    return _judgement("old tasks together", "old", found, passed, reason)
+    return _judgement(name, "old", found, passed, reason)
 
 
 @dataclass(frozen=True)

@@ -99,9 +99,11 @@ def update(
             tracked.scores(after, len(candidate.taken))
         candidate.remember()
         answers = {id: candidate.examples[id].answer for id in plan.fresh_ids}
-        verdict = gate.judge(before, after, candidate.metrics, plan.fresh_ids, config.gate, config.seed, answers)
+        best = candidate.best()
+        verdict = gate.judge(before, after, candidate.metrics, plan.fresh_ids, config.gate, config.seed, answers, best)
 
-        candidate.write(base_name(config), after, log)
+        best = gate.best_of(best, after, config.gate, config.seed)
+        candidate.write(base_name(config), after, best, log)
         with stop.patient():
             version, verdict = _commit(ws, candidate, before, after, verdict, log, promote, ordered, estimate)
             status = "promoted" if verdict.promote and promote else "held"

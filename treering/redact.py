@@ -18,7 +18,7 @@ from treering import registry
 from treering.data.example import Example
 from treering.files import fsync_folder, fsync_tree, timestamp, write_file, write_json
 from treering.registry import MANIFEST, REPLACED, Version
-from treering.results import PARENT_RESULTS, RESULTS, read_results, write_results
+from treering.results import BEST, PARENT_RESULTS, RESULTS, read_results, write_results
 
 if TYPE_CHECKING:
     from treering.data.tombstones import Tombstones
@@ -98,7 +98,7 @@ def redact(ws: Workspace, version: Version, stones: Tombstones, left: Left) -> b
     return True
 
 
-_RESULTS = (RESULTS, PARENT_RESULTS)
+_RESULTS = (RESULTS, PARENT_RESULTS, BEST)
 
 _Write = Callable[[Path], dict[str, Any]]
 """Writes what is left into a folder; returns what that changes in the manifest."""

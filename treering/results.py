@@ -11,8 +11,8 @@ from treering.data.example import Example
 from treering.files import write_file
 from treering.scoring import further
 
-RESULTS, PARENT_RESULTS = "results.parquet", "parent.parquet"
-"""In the folder of a version: what it scored, and its parent on the same rows."""
+RESULTS, PARENT_RESULTS, BEST = "results.parquet", "parent.parquet", "best.parquet"
+"""In the folder of a version: what it scored, its parent on the same rows, and what was best until then (`gate`)."""
 
 
 @dataclass(frozen=True)

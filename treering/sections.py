@@ -247,6 +247,10 @@ class GateConfig(Section):
     margin: float = Field(0.05, ge=0, le=1)
     """Largest loss of score on an old task that still counts as no worse."""
 
+    best_margin: float | None = Field(None, ge=0, le=1)
+    """The same against the best results that the task ever had, so that small losses do not add up; twice the `margin`
+    by default."""
+
     floor: float = Field(0.25, ge=0, le=1)
     """A drop on any old task above this holds the candidate, however few rows the task has."""
 

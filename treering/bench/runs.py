@@ -45,7 +45,7 @@ FORMAT = 1
 
 FIGURES = "figures.json"
 
-NOT_KEPT = ("results.parquet", "parent.parquet", "log.jsonl", "report.html", "manifest.json")
+NOT_KEPT = ("results.parquet", "parent.parquet", "best.parquet", "log.jsonl", "report.html", "manifest.json")
 """Files of a version that neither serving nor the next update needs."""
 
 MEMORY = ("memory.json", "memory.safetensors")
