@@ -332,11 +332,12 @@ def test_what_was_best_is_asked_for_until_something_is_shown_to_be_better() -> N
 def test_a_task_that_is_as_its_parent_has_it_is_judged_once() -> None:
     was, now = results("pens", scores(400, 0)), results("pens", scores(399, 1))
     assert [j.name for j in judge(was, now, ["pens"], set(), GateConfig(), 0, best=was).judgements][:1] == ["pens"]
-    verdict = judge(now, results("pens", scores(350, 50)), ["pens"], set(), GateConfig(margin=0.2, best_margin=0.1), 0, best=was)
+    worse, loose = results("pens", scores(350, 50)), GateConfig(margin=0.2)
+    verdict = judge(now, worse, ["pens"], set(), GateConfig(margin=0.2, best_margin=0.1), 0, best=was)
     at_best = named(verdict, "pens at its best")
     assert (at_best.before, at_best.after, at_best.passed) == (1.0, 0.875, False)
     assert "the margin is 10.0 points" in verdict.summary
-    assert judge(now, results("pens", scores(350, 50)), ["pens"], set(), GateConfig(margin=0.2), 0, best=was).promote
+    assert judge(now, worse, ["pens"], set(), loose, 0, best=was).promote
     few = judge(was[:30], was[:30], ["pens"], set(), GateConfig(), 0, best=results("pens", scores(30, 0))[:29])
     assert not [j.name for j in few.judgements if "best" in j.name]
 
