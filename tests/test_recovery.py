@@ -540,6 +540,24 @@ def test_what_a_later_share_switches_off_is_on_again(
     assert torch._C._get_mkldnn_enabled()
 
 
+def test_a_backward_pass_that_goes_on_without_onednn_is_done_again(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch warns of there reaches nobody."""
+    run, full = Run(model_folder, constant(model_folder), growing()), [True]
+
+    def short(*given: Any, **named: Any) -> Tensor:
+        logits = logits_at(*given, **named)
+        if full and full.pop():
+            logits.register_hook(lambda _: torch.backends.mkldnn.set_flags(False) and None)
+        return logits
+
+    monkeypatch.setattr(loop, "logits_at", short)
+    log = run.train(checkpoints=tmp_path)
+    assert len(log) == len(run.steps) and [split["pieces"] for split in recorded(tmp_path)["splits"]] == [2]
+    assert torch.backends.mkldnn.enabled
+
+
 def test_the_worst_rows_come_first() -> None:
     assert worst({"a": math.nan, "b": math.nan}).startswith("the loss of every row is nan")
     assert worst({"a": 1.0, "b": math.nan, "c": 3.0}) == f"worst first: b (loss nan), c (loss 3), a (loss 1){WHAT}"

@@ -95,16 +95,25 @@ _NO_MEMORY = (
 
 
 def no_memory(error: Exception) -> bool:
-    """Whether `error` is a device's or the process's way to say that memory has run out.
+    """Whether `error` is a device's or the process's way to say that memory has run out."""
+    import torch
 
-    Where torch has switched oneDNN off for it, it is on again: all that came after would be many times slower, and
-    round in another way.
+    if switched_off() or isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(text in str(error) for text in _NO_MEMORY)
+
+
+def switched_off() -> bool:
+    """Whether torch found no memory for a product and does without oneDNN since, many times slower; it is on again.
+
+    In a backward pass nothing but this tells of it, or another error.
     """
     import torch
 
-    if SWITCHED_OFF in str(error):
-        torch.backends.mkldnn.set_flags(True)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in _NO_MEMORY)
+    if torch.backends.mkldnn.enabled:
+        return False
+    torch.backends.mkldnn.set_flags(True)
+    return True
 
 
 def ran_out_of_memory(error: BaseException | None) -> bool:

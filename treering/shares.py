@@ -80,7 +80,7 @@ def side_by_side(count: int) -> Iterator[Callable[[Callable[[T], R], Sequence[T]
             for computing in begun:
                 error = None if computing.cancelled() else computing.exception()
                 if isinstance(error, Exception):
-                    no_memory(error)  # Each that torch has switched something off for is to be seen.
+                    no_memory(error)  # Each that torch has switched oneDNN off for is to be seen.
 
     with ThreadPoolExecutor(count, initializer=begin) as pool:
         yield compute_all

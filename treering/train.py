@@ -22,7 +22,15 @@ from treering.attention import recomputed
 from treering.batches import Batch, as_step, make_batch, with_noise
 from treering.checkpoints import Checkpoints, Log, random_state, set_random_state
 from treering.early import LOSS, EarlyStopping
-from treering.errors import LESS_TO_LEARN, ConfigError, UpdateInterruptedError, first_line, no_memory
+from treering.errors import (
+    LESS_TO_LEARN,
+    SWITCHED_OFF,
+    ConfigError,
+    UpdateInterruptedError,
+    first_line,
+    no_memory,
+    switched_off,
+)
 from treering.memory import Teacher
 from treering.methods import Methods, trained
 from treering.model import Tokens, compute, logits_at, precision
@@ -387,6 +395,8 @@ def _gradients(
         losses = losses_of(batch)
     total = scale * torch.stack(list(losses.values())).sum()
     gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    if switched_off():
+        raise MemoryError(SWITCHED_OFF)
     return {name: float(loss.detach()) for name, loss in losses.items()}, gradients
 
 
