@@ -167,6 +167,27 @@ def test_what_the_reading_commands_say(cli: Runner, made: Path) -> None:
     assert out.splitlines()[1].startswith("* v2")
 
 
+def test_names_of_ones_own(cli: Runner, shop: Path) -> None:
+    assert cli.text("alias", "-w", shop)[0] == "no alias yet\n"
+    assert cli.json("alias", "champion", "current", "-w", shop) == {"aliases": {"champion": "v2"}}
+    cli.json("alias", "champion", "v1", "-w", shop)
+    assert cli.json("tag", "champion", "audited", "-w", shop) == {"version": "v1", "tags": ["audited"]}
+    assert cli.json("note", "v1", " before the change ", "-w", shop)["notes"][0]["text"] == "before the change"
+    found = cli.json("show", "champion", "-w", shop)
+    assert (found["name"], found["aliases"], found["tags"]) == ("v1", ["champion"], ["audited"])
+    assert "[champion, #audited]" in cli.text("versions", "-w", shop)[0].splitlines()[0]
+    assert cli.json("compare", "champion", "v2", "-w", shop)["versions"] == ["v1", "v2"]
+    assert cli.json("rollback", "champion", "-w", shop) == {"current": "v1"}
+    assert cli.json("alias", "champion", "--delete", "-w", shop) == {"aliases": {}}
+    assert cli.json("tag", "v1", "audited", "--delete", "-w", shop)["tags"] == []
+    for words in ("alias x", "alias x --delete", "alias current v1", "alias v9 v1", "alias a/b v1", "alias x v9"):
+        cli.text(*words.split(), "-w", shop, code=3)
+    for words in ("tag v1 audited --delete", "tag v1 a/b", "note v9 text"):
+        cli.text(*words.split(), "-w", shop, code=3)
+    cli.text("note", "v1", " ", "-w", shop, code=3)
+    cli.text("show", "champion", "-w", shop, code=3)
+
+
 def test_evaluate(cli: Runner, made: Path, tmp_path: Path) -> None:
     assert set(cli.json("evaluate", "-w", made)["tasks"]) == {"pens", "cups", "hats"}
     assert set(cli.json("evaluate", "v1", "--task", "pens", "-w", made)["tasks"]) == {"pens"}

@@ -21,7 +21,7 @@ import pytest
 
 from tests.drawn import met
 from tests.serving import ASK, LONG, Served, greedy
-from treering import Workspace, feedback, registry
+from treering import Workspace, feedback, registry, remarks
 from treering.serve import keys
 from treering.testing import CHAT_TEMPLATE, tiny_model, toy_rows
 
@@ -52,6 +52,18 @@ def v2_is_current(trained: Workspace) -> None:
 def test_models_are_listed(served: Served) -> None:
     assert [model.id for model in served.client.models.list()] == ["current", "base", "v1", "v2"]
     assert served.client.models.retrieve("v1").id == "v1"
+
+
+def test_an_alias_names_a_version(served: Served, trained: Workspace, texts: dict[str, str]) -> None:
+    remarks.set_alias(trained.root, "champion", "v1")
+    remarks.set_alias(trained.root, "gone", "v9")
+    try:
+        assert [model.id for model in served.client.models.list()] == ["current", "base", "v1", "v2", "champion"]
+        answer = served.client.chat.completions.create(model="champion", messages=ASK, max_tokens=12)
+        assert (answer.system_fingerprint, answer.model) == ("v1", "champion")
+        assert answer.choices[0].message.content == texts["v1"]
+    finally:
+        (trained.root / remarks.FILE).unlink()
 
 
 def test_every_answer_says_which_version_made_it(served: Served, texts: dict[str, str]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from treering import registry
+from treering import registry, remarks
 from treering.errors import TreeringError
 from treering.registry import Version
 
@@ -63,7 +64,7 @@ def unread(ws: Workspace) -> list[str]:
 
 def list_versions(ws: Workspace) -> dict[str, Any]:
     """All versions, oldest first, and which is current."""
-    here = registry.current(ws)
+    here, said = registry.current(ws), remarks.read(ws.root)
     rows = [
         {
             "name": version.name,
@@ -74,10 +75,37 @@ def list_versions(ws: Workspace) -> dict[str, Any]:
             "average_accuracy": version.manifest["summary"].get("average_accuracy"),
             "forgetting": version.manifest["summary"].get("forgetting"),
             "rows": len(version.rows),
+            **said.of(version.name),
         }
         for version in registry.readable(ws)
     ]
     return {"versions": rows, "current": here.name if here else None}
+
+
+def family(rows: Sequence[Mapping[str, Any]], current: str | None) -> list[tuple[int, Mapping[str, Any]]]:
+    """The versions as a tree: each of `rows` (`list_versions`) below its parent, with how far it is from the stem.
+
+    The stem leads to `current`, and from there to what was promoted last. What branches off stands before it goes on.
+    """
+    by_name = {row["name"]: row for row in rows}
+    children: dict[str | None, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        children.setdefault(row["parent"] if row["parent"] in by_name else None, []).append(row)
+    stem, name = set[str | None](), current
+    while name in by_name:
+        stem.add(name)
+        name = by_name[name]["parent"]
+    found, left = list[tuple[int, Mapping[str, Any]]](), list[tuple[int, Mapping[str, Any]]]()
+    depth, name = 0, None
+    while True:
+        born = children.get(name, [])
+        on = ([row for row in born if row["name"] in stem] or [row for row in born if row["promote"]])[-1:]
+        left += [*((depth, row) for row in on), *((depth + 1, row) for row in reversed(born) if row not in on)]
+        if not left:
+            return found
+        depth, row = left.pop()
+        found.append((depth, row))
+        name = row["name"]
 
 
 def compare(ws: Workspace, first: Version, second: Version) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from treering import remarks
 from treering.errors import ModelError, UsageError, VersionError
 from treering.files import (
     append_line,
@@ -226,15 +227,19 @@ def readable(ws: Workspace) -> list[Version]:
 
 
 def get(ws: Workspace, name: str | None = None) -> Version:
-    """The version of that name, or `current`. Raises `UsageError` if there is none."""
+    """The version of that name or alias, or `current`. Raises `UsageError` if there is none."""
     if name is None or name == "current":
         version = current(ws)
         if version is None:
             raise UsageError(f"{ws.root} has no current version yet; run `treering update` first")
         return version
     known = [version.name for version in versions(ws)]
+    aliases = {} if name in known else remarks.read(ws.root).aliases
+    if name in aliases and aliases[name] not in known:
+        raise UsageError(f"the alias {name!r} names {aliases[name]}, which is not there; set it anew")
+    name = aliases.get(name, name)
     if name not in known:
-        raise UsageError(f"there is no version {name!r}; there are: {', '.join(known) or 'none yet'}")
+        raise UsageError(f"there is no version {name!r}; there are: {', '.join([*known, *aliases]) or 'none yet'}")
     return Version(name, ws.versions / name)
 
 

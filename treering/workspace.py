@@ -171,6 +171,7 @@ class Workspace:
 
         with self.changing("promote"):
             version = registry.get(self, name)
+            name = version.name
             against = [] if version.promote else [f"{name} was held by the gate: {version.summary}"]
             against += [f"{name} did worse when it was on trial: {words}" for words in figures.worse(self, name)]
             if registry.unlearned(self, version):

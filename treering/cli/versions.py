@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from treering.cli.common import HERE, AsJson, Folder, app, choices, matrix, opened, output, percent
+from treering.errors import UsageError
 
 
 @app.command()
@@ -51,15 +52,18 @@ def history(workspace: Folder = HERE, as_json: AsJson = False) -> None:
 
 @app.command()
 def versions(workspace: Folder = HERE, as_json: AsJson = False) -> None:
-    """All versions, oldest first."""
+    """All versions as a tree, each below the one it was trained from."""
     from treering import overview
 
     found = overview.list_versions(opened(workspace))
-    lines = [
-        f"{'*' if v['name'] == found['current'] else ' '} {v['name']:5} from {v['parent'] or 'base':5} {v['created']}  "
-        f"average {percent(v['average_accuracy'])}  forgetting {percent(v['forgetting'])}  {v['verdict']}"
-        for v in found["versions"]
-    ]
+    lines = []
+    for depth, v in overview.family(found["versions"], found["current"]):
+        names = [*v["aliases"], *(f"#{tag}" for tag in v["tags"])]
+        lines.append(
+            f"{'*' if v['name'] == found['current'] else ' '} {'   ' * (depth - 1) + '└─ ' if depth else ''}"
+            f"{v['name']:5} from {v['parent'] or 'base':5} {v['created']}  average {percent(v['average_accuracy'])}  "
+            f"forgetting {percent(v['forgetting'])}  {'[' + ', '.join(names) + ']  ' if names else ''}{v['verdict']}"
+        )
     output(found, as_json, lines or ["no version yet"])
 
 
@@ -68,14 +72,18 @@ def show(
     version: Annotated[str, typer.Argument(metavar="vN")], workspace: Folder = HERE, as_json: AsJson = False
 ) -> None:
     """Everything a version says of itself."""
-    from treering import registry
+    from treering import registry, remarks
 
-    found = registry.get(opened(workspace), version)
+    ws = opened(workspace)
+    found = registry.get(ws, version)
+    said = remarks.read(ws.root).of(found.name)
     report = found.folder / "report.html"  # An adopted version has none.
-    manifest = {**found.manifest, "report": str(report) if report.exists() else None}
+    manifest = {**found.manifest, "report": str(report) if report.exists() else None, **said}
     verdict = found.manifest["verdict"]
     lines = [f"{found.name}, from {found.parent or 'the base model'}, {manifest['created']}: {verdict['summary']}"]
     lines += [f"  {j['name']}: {j['reason']}" for j in verdict["judgements"]]
+    lines += [f"{kind}: {', '.join(said[kind])}" for kind in ("aliases", "tags") if said[kind]]
+    lines += [f"note of {note['time']}: {note['text']}" for note in said["notes"]]
     lines += choices(found) + matrix(found)
     lines += [
         f"rows learned: {len(found.rows)}; files: {len(manifest['files'])}; report: {manifest['report'] or 'none'}"
@@ -118,6 +126,64 @@ def promote(
     """Make a version current."""
     name = opened(workspace).promote(version, force=force).name
     output({"current": name}, as_json, [f"{name} is current"])
+
+
+@app.command()
+def alias(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The alias; with none, all are told.")] = None,
+    version: Annotated[str | None, typer.Argument(metavar="[vN]", help="What it is to name; `current` may be.")] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Have it name nothing any more.")] = False,
+    workspace: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Name a version, such as `champion`; a name can be moved to another version."""
+    from treering import registry, remarks
+
+    ws = opened(workspace)
+    if name is not None and delete == (version is not None):
+        raise UsageError("give the alias and a version, or the alias and --delete")
+    if name is not None:
+        with ws.changing("alias"):
+            remarks.set_alias(ws.root, name, None if version is None else registry.get(ws, version).name)
+    found = remarks.read(ws.root).aliases
+    output({"aliases": found}, as_json, [f"{one}: {found[one]}" for one in sorted(found)] or ["no alias yet"])
+
+
+@app.command()
+def tag(
+    version: Annotated[str, typer.Argument(metavar="vN")],
+    name: Annotated[str, typer.Argument(metavar="TAG")],
+    delete: Annotated[bool, typer.Option("--delete", help="Take it off.")] = False,
+    workspace: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Put a tag on a version; many may bear the same."""
+    from treering import registry, remarks
+
+    ws = opened(workspace)
+    with ws.changing("tag"):
+        found = registry.get(ws, version).name
+        remarks.set_tag(ws.root, found, name, not delete)
+    tags = remarks.read(ws.root).of(found)["tags"]
+    output({"version": found, "tags": tags}, as_json, [f"{found}: {', '.join(tags) or 'no tag'}"])
+
+
+@app.command()
+def note(
+    version: Annotated[str, typer.Argument(metavar="vN")],
+    text: Annotated[str, typer.Argument(metavar="TEXT")],
+    workspace: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Add a note to a version; `treering show` tells all."""
+    from treering import registry, remarks
+
+    ws = opened(workspace)
+    with ws.changing("note"):
+        found = registry.get(ws, version).name
+        remarks.add_note(ws.root, found, text)
+    notes = remarks.read(ws.root).of(found)["notes"]
+    output({"version": found, "notes": notes}, as_json, [f"{one['time']}: {one['text']}" for one in notes])
 
 
 @app.command()

@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from treering import registry
+from treering import registry, remarks
 from treering.errors import TreeringError
 from treering.files import stamp
 from treering.serve.engine import BASE, Engine, EngineError
@@ -69,16 +69,23 @@ class Following:
                     code="version_unavailable",
                 )
             return self.serving
-        if model == BASE:
-            return BASE
-        known = [version.name for version in registry.versions(self._ws)]
-        if model in known:
+        if model == BASE or model in self._versions():
             return model
-        raise ApiError(
-            f"there is no model {model!r}; there are: {', '.join(['current', BASE, *known])}",
-            status=404,
-            code="model_not_found",
-        )
+        names = self.names()
+        if model not in names:
+            raise ApiError(
+                f"there is no model {model!r}; there are: {', '.join(names)}", status=404, code="model_not_found"
+            )
+        return names[model]
+
+    def names(self) -> dict[str, str]:
+        """What `model` may name, aliases last, each with the version that answers to it."""
+        known = self._versions()
+        aliases = {alias: name for alias, name in remarks.read(self._ws.root).aliases.items() if name in known}
+        return {"current": self.serving, BASE: BASE, **dict(zip(known, known, strict=True)), **aliases}
+
+    def _versions(self) -> list[str]:
+        return [version.name for version in registry.versions(self._ws)]
 
     def _glance(self) -> None:
         """Begin to load what `current` names now, unless that is under way; what it no longer names is given up."""

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Request
 
-from treering import feedback, registry
+from treering import feedback
 from treering.feedback import Feedback
 from treering.serve.answers import Shape
 from treering.serve.api import ChatRequest, CompletionRequest, EmbeddingRequest
 from treering.serve.body import plain
-from treering.serve.engine import BASE
 from treering.serve.errors import ApiError
 from treering.serve.guard import guarded, may, opened
 from treering.serve.respond import Made, answer, unless_gone
@@ -32,8 +31,7 @@ STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream
 @router.get("/models")
 async def models(server: Here) -> dict[str, Any]:
     """What `model` may name."""
-    names = [BASE, *(version.name for version in registry.versions(server.ws))]
-    data = [_model(server, "current", server.following.serving), *(_model(server, name, name) for name in names)]
+    data = [_model(server, name, version) for name, version in server.following.names().items()]
     return {"object": "list", "data": data}
 
 
