@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.training import Run, same_bits, settings
-from treering import Workspace, launch, registry
+from treering import Workspace, launch, registry, worker
 from treering.answers import Answerer
 from treering.data.example import Message
 from treering.errors import ConfigError, TreeringError, UpdateInterruptedError
@@ -365,3 +365,21 @@ def test_a_worker_that_dies_without_a_word(model_folder: Path, tmp_path: Path, m
     monkeypatch.setattr(launch, "write_file", full)  # A full disk keeps them from saying so.
     with pytest.raises(TreeringError, match=r"cannot write to .*Free some space"):
         launch._outcome(tmp_path, made.handover.config, 1)
+
+
+def test_a_worker_that_cannot_note_how_it_ended_says_so_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, _: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    def begin(_: Path) -> None:
+        raise TreeringError("cannot write to it: no space is left")
+
+    monkeypatch.setattr(worker, "write_json", full)
+    monkeypatch.setattr(worker, "wanted", begin)
+    worker.work(tmp_path)
+    said = (
+        "treering: process 1 cannot note how it ended (No space left on device): cannot write to it: no space is left"
+    )
+    assert capsys.readouterr().err.splitlines() == [said]

@@ -19,6 +19,7 @@ from pathlib import Path
 from treering.errors import TreeringError, full_disk_is_clear, short_memory_is_clear
 from treering.files import write_json
 from treering.handover import Handover
+from treering.progress import say
 from treering.stop import Stop
 
 LOG = "log.jsonl"
@@ -56,7 +57,10 @@ def work(folder: Path) -> None:
             found = asdict(_train(folder, stop))
     except TreeringError as error:
         found = {"error": str(error), "kind": type(error).__name__}
-    write_json(outcome, found)
+    try:
+        write_json(outcome, found)
+    except OSError as error:  # The disk is full to the last byte, which the update sees for itself.
+        say(f"process {rank + 1} cannot note how it ended ({error.strerror}): {found.get('error', 'it has trained')}")
 
 
 def _train(folder: Path, stop: Stop) -> Trained:
