@@ -411,6 +411,18 @@ def test_canary(cli: Runner, shop: Path) -> None:
     assert "is current" in cli.json("canary", "v2", "-w", shop, code=3)["error"]
 
 
+def test_prune(cli: Runner, shop: Path) -> None:
+    cli.text("prune", "-w", shop, code=3)
+    would = cli.json("prune", "--keep", 1, "--dry-run", "-w", shop)
+    assert list(would["pruned"]) == ["v1"] and would["kept"] == {"v2": "is current"}
+    out, _ = cli.text("prune", "--keep", 1, "-w", shop)
+    assert "v2 stays whole: it is current" in out and "v1 keeps its records alone" in out
+    assert "[pruned]" in cli.text("versions", "-w", shop)[0].splitlines()[0]
+    assert cli.json("show", "v1", "-w", shop)["pruned"]
+    assert "v1 was pruned" in cli.text("rollback", "-w", shop, code=1)[1]
+    assert "v1 was pruned" in cli.text("evaluate", "v1", "-w", shop, code=1)[1]
+
+
 def test_verify_finds_an_edited_file(cli: Runner, shop: Path) -> None:
     with (shop / "versions" / "v1" / "adapter_config.json").open("a") as file:
         file.write(" ")

@@ -18,6 +18,7 @@ from tests.test_serve_worker import Inside
 from tests.training import Counted, Run, StopAt, same_bits
 from treering import Workspace, registry
 from treering import shares as shares_module
+from treering.answers import Answerer
 from treering.config import Config
 from treering.data.example import Message
 from treering.errors import ConfigError, UpdateInterruptedError
@@ -140,7 +141,9 @@ def test_versions_are_made_and_served_on_it_and_load_on_the_whole_base(
         assert inside.text(name).strip() == generate(model, tokenizer, [asked], [12], config)[0]
 
 
-def test_scores_on_it_are_not_compared_with_scores_on_the_whole_base(workspace: Callable[..., Workspace]) -> None:
+def test_scores_on_it_are_not_compared_with_scores_on_the_whole_base(
+    workspace: Callable[..., Workspace], capsys: pytest.CaptureFixture[str]
+) -> None:
     ws = workspace(max_steps=1)
     ws.ingest(toy_rows("pens", 20), task="pens")
     first = ws.update()
@@ -154,6 +157,12 @@ def test_scores_on_it_are_not_compared_with_scores_on_the_whole_base(workspace: 
     second = ws.update()
     assert second is not None
     assert second.manifest["evaluation"] == first.manifest["evaluation"] | {"quantization_bit": 8}
+    capsys.readouterr()
+    Answerer(ws, second)
+    assert capsys.readouterr().err == ""
+    Answerer(ws, first)
+    told = capsys.readouterr().err
+    assert f"{first.name} was judged on a base model of whole weights and is loaded on one of 8 bits" in told
 
 
 def test_without_bitsandbytes_the_error_says_what_to_install(

@@ -226,6 +226,10 @@ class Config(Section):
     labels: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """The labels that a task may have, by task, for the rule `unknown-label`; a task that is not named may have any."""
 
+    keep_versions: int | None = Field(None, ge=1)
+    """After each update leave only the records of older versions (`treering prune`), all but so many; nothing keeps all
+    of them whole. Set it where updates run by themselves, so that they never fill the disk."""
+
     dedup: DedupConfig = DedupConfig()
     memory: MemoryConfig = MemoryConfig()
     distill: DistillConfig = DistillConfig()
@@ -506,7 +510,7 @@ class Config(Section):
         in: plans name the rows.
         """
         apart = {"automate", "report_to", "serve", "save_minutes", "max_loss_retries", "launcher", "accelerate_config"}
-        return self.model_dump(mode="json", exclude=apart | {"checks", "languages", "labels", "dedup"})
+        return self.model_dump(mode="json", exclude=apart | {"checks", "languages", "labels", "dedup", "keep_versions"})
 
     @classmethod
     def load(cls, path: Path, overrides: Iterable[str] = ()) -> Config:

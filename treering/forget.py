@@ -171,9 +171,12 @@ def finish(ws: Workspace) -> None:
 
 
 def untaught(ws: Workspace) -> Version | None:
-    """The last version of `current`'s line that learned no row that was deleted since; None: only the base model."""
+    """The last version of `current`'s line that learned no row that was deleted since, and still has its weights.
+
+    None: only the base model.
+    """
     line = registry.lineage(ws, registry.current(ws))
-    return next((version for version in line if not registry.unlearned(ws, version)), None)
+    return next((version for version in line if not registry.unlearned(ws, version) and not version.pruned), None)
 
 
 def _finish(ws: Workspace, stones: Tombstones, found: Found, patience: float) -> Forgotten:
@@ -187,7 +190,7 @@ def _finish(ws: Workspace, stones: Tombstones, found: Found, patience: float) ->
     with ws.changing("forget"):
         for version in registry.versions(ws):
             try:
-                redact(ws, version, stones, left)
+                redact(version, stones, left)
             except VersionError as error:
                 damaged.append(f"{version.name}: {error}")
         registry.forget_rows(ws, stones.__contains__)

@@ -30,6 +30,7 @@ from treering.data.example import Example, Message
 from treering.errors import SWITCHED_OFF, ModelError, VersionError
 from treering.extras import needed
 from treering.files import fsync_tree, sha256, write_file
+from treering.progress import say
 from treering.rendering import rendered
 
 if TYPE_CHECKING:
@@ -254,6 +255,7 @@ def load(base: Path, config: Config, version: Version | None = None) -> PreTrain
         return load_base(base, config)
     version.check()
     version.check_base(base, fingerprint(base))
+    tell_of_bits(version, config)
     if version.kind == "full":
         return load_base(version.folder, config)
     if version.kind == "adapter":
@@ -279,6 +281,17 @@ def load(base: Path, config: Config, version: Version | None = None) -> PreTrain
         known = experts.of(model)
         recall.attach(model, recall.load(version, known.router if known else None))
     return model
+
+
+def tell_of_bits(version: Version, config: Config) -> None:
+    """Say so where a version is loaded in other bits than it was judged in, for the setting was changed since."""
+    made, now = version.manifest["config"].get("quantization_bit"), config.quantization_bit
+    if version.manifest["scores"] and made != now:
+        bits = [f"{bits} bits" if bits else "whole weights" for bits in (made, now)]
+        say(
+            f"{version.name} was judged on a base model of {bits[0]} and is loaded on one of {bits[1]}, as "
+            "quantization_bit says now: it may answer otherwise than its scores tell"
+        )
 
 
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:

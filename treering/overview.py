@@ -75,6 +75,7 @@ def list_versions(ws: Workspace) -> dict[str, Any]:
             "average_accuracy": version.manifest["summary"].get("average_accuracy"),
             "forgetting": version.manifest["summary"].get("forgetting"),
             "rows": len(version.rows),
+            "pruned": version.pruned,
             **said.of(version.name),
         }
         for version in registry.readable(ws)
@@ -114,7 +115,7 @@ def compare(ws: Workspace, first: Version, second: Version) -> dict[str, Any]:
     from treering.results import read_results
 
     for version in (first, second):
-        version.check()
+        version.check_files()
     before, after = (
         {r.id: r for r in read_results(v.folder / "results.parquet")} if v.manifest["scores"] else {}
         for v in (first, second)

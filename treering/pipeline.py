@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from treering import registry, report
 from treering.errors import ModelError, UsageError, VersionError, full_disk_is_clear, short_memory_is_clear
 from treering.manifest import base_name, of_update
+from treering.progress import say
 from treering.registry import Version
 from treering.stop import stop_on_signals
 
@@ -106,6 +107,7 @@ def update(
         candidate.write(base_name(config), after, best, log)
         with stop.patient():
             version, verdict = _commit(ws, candidate, before, after, verdict, log, promote, ordered, estimate)
+            _prune(ws, config)
             status = "promoted" if verdict.promote and promote else "held"
             resumed = f"; it was resumed, and {later} newer rows wait for the next update" if later else ""
             return Outcome(status, verdict.summary + resumed, version, ingested=taken)
@@ -134,6 +136,17 @@ def _commit(
     return version, verdict
 
 
+def _prune(ws: Workspace, config: Config) -> None:
+    """Leave only the records of versions that the settings do not keep; the update is done, whatever comes of it."""
+    from treering.prune import prune
+
+    if config.keep_versions is not None:
+        try:
+            prune(ws, config.keep_versions)
+        except VersionError as error:
+            say(f"{error}; so not all older versions were pruned")
+
+
 def _check_surroundings(ws: Workspace, config: Config) -> None:
     """Raise `ConfigError` where something outside of the settings that they name is not there, before a row is read."""
     from treering import general, launch, trackers
@@ -156,6 +169,8 @@ def _nothing_to_train(ws: Workspace, plan: Plan, promote: bool) -> Outcome | Non
     clear(ws)
     was_current = any(event["version"] == tried.name for event in registry.history(ws))
     if promote and tried.promote and not was_current:  # Kept by an earlier update that was not to promote.
+        if tried.pruned:
+            return None
         with ws.changing("update"):
             registry.promote(ws, tried)
         return Outcome("promoted", tried.summary, tried)

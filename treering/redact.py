@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from treering import registry
 from treering.data.example import Example
-from treering.files import fsync_folder, fsync_tree, timestamp, write_file, write_json
-from treering.registry import MANIFEST, REPLACED, Version
+from treering.files import fsync_tree, timestamp, write_file, write_json
+from treering.registry import MANIFEST, Version
 from treering.results import BEST, PARENT_RESULTS, RESULTS, read_results, write_results
 
 if TYPE_CHECKING:
     from treering.data.tombstones import Tombstones
     from treering.workspace import Workspace
 
-_NEW = ".redacted-"
 _BY_TASK = ("rows", "held_out")
 
 
@@ -66,14 +65,13 @@ class Left:
         return found
 
 
-def redact(ws: Workspace, version: Version, stones: Tombstones, left: Left) -> bool:
+def redact(version: Version, stones: Tombstones, left: Left) -> bool:
     """Put in place of `version` one that knows nothing of deleted rows; False if it knew nothing.
 
     It appears whole: until its folder is complete the old one stays, and `registry.recover` finishes the exchange.
     Raises `VersionError` where the version was changed since it was made: hashes of today would hide that.
     """
-    new = ws.versions / f"{_NEW}{version.name}"
-    shutil.rmtree(new, ignore_errors=True)
+    new = registry.replacing(version)
     manifest = {key: value for key, value in version.manifest.items() if key not in ("files", "digest")}
     gone = {key: _gone(manifest[key], stones) for key in _BY_TASK}
     classes = left.of(version)
@@ -82,7 +80,7 @@ def redact(ws: Workspace, version: Version, stones: Tombstones, left: Left) -> b
     writes = [write for write in parts if write is not None]
     if not any(gone.values()) and not writes and not any(id in stones for id in manifest.get("aside", ())):
         return False
-    version.check()
+    version.check_files()
     shutil.copytree(version.folder, new, copy_function=os.link)
     (new / MANIFEST).unlink()
     for write in writes:
@@ -94,7 +92,7 @@ def redact(ws: Workspace, version: Version, stones: Tombstones, left: Left) -> b
     manifest["redactions"] = [*manifest.get("redactions", ()), redaction]
     fsync_tree(new)
     registry.seal(new, manifest)
-    _exchange(version, new)
+    registry.exchange(version)
     return True
 
 
@@ -189,11 +187,3 @@ def _results(folder: Path, name: str, stones: Tombstones) -> _Write | None:
         return {}
 
     return write
-
-
-def _exchange(version: Version, new: Path) -> None:
-    old = new.with_name(REPLACED + version.name)
-    version.folder.rename(old)
-    new.rename(version.folder)
-    fsync_folder(new.parent)
-    shutil.rmtree(old)

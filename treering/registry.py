@@ -49,8 +49,8 @@ PLAN = "plan.json"
 TRIED = ".staging-plan-"
 """Before the name of a folder where `treering plan` tries an update: what a crash leaves of it is never taken up."""
 
-REPLACED = ".replaced-"
-"""Before the name of a version's folder that is about to go, for another takes its place (`treering/redact.py`)."""
+REPLACED, REPLACING = ".replaced-", ".replacing-"
+"""Before the name of a version's folder that is about to go, and of the one that is to take its place (`exchange`)."""
 
 BOTTLENECK_FILES = ("bottleneck.json", "bottleneck.safetensors")
 """What a version of bottleneck adapters has (`treering/bottleneck.py`), where others have PEFT's files."""
@@ -127,6 +127,11 @@ class Version:
         return not self.promote and not self.manifest["verdict"]["judgements"]
 
     @property
+    def pruned(self) -> bool:
+        """Whether only its records are left (`treering/prune.py`)."""
+        return "pruned" in self.manifest
+
+    @property
     def adopted(self) -> bool:
         """Whether it is an adapter that was made elsewhere."""
         return self.manifest["plan"] is None
@@ -191,11 +196,20 @@ class Version:
             )
 
     def check(self) -> Version:
-        """The version itself, if every file is as it was made. Raises `VersionError` that names each that is not."""
+        """The version itself, if it is whole. Raises `VersionError` as `check_files`, and where it was pruned."""
+        self.check_files()
+        if self.pruned:
+            raise VersionError(
+                f"{self.name} was pruned ({self.manifest['pruned']}): its records are left, its weights are not; name "
+                "another version, or restore the folder from a backup"
+            )
+        return self
+
+    def check_files(self) -> None:
+        """Raise `VersionError` that names every file which is not as it was made."""
         problems = self.problems()
         if problems:
             raise VersionError("refused to load:\n  " + "\n  ".join(problems) + "\nrestore the folder from a backup")
-        return self
 
 
 def versions(ws: Workspace) -> list[Version]:
@@ -308,6 +322,22 @@ def seal(folder: Path, manifest: dict[str, Any]) -> None:
     write_json(folder / MANIFEST, {**whole, "digest": _digest(whole)})
 
 
+def replacing(version: Version) -> Path:
+    """Where a folder is made that is to take its place (`exchange`); what a crash left of one is gone."""
+    folder = version.folder.with_name(REPLACING + version.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def exchange(version: Version) -> None:
+    """Put the folder that was made, and sealed, in the place of `version`; `recover` finishes what a crash cuts off."""
+    old, new = (version.folder.with_name(prefix + version.name) for prefix in (REPLACED, REPLACING))
+    version.folder.rename(old)
+    new.rename(version.folder)
+    fsync_folder(new.parent)
+    shutil.rmtree(old)
+
+
 def staging_folder(ws: Workspace, plan: str) -> Path:
     """Where the update with the plan of that digest works; it goes once its version is committed and promoted."""
     return ws.versions / f".staging-{plan[:12]}"
@@ -333,7 +363,7 @@ def rollback(ws: Workspace, name: str | None) -> Version | None:
     is returned. Raises `UsageError` if no version is current, or if the one named never was: the gate has its say in
     `promote` alone.
     """
-    stack = _promoted(ws)
+    stack = promoted(ws)
     if not stack:
         raise UsageError(f"{ws.root} has no current version, so there is nothing to roll back")
     if name == "base" or (name is None and len(stack) == 1):
@@ -379,6 +409,8 @@ def recover(ws: Workspace) -> None:
             shutil.rmtree(replaced)
         else:
             replaced.rename(folder)
+    for unfinished in ws.versions.glob(f"{REPLACING}*"):
+        shutil.rmtree(unfinished)
     _note_highest(ws)
     events = history(ws)
     if events and not ws.consumed.exists():
@@ -490,8 +522,8 @@ def _note(line: dict[str, Any]) -> tuple[str, list[str]]:
     return name, rows
 
 
-def _promoted(ws: Workspace) -> list[str]:
-    """The promoted versions, as a stack: a rollback takes off all above its target."""
+def promoted(ws: Workspace) -> list[str]:
+    """The names of promoted versions, as a stack: a rollback takes off all above its target."""
     stack: list[str] = []
     for event in history(ws):
         name = event["version"]

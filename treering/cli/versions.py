@@ -58,7 +58,7 @@ def versions(workspace: Folder = HERE, as_json: AsJson = False) -> None:
     found = overview.list_versions(opened(workspace))
     lines = []
     for depth, v in overview.family(found["versions"], found["current"]):
-        names = [*v["aliases"], *(f"#{tag}" for tag in v["tags"])]
+        names = [*v["aliases"], *(f"#{tag}" for tag in v["tags"]), *(["pruned"] if v["pruned"] else [])]
         lines.append(
             f"{'*' if v['name'] == found['current'] else ' '} {'   ' * (depth - 1) + '└─ ' if depth else ''}"
             f"{v['name']:5} from {v['parent'] or 'base':5} {v['created']}  average {percent(v['average_accuracy'])}  "
@@ -197,6 +197,30 @@ def rollback(
     name = found.name if found else None
     after = "rows learned since are new again for `treering update`; by itself nothing learns them again"
     output({"current": name}, as_json, [f"{name or 'the base model'} serves; {after}"])
+
+
+@app.command()
+def prune(
+    keep: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="How many stay whole for being the newest; keep_versions.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and let it be.")] = False,
+    workspace: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Leave only the records of old versions: manifest, results, log and report."""
+    from treering import prune as pruning
+
+    ws = opened(workspace)
+    last = keep or ws.config().keep_versions
+    if last is None:
+        raise UsageError("say how many stay whole: --keep N, or keep_versions in treering.yaml")
+    freed = pruning.prune(ws, last, dry_run=dry_run)
+    stay = pruning.kept(ws, last)
+    lines = [f"{name} stays whole: it {why}" for name, why in stay.items()]
+    done = "would keep" if dry_run else "keeps"
+    lines += [f"{name} {done} its records alone: {size / 2**20:.1f} MB freed" for name, size in freed.items()]
+    output({"pruned": freed, "kept": stay}, as_json, lines or ["no version yet"])
 
 
 @app.command()

@@ -14,7 +14,7 @@ from treering.config import Config
 from treering.features import vectors
 from treering.methods import recall
 from treering.methods.recall import Recall, Recalled
-from treering.model import fingerprint, load, load_base
+from treering.model import fingerprint, load, load_base, tell_of_bits
 from treering.registry import Version
 from treering.router import OWN, Router
 from treering.serve.adapters import Adapter, Slots, read_adapter
@@ -194,6 +194,7 @@ class Loaded:
 
     def _read(self, name: str) -> Read:
         version = Version(name, self._versions / name).check()
+        tell_of_bits(version, self._config)
         made_from = version.manifest["base"]
         router = Router.load(version.folder) if version.has_router else None
         past = recall.load(version, router) if version.recalls else None
