@@ -411,6 +411,21 @@ def test_canary(cli: Runner, shop: Path) -> None:
     assert "is current" in cli.json("canary", "v2", "-w", shop, code=3)["error"]
 
 
+def test_the_gate_again(cli: Runner, shop: Path) -> None:
+    made = cli.json("show", "v2", "-w", shop)["verdict"]
+    found = cli.json("gate", "v2", "--dry-run", "-w", shop)
+    assert (found["version"], found["against"], found["promoted"]) == ("v2", "v1", False)
+    assert found["judgements"] == made["judgements"] and found["promote"]
+    out, _ = cli.text("gate", "v2", "gate.min_gain=1", "gate.margin=0", "--dry-run", "-w", shop, code=2)
+    assert out.startswith("v2 against v1: held: ")
+    cli.text("rollback", "-w", shop)
+    assert cli.json("gate", "v2", "-w", shop)["promoted"]
+    assert cli.json("status", "-w", shop)["current"] == "v2"
+    assert cli.json("gate", "v1", "--dry-run", "-w", shop, code=0)["against"] == "v2"
+    assert "no longer current" in cli.text("gate", "v1", "-w", shop, code=2)[0]
+    assert "not promoted" in cli.text("gate", "v2", "gate.margin=1", "-w", shop, code=3)[1]
+
+
 def test_prune(cli: Runner, shop: Path) -> None:
     cli.text("prune", "-w", shop, code=3)
     would = cli.json("prune", "--keep", 1, "--dry-run", "-w", shop)

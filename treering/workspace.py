@@ -165,14 +165,17 @@ class Workspace:
         texts = [*overrides, *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
         return pipeline.update(self, texts, promote=promote, quiet=quiet).version
 
-    def promote(self, name: str, *, force: bool = False) -> Version:
-        """Make a version current. Without `force`, one that the gate held or a trial showed worse is a `UsageError`."""
+    def promote(self, name: str, *, force: bool = False, passed: bool = False) -> Version:
+        """Make a version current. Without `force`, one that the gate held or a trial showed worse is a `UsageError`.
+
+        `passed`: by today's policy the gate does not hold it (`verdicts.judged`), whatever it said when it was made.
+        """
         from treering import figures
 
         with self.changing("promote"):
             version = registry.get(self, name)
             name = version.name
-            against = [] if version.promote else [f"{name} was held by the gate: {version.summary}"]
+            against = [] if version.promote or passed else [f"{name} was held by the gate: {version.summary}"]
             against += [f"{name} did worse when it was on trial: {words}" for words in figures.worse(self, name)]
             if registry.unlearned(self, version):
                 against.append(f"{name} has learned rows that were deleted on request since")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -126,6 +127,41 @@ def promote(
     """Make a version current."""
     name = opened(workspace).promote(version, force=force).name
     output({"current": name}, as_json, [f"{name} is current"])
+
+
+@app.command()
+def gate(
+    version: Annotated[str, typer.Argument(metavar="vN")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings of the gate to try.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say the verdict, and leave current.")] = False,
+    workspace: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a version again, by the policy as it is now, and promote it if it passes. Exit code 2: held."""
+    from treering import registry, verdicts
+
+    ws = opened(workspace)
+    found, config = registry.get(ws, version), ws.config(settings or ())
+    if settings and not dry_run:
+        raise UsageError("what passes by settings of one command is not promoted: add --dry-run, or write them down")
+    rival = verdicts.rival(ws, found)
+    verdict = verdicts.judged(ws, found, config)
+    here = registry.current(ws)
+    can = verdict.promote and not dry_run and (here is None or here.name != found.name)
+    if can and (here.name if here else None) != found.parent:
+        can, reason = False, f"held: its parent {found.parent or 'the base model'} is no longer current"
+        verdict = replace(verdict, promote=False, summary=reason)
+    if can:
+        ws.promote(found.name, passed=True)
+    against = rival.name if rival else "base"
+    result = {"version": found.name, "against": against, "promoted": can, **verdict.as_dict()}
+    lines = [f"{found.name} against {against}: {verdict.summary}"]
+    lines += [f"  {j.name}: {j.reason}" for j in verdict.judgements]
+    output(result, as_json, lines + ([f"{found.name} is current"] if can else []))
+    if not verdict.promote:
+        raise typer.Exit(2)
 
 
 @app.command()

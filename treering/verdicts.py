@@ -1,0 +1,55 @@
+"""What the gate says of a version today: by the policy as it is now, from the results that versions keep; no model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from treering import gate, registry
+from treering.data.example import Example
+from treering.errors import UsageError
+from treering.gate import Verdict
+from treering.registry import Version
+from treering.results import BEST, PARENT_RESULTS, RESULTS, Result, read_results
+
+if TYPE_CHECKING:
+    from treering.config import Config
+    from treering.workspace import Workspace
+
+
+def rival(ws: Workspace, version: Version) -> Version | None:
+    """What it is held against: the current version, or its parent where it is current itself; None: the base model."""
+    here = registry.current(ws)
+    if here is None or here.name != version.name:
+        return here
+    return registry.get(ws, version.parent) if version.parent else None
+
+
+def judged(ws: Workspace, version: Version, config: Config) -> Verdict:
+    """The verdict on `version` beside its `rival`, on the rows both were scored on.
+
+    Raises `UsageError` where it has no scores, or the two were scored in different ways.
+    """
+    other = rival(ws, version)
+    if version.manifest["evaluation"] is None:
+        raise UsageError(f"{version.name} has no scores: it is {version.summary}")
+    version.check_files()
+    before = _of(version, PARENT_RESULTS) if (other.name if other else None) == version.parent else []
+    best = list[Result]()
+    if other is not None and other.manifest["evaluation"] == version.manifest["evaluation"]:
+        other.check_files()
+        before = [*_of(other, RESULTS), *before]
+        best = _of(other, BEST if (other.folder / BEST).exists() else RESULTS)
+    if not before:
+        raise UsageError(
+            f"{version.name} and {other.name if other else 'the base model'} were not scored in the same way (settings "
+            "of eval, or their metrics, differ), so nothing can be said of them without scoring again"
+        )
+    known = registry.measured(other)
+    fresh = {id for id in registry.measured(version) if id not in known}
+    answers = {row["id"]: Example.of(row["messages"]).answer for row in ws.catalog.rows(sorted(fresh))}
+    after = _of(version, RESULTS)
+    return gate.judge(before, after, version.manifest["metrics"], fresh, config.gate, config.seed, answers, best)
+
+
+def _of(version: Version, name: str) -> list[Result]:
+    return read_results(version.folder / name)
