@@ -144,6 +144,17 @@ def test_a_long_text_that_many_rows_share(tmp_path: Path, name: str, nested: boo
     assert told == [f"{row} ok" for row in range(1, table.num_rows + 1)] and megabytes < 400
 
 
+def test_lists_that_many_rows_share(tmp_path: Path) -> None:
+    """A list view may name the same elements as another."""
+    turns = pa.StructArray.from_arrays(
+        [pa.array(["user", "assistant"]), pa.array(["x" * 1_500_000, "a"])], ["role", "content"]
+    )
+    views = pa.ListViewArray.from_arrays([0] * 1024, [2] * 1024, turns)
+    write_table(pa.table({"messages": views}), tmp_path / "a.arrow")
+    told, megabytes = reading(tmp_path / "a.arrow")
+    assert told == [f"{row} ok" for row in range(1, 1025)] and megabytes < 400
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 def test_a_row_in_which_a_long_text_stands_often(tmp_path: Path, name: str) -> None:
     asked = pa.ListArray.from_arrays(pa.array([0, 1, 2048], pa.int32()), shared(2048))

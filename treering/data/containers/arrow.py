@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from treering.data.containers import Found, Source
+from treering.data.containers.sizes import written_out
 from treering.data.values import RowError
 
 if TYPE_CHECKING:
@@ -95,35 +96,15 @@ def _dictionaries(groups: Sequence[pq.RowGroupMetaData]) -> list[str]:
 def _parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     """As few rows together as are no more than `_ROWS`, with no more than `_BYTES`."""
     rows = batch.num_rows
-    if rows <= 1 or (rows <= _ROWS and _written_out(batch.to_struct_array()) <= _BYTES):
+    if rows <= 1 or (rows <= _ROWS and written_out(batch.to_struct_array()) <= _BYTES):
         yield batch
         return
     for half in (batch.slice(0, rows // 2), batch.slice(rows // 2)):
         yield from _parts(half)
 
 
-def _written_out(array: pa.Array) -> int:
-    """The bytes of all values, of which what many of them share counts for each, with their places in lists."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    kind, places = array.type, 8 * len(array)
-    if pa.types.is_struct(kind):
-        return places + sum(_written_out(array.field(at)) for at in range(kind.num_fields))
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return places + _written_out(array.flatten())
-    if pa.types.is_dictionary(kind):
-        texts = array.dictionary
-        if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
-            return places + len(array) * int(texts.nbytes)
-        return places + (pc.sum(pc.take(pc.binary_length(texts), array.indices)).as_py() or 0)
-    if pa.types.is_run_end_encoded(kind):
-        return places + len(array) * int(array.values.nbytes)
-    return places + int(array.nbytes)
-
-
 def _batch(batch: pa.RecordBatch, before: int) -> list[Found]:
-    if batch.num_rows == 1 and (size := _written_out(batch.to_struct_array())) > _BYTES:
+    if batch.num_rows == 1 and (size := written_out(batch.to_struct_array())) > _BYTES:
         reason = f"the row has {size:,} bytes written out, more than {_BYTES:,}; split it"
         return [Found(before + 1, None, "", RowError("too-large", reason))]
     try:
