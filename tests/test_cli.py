@@ -641,3 +641,5 @@ def test_memory_that_runs_out_is_told(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr("treering.cli.app", none)
     assert run(["status"]) == 1
     assert "treering: out of memory (nothing works). Set optim: adamw_8bit" in capsys.readouterr().err
+    assert run(["ingest", "a.jsonl"]) == 1
+    assert "treering: out of memory (nothing works). Name fewer or smaller files" in capsys.readouterr().err

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from treering import Workspace
 from treering.cli import run
 from treering.data import quarantine
+from treering.data.schema import rows as stored_rows
 from treering.errors import UsageError
 
 MakeWorkspace = Callable[..., Workspace]
@@ -165,6 +168,9 @@ def test_a_correction_stays_when_its_file_grows(workspace: MakeWorkspace) -> Non
     found = ws.ingest()
     assert (found.accepted, found.restored, found.superseded) == (1, 0, 0)
     assert sides(ws) == {f"{said} yes": "train" for said in ("other", "unrelated")} | {"How much? seven": "train"}
+    os.utime(file, (0, 0))
+    file = file.rename(file.with_name("renamed.jsonl"))
+    assert ws.ingest().accepted == 0
     assert ws.forget(where=f"file={file}").rows == 5  # Two broken or no longer true.
     assert sides(ws) == {}
 
@@ -192,6 +198,46 @@ def test_rows_held_by_the_gate_are_taken_back_one_by_one(ws: Workspace) -> None:
         assert entry["messages"][-1]["content"]
         assert quarantine.release(ws, [entry["number"]]).accepted == 1
     assert sides(ws) == before and not quarantine.listed(ws, "held-by-gate")
+
+
+@pytest.mark.parametrize("released", [True, False], ids=["released", "its file named"])
+def test_rows_taken_back_are_judged_beside_what_came_since(
+    workspace: MakeWorkspace, tmp_path: Path, released: bool
+) -> None:
+    ws = workspace(val_size=0.0)
+    said = {f"what does the {thing} cost today?": thing for thing in ("cup", "pen", "hat", "bag")}
+    file, held_out = tmp_path / "a.jsonl", tmp_path / "h.jsonl"
+    file.write_text("".join(json.dumps(row(asked, f"see {thing}")) + "\n" for asked, thing in said.items()))
+    held_out.write_text(json.dumps(row("and the mug?", "eight")) + "\n")
+    ws.ingest(file, task="t", held_out=held_out)
+    with ws.catalog.writing() as writer:
+        writer.set_aside([id for ids in ws.catalog.waiting(()).values() for id in ids], "worse")
+        writer.db.execute(stored_rows.update().values(given=False))
+        writer.set_aside([id for ids in ws.catalog.held_out().values() for id in ids], "worse")
+    assert [entry["split"] for entry in quarantine.listed(ws)] == ["train"] * 4 + ["held_out"]
+    ws.ingest([], task="t", held_out=[row("What does the CUP cost today?", "see cup")])
+    ws.ingest([row("what does the pen cost today?", "five"), row("What does the HAT cost today?", "see hat")], task="t")
+    if released:
+        taken = 0
+        for entry in quarantine.listed(ws):
+            with (
+                nullcontext()
+                if entry["line"] != 1 or entry["split"] == "held_out"
+                else pytest.raises(UsageError, match="is held out and says nearly the same")
+            ):
+                taken += quarantine.release(ws, [entry["number"]]).accepted
+    else:
+        found = ws.ingest(file, task="t", held_out=held_out)
+        taken = found.accepted
+        assert (found.rows, found.duplicates, found.reasons) == (5, 1, {"leakage": 1})
+    assert taken == 3
+    assert sides(ws) == {
+        "What does the CUP cost today? see cup": "held_out",
+        "what does the pen cost today? see pen": "train",
+        "What does the HAT cost today? see hat": "train",
+        "what does the bag cost today? see bag": "train",
+        "and the mug? eight": "held_out",
+    }
 
 
 def test_the_commands(ws: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,9 @@ __all__ = ["app", "main", "run"]
 
 INTERRUPTED = 130  # What typer makes of Ctrl-C, as shells do.
 
+_ABOUT_ROWS = ("ingest", "data", "quarantine", "forget")
+"""Commands that load no model."""
+
 
 def main() -> None:
     """Run the command line.
@@ -30,7 +33,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command; returns its exit code."""
-    from treering.errors import LESS_TO_LEARN, TreeringError, first_line, ran_out_of_memory
+    from treering.errors import LESS_TO_LEARN, LESS_TO_TAKE, TreeringError, first_line, ran_out_of_memory
 
     as_json = "--json" in arguments
     try:
@@ -44,7 +47,8 @@ def run(arguments: list[str]) -> int:
         return _fail(str(error), 1, as_json)
     except Exception as error:
         if ran_out_of_memory(error):
-            return _fail(f"out of memory ({first_line(error)}). {LESS_TO_LEARN}", 1, as_json)
+            way_out = LESS_TO_TAKE if arguments[0] in _ABOUT_ROWS else LESS_TO_LEARN
+            return _fail(f"out of memory ({first_line(error)}). {way_out}", 1, as_json)
         # Typer's own usage errors carry a way to print themselves; anything else is a bug to see whole.
         if not hasattr(error, "format_message"):
             raise

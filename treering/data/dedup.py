@@ -25,6 +25,7 @@ LEAKAGE, TRAINED = "leakage", "held-out-was-trained"
 
 class Judge:
     """Judges the rows of one ingest, batch by batch; `released`: as said just now, whatever file they are of.
+    `takes_back`: rows that a hold set aside come in again, and are compared with what came since.
 
     `trained` are the ids that a version has learned, `judged` those that one was judged by: where a catalog was lost,
     such rows come in as new, and all of them are kept on their side, for the versions need them. What is kept has to be
@@ -38,8 +39,10 @@ class Judge:
         trained: Set[str],
         judged: Set[str] = frozenset(),
         released: bool = False,
+        takes_back: bool = False,
     ) -> None:
         self.writer, self.config, self.trained, self.judged = writer, config, trained, judged
+        self.takes_back = takes_back
         self.needed = trained | judged
         self.threshold = config.dedup.threshold
         names, upto = writer.runs()
@@ -65,10 +68,13 @@ class Judge:
         """What becomes of these rows of one task, in their order."""
         known: dict[str, Known] = self.writer.known([fit.row.example.id for fit in fits])
         anew = self.disputes.said_anew(fits, known)
+        aside = [id for id, where in known.items() if where == "aside"] if self.takes_back and split == "train" else []
+        back = {row.example.id: row for row in self.writer.aside(aside)}
         found, new = list[Judged](), list[Judged]()
         for place, fit in enumerate(fits):
             row, id = fit.row, fit.row.example.id
-            was = anew.get(place) if known.get(id) == "superseded" else None
+            where = known.get(id)
+            was = anew.get(place) if where == "superseded" else back.get(id) if where == "aside" else None
             if was:
                 del known[id]
             one = Judged(row, fate(id, split, known, self.trained), was=was)
@@ -80,7 +86,7 @@ class Judge:
                 side: Split = "held_out" if held_out else split
                 own = given or (was is not None and was.given)
                 one.stored = Stored(self.last, row.example, fit.said, task, side, own, row.file, row.line)
-                self.restored |= {self.last} if was else set()
+                self.restored |= {self.last} if where == "superseded" else set()
                 new.append(one)
             elif one.fate == "to_held_out":
                 number = self.writer.number(id)

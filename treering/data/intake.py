@@ -138,10 +138,11 @@ def ingest(
     return replace(found, notices=notes + found.notices)
 
 
-def retake(ws: Workspace, rows: Sequence[tuple[int, str, Split, Row]], *, checked: bool) -> Ingested:
+def retake(ws: Workspace, rows: Sequence[tuple[int | None, str, Split, Row]], *, checked: bool) -> Ingested:
     """Take rows out of quarantine and in: each with its number there, its task and side, and what it is now.
 
-    They are newer than all that is stored. Raises `UsageError`, and changes nothing, where one is refused.
+    One that a hold set aside has no number: it leaves quarantine once it is taken back, on the side it was on. All are
+    newer than what is stored. Raises `UsageError`, and changes nothing, where one is refused.
     """
     config = ws.config()
     newest = config.dedup.model_copy(update={"contradictions": "supersede"})
@@ -151,7 +152,8 @@ def retake(ws: Workspace, rows: Sequence[tuple[int, str, Split, Row]], *, checke
     with ws.catalog.writing() as writer:
         intake = _Intake(ws, writer, config, checks, named=True, released=True)
         for number, *_ in rows:
-            writer.drop_refused(number)
+            if number is not None:
+                writer.drop_refused(number)
         for (task, split), same in groupby(rows, key=lambda row: row[1:3]):
             own = [row for *_, row in same]
             intake.take(_Batch(own[0].file, task, split, partial(fit, own, task=task), None))
@@ -175,9 +177,9 @@ class _Intake:
         versions = registry.readable(ws)
         trained = {id for version in versions for id in version.rows}
         judged = {id for version in versions for id in registry.measured(version)}
-        self.writer, self.checks, self.named, self.stones = writer, checks, named, Tombstones(ws.root)
+        self.writer, self.checks, self.stones = writer, checks, Tombstones(ws.root)
         self.mended_anyway = checks.mending(config, ws.root, self.stones.personal) if self.stones else None
-        self.judge, self.share = Judge(writer, config, trained, judged, released), config.val_size
+        self.judge, self.share = Judge(writer, config, trained, judged, released, named), config.val_size
         self.counts: Counter[str] = Counter()
         self.tasks: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
@@ -328,9 +330,10 @@ class _Intake:
         for row in replaced.values():
             self.replaced.setdefault((row.task, task), Counter())[row.split] += 1
         for was in [one.was for one in judged if one.is_kept and one.was]:
+            was_aside = self.writer.take_back(was.example.id) is not None
             self.writer.delete(was)
             self.judge.let_go(was)
-            self.counts["restored"] += 1
+            self.counts["restored"] += not was_aside
 
     def _take_out(self, row: Stored, rule: str, reason: str) -> None:
         bad = refused(Row(row.file, row.line, row.example), rule, reason)
@@ -355,12 +358,8 @@ class _Intake:
 
     def _meet_again(self, one: Judged, task: str) -> None:
         """A row that is there already."""
-        id = one.row.example.id
-        if one.fate == "aside" and self.named:
-            self.counts["held_out"] += self.writer.take_back(id) == "held_out"
-            self.tasks[task] += 1
-        elif one.fate == "to_held_out":
-            self.judge.move(one.row.example, self.writer.hold_out(id, task), task)
+        if one.fate == "to_held_out":
+            self.judge.move(one.row.example, self.writer.hold_out(one.row.example.id, task), task)
             self.counts["held_out"] += 1
             self.tasks[task] += 1
         else:

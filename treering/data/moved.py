@@ -12,6 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from treering.data.read import CORRECTED
 from treering.data.schema import duplicates, files, meta, quarantine, rows
 from treering.files import printable
 
@@ -50,7 +51,8 @@ def renamed(db: sa.Connection, name: str, sha256: str) -> None:
     for old in known:
         if not os.path.exists(old) and _is_older(name, db.execute(_last_added(old)).scalar()):
             for column in (files.c.path, *_NAMES):
-                db.execute(sa.update(column.table).where(column == old).values({column.key: name}))
+                for what in ("", CORRECTED):  # Rows of it that were corrected since.
+                    db.execute(sa.update(column.table).where(column == old + what).values({column.key: name + what}))
             return
 
 

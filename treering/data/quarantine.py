@@ -14,7 +14,7 @@ from treering.data.export import QUARANTINED, noted
 from treering.data.intake import DELETED, Ingested, retake
 from treering.data.read import CORRECTED, Row, RowError, convert
 from treering.data.rules import ALL
-from treering.data.writer import HELD
+from treering.data.writer import HELD, Split
 from treering.errors import UsageError
 
 if TYPE_CHECKING:
@@ -70,8 +70,14 @@ def release(ws: Workspace, numbers: Sequence[int]) -> Ingested:
             raise UsageError(f"row {number} was refused by {rule}: {_FINAL[rule]}; correct it with `quarantine fix`")
         if entry["messages"] is None:
             raise UsageError(f"row {number} could not be read ({rule}); correct it with `quarantine fix`")
-    rows = [(e["number"], e["task"], e["split"], Row(e["file"], e["line"], Example.of(e["messages"]))) for e in entries]
-    return retake(ws, rows, checked=False)
+    return retake(ws, [_released(entry) for entry in entries], checked=False)
+
+
+def _released(entry: Mapping[str, Any]) -> tuple[int | None, str, Split, Row]:
+    row = Row(entry["file"], entry["line"], Example.of(entry["messages"]))
+    if entry["rule"] == HELD:
+        return None, entry["task"], "train", row
+    return entry["number"], entry["task"], entry["split"], row
 
 
 def fix(ws: Workspace, number: int, record: Mapping[str, Any]) -> Ingested:

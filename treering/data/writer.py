@@ -123,6 +123,10 @@ class Writer:
         """Those of these rows that are no longer true, each on the side it was on."""
         return [row for part in _parts(ids) for row in self._stored(_rows.c.id.in_(part), before=SUPERSEDED)]
 
+    def aside(self, ids: Sequence[str]) -> list[Stored]:
+        """Those of these rows that were set aside, each on the side it was on."""
+        return [row for part in _parts(ids) for row in self._stored(_rows.c.id.in_(part), before=ASIDE)]
+
     def _stored(self, which: sa.ColumnElement[bool], most: int | None = None, before: str = "") -> list[Stored]:
         """`before`: what stands before the split."""
         sides = (f"{before}train", f"{before}held_out")
@@ -225,10 +229,10 @@ class Writer:
         moved = 0
         for part in _parts(ids):
             here = sa.and_(_rows.c.id.in_(part), sa.not_(_rows.c.given), _rows.c.split.in_(("train", "held_out")))
-            query = sa.select(_rows.c.task, _rows.c.file, _rows.c.line, _rows.c.messages).where(here)
+            query = sa.select(_rows.c.task, _rows.c.file, _rows.c.line, _rows.c.messages, _rows.c.split).where(here)
             for row in self.db.execute(query.order_by(_rows.c.seq)).all():
                 raw, content = row.messages[:RAW_LENGTH], Example.of(json.loads(row.messages))
-                self.refuse(row.task, [Bad(row.file, row.line, HELD, reason, raw, content)])
+                self.refuse(row.task, [Bad(row.file, row.line, HELD, reason, raw, content)], row.split)
                 moved += 1
             self.db.execute(_rows.update().where(here).values(split=ASIDE + _rows.c.split))
         return moved
