@@ -77,8 +77,6 @@ LESS_TO_LEARN = (
     f"again; {RESUMES}"
 )
 LESS_TO_TAKE = "Name fewer or smaller files at once, or free some memory, and run the command again; nothing changed"
-    "Name fewer or smaller files at once, or free some memory, and run the command again; nothing was changed"
-)
 """The ways out where memory runs out: of those who read, of those who learn as well, and of those who take rows in."""
 
 
