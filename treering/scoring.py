@@ -176,7 +176,7 @@ def _asked(name: str, metric: Callable[..., Any], row: Example, prediction: str)
     """What the user's metric says: it gets the row's messages, the right answer last, and the text to be scored."""
     try:
         score = float(metric(row.as_dicts(), prediction))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         said = f"eval.metrics: {name} failed ({error!r}) on the answer {prediction[:200]!r}; correct it"
         raise ConfigError(said) from error
     if not 0 <= score <= 1:

@@ -142,6 +142,6 @@ def _asked(name: str, rule: Callable[[Any], str | None], row: Example, _: Around
     """What the user's rule `name` says: it gets the messages as dictionaries, and returns a reason or None."""
     try:
         reason = rule(row.as_dicts())
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Finding(f"the rule failed on it ({error!r}); correct {name}")
     return Finding(str(reason)) if reason else None
