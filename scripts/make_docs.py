@@ -102,6 +102,8 @@ def _kinds(annotation: Any) -> Iterator[str]:
         yield "a list of texts"
     elif origin is dict:
         yield f"{' or '.join(_kinds(arguments[1]))} by name"
+    elif _is_section(annotation):
+        yield f"settings ({', '.join(f'`{key}`' for key in annotation.model_fields)})"
     else:
         yield TYPES[annotation]
 

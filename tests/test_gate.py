@@ -342,6 +342,32 @@ def test_a_task_that_is_as_its_parent_has_it_is_judged_once() -> None:
     assert not [j.name for j in few.judgements if "best" in j.name]
 
 
+def test_a_task_may_have_limits_of_its_own() -> None:
+    was, now = (
+        {"pens": scores(ENOUGH, 0), "cups": scores(ENOUGH, 0)},
+        {"pens": scores(350, 50), "cups": scores(350, 50)},
+    )
+    loose = {"cups": {"margin": 0.3}}
+    verdict = old(was, now, GateConfig.model_validate({"tasks": loose}))
+    assert not verdict.promote and named(verdict, "cups").passed and not named(verdict, "pens").passed
+    assert old(was, now, GateConfig.model_validate({"tasks": {**loose, "pens": {"margin": 0.2}}})).promote
+    low = GateConfig.model_validate({"margin": 0.2, "tasks": {"pens": {"min_score": 0.9}}})
+    assert "pens: 87.5 points are below gate.min_score, 90.0 points" in old(was, now, low).summary
+    assert old(was, now, GateConfig(margin=0.2, min_score=0.8)).promote
+    at_best = GateConfig.model_validate({"margin": 0.05, "tasks": {"pens": {"margin": 0.2}}})
+    assert (at_best.of("pens").best_margin, at_best.of("cups").best_margin) == (0.4, 0.1)
+
+
+def test_rows_that_were_right_may_be_limited() -> None:
+    was, now = {"pens": scores(200, 200)}, {"pens": [*scores(0, 8), *scores(392, 0)]}
+    assert old(was, now).promote
+    assert old(was, now, GateConfig(negative_flips=0.02)).promote
+    verdict = old(was, now, GateConfig(negative_flips=0.01))
+    assert verdict.summary.startswith(
+        "held: negative flips: 8 of 400 rows were right and are wrong now, 2.0%; the limit is 1.0%"
+    )
+
+
 TRIALS = 300
 """With which a rate of 5% is seen as more than 9% in one of a thousand."""
 

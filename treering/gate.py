@@ -18,7 +18,7 @@ than the most frequent label alone, and than the same answers dealt out to other
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import Any, Literal
@@ -88,11 +88,11 @@ def judge(
     """
     pairs = _pairs(before, after)
     old_pairs = {task: [p for p in pairs if p[1].task == task and p[1].id not in fresh] for task in old}
-    judgements = _old_tasks(old_pairs, "", config.margin, config, seed)
+    judgements = _old_tasks(old_pairs, "", lambda own: own, config, seed)
     changed = {now.task for was, now in _pairs(best, before) if was.score != now.score and now.id not in fresh}
     best_pairs = {task: [p for p in _pairs(best, after) if p[1].task == task] for task in old_pairs if task in changed}
-    margin = 2 * config.margin if config.best_margin is None else config.best_margin
-    judgements += _old_tasks(best_pairs, " at its best", margin, config, seed)
+    judgements += _old_tasks(best_pairs, " at its best", _at_best, config, seed)
+    judgements += _flips([p for found in old_pairs.values() for p in found], config)
     new_pairs = [p for p in pairs if p[1].id in fresh]
     fits = []
     for task, found in old_pairs.items():
@@ -157,15 +157,41 @@ def held_for(reason: str) -> Verdict:
 
 
 def _old_tasks(
-    pairs: Mapping[str, Sequence[tuple[Result, Result]]], how: str, margin: float, config: GateConfig, seed: int
+    pairs: Mapping[str, Sequence[tuple[Result, Result]]],
+    how: str,
+    limits: Callable[[GateConfig], GateConfig],
+    config: GateConfig,
+    seed: int,
 ) -> list[Judgement]:
-    """Each old task that has `pairs`, and all together where one has too few; `how` ends their names."""
-    config = config.model_copy(update={"margin": margin})
-    judgements = [_old_task(f"{task}{how}", found, config, seed) for task, found in pairs.items() if found]
+    """Each old task that has `pairs`, and all together where one has too few; `how` ends their names.
+
+    `limits` makes those that it is judged by of what the settings say of a task.
+    """
+    judgements = [
+        _old_task(f"{task}{how}", found, limits(config.of(task)), seed) for task, found in pairs.items() if found
+    ]
     if any(j.rows < j.rows_needed for j in judgements):
         every = [pair for found in pairs.values() for pair in found]
-        judgements.append(_pool(f"old tasks together{how}", every, config, seed))
+        judgements.append(_pool(f"old tasks together{how}", every, limits(config.of("")), seed))
     return judgements
+
+
+def _at_best(config: GateConfig) -> GateConfig:
+    return config.model_copy(update={"margin": config.best_margin})
+
+
+def _flips(pairs: Sequence[tuple[Result, Result]], config: GateConfig) -> list[Judgement]:
+    """Where a limit is set and there are old rows."""
+    if config.negative_flips is None or not pairs:
+        return []
+    lost = sum(before.score == 1 and after.score < 1 for before, after in pairs)
+    share = lost / len(pairs)
+    reason = f"{lost} of {len(pairs)} rows were right and are wrong now, {100 * share:.1f}%"
+    passed = share <= config.negative_flips
+    if not passed:
+        reason += f"; the limit is {100 * config.negative_flips:.1f}%"
+    found = {"before": None, "after": None, "lower": 0.0, "upper": 0.0, "rows": len(pairs), "rows_needed": 0}
+    return [_judgement("negative flips", "old", found, passed, reason)]
 
 
 def _old_task(task: str, pairs: Sequence[tuple[Result, Result]], config: GateConfig, seed: int) -> Judgement:
@@ -173,8 +199,11 @@ def _old_task(task: str, pairs: Sequence[tuple[Result, Result]], config: GateCon
     worse = found["upper"] < 0 and -found["change"] > config.margin
     collapsed = -found["change"] > config.floor
     enough = found["rows"] >= found["rows_needed"]
-    passed = not (worse or collapsed) and (found["lower"] >= -config.margin or not enough)
-    if collapsed:
+    low = config.min_score is not None and found["after"] < config.min_score
+    passed = not (worse or collapsed or low) and (found["lower"] >= -config.margin or not enough)
+    if low:
+        reason = f"{_points(found['after'])} are below gate.min_score, {_points(config.min_score or 0)}"
+    elif collapsed:
         reason = f"fell by {_points(-found['change'])}, more than the floor of {_points(config.floor)}"
     elif worse or not passed:
         reason = (

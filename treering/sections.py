@@ -241,6 +241,15 @@ class MergeConfig(Section):
     """What the newest update counts beside all before it together; `auto`: 1 / updates, so that each counts alike."""
 
 
+class TaskGate(Section):
+    """What one task asks for; what is not set is as for all tasks."""
+
+    margin: float | None = Field(None, ge=0, le=1)
+    best_margin: float | None = Field(None, ge=0, le=1)
+    floor: float | None = Field(None, ge=0, le=1)
+    min_score: float | None = Field(None, ge=0, le=1)
+
+
 class GateConfig(Section):
     """When a candidate may become current."""
 
@@ -254,6 +263,15 @@ class GateConfig(Section):
     floor: float = Field(0.25, ge=0, le=1)
     """A drop on any old task above this holds the candidate, however few rows the task has."""
 
+    min_score: float | None = Field(None, ge=0, le=1)
+    """Lowest score that a candidate may have on an old task, whatever it was before."""
+
+    negative_flips: float | None = Field(None, ge=0, le=1)
+    """Largest share of the old rows that may be right before and wrong after, though others come right."""
+
+    tasks: dict[str, TaskGate] = Field(default_factory=dict)
+    """Limits of single tasks, where they are others."""
+
     min_gain: float = Field(0.0, ge=0, le=1)
     """Smallest gain of score on the new held-out rows."""
 
@@ -262,6 +280,13 @@ class GateConfig(Section):
 
     resamples: int = Field(2000, ge=100)
     """Bootstrap resamples."""
+
+    def of(self, task: str) -> GateConfig:
+        """The limits of that task; `best_margin` is twice the `margin` where neither says it."""
+        own = self.tasks[task].model_dump(exclude_none=True) if task in self.tasks else {}
+        found = self.model_copy(update=own)
+        margin = 2 * found.margin if found.best_margin is None else found.best_margin
+        return found.model_copy(update={"best_margin": min(1.0, margin)})
 
 
 class EvalConfig(Section):
