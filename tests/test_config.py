@@ -97,6 +97,8 @@ def test_all_mistakes_are_told_at_once_with_near_names() -> None:
         ),
         ({"memory": 3}, "memory: .*memory.size.*got 3"),
         ({"gate": {"confidence": 0.5}}, "gate.confidence: .*0.5"),
+        ({"gate": {"tasks": {"pens": {"margins": 1}}}}, "gate.tasks.pens.margins: unknown .*did you mean 'margin'"),
+        ({"gate": {"tasks": {"pens": {"floor": 2}}}}, r"gate.tasks.pens.floor: .*\(got 2\)"),
         ({"distill": {"top_k": 17}}, "distill.top_k: .*16.*got 17"),
         ({1: 2}, "1: "),
     ],

@@ -6,8 +6,9 @@ Keys that LLaMA-Factory also has carry its names.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -598,10 +599,20 @@ def _place(loc: tuple[Any, ...]) -> tuple[str, type[Section]]:
     """The setting's name without what pydantic adds for the kinds of value it tried, and the group it is (in)."""
     group: type[Section] = Config
     names: list[str] = []
-    for part in loc:
+    parts = iter(loc)
+    for part in parts:
         names.append(str(part))
         field = group.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+        kind = field.annotation if field else None
+        of_name = get_args(kind)[1] if get_origin(kind) is dict else None
+        if _is_section(of_name):  # Groups by a name that the user gives.
+            names += [str(name) for name in islice(parts, 1)]
+            kind = of_name
+        if not _is_section(kind):
             break
-        group = field.annotation
+        group = kind
     return ".".join(names), group
+
+
+def _is_section(kind: Any) -> TypeGuard[type[Section]]:
+    return isinstance(kind, type) and issubclass(kind, Section)
