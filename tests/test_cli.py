@@ -411,6 +411,22 @@ def test_canary(cli: Runner, shop: Path) -> None:
     assert "is current" in cli.json("canary", "v2", "-w", shop, code=3)["error"]
 
 
+def test_rollback_with_its_rows(cli: Runner, shop: Path) -> None:
+    before = cli.json("status", "-w", shop)
+    learned = sum(map(len, cli.json("show", "v2", "-w", shop)["rows"].values()))
+    out, _ = cli.text("rollback", "--quarantine-data", "-w", shop)
+    assert out.startswith("v1 serves; rows learned since are in quarantine")
+    after = cli.json("status", "-w", shop)
+    assert after["waiting"] == before["waiting"] and after["rolled_back"] == {}
+    listed = cli.json("quarantine", "list", "-w", shop)["rows"]
+    assert {entry["reason"] for entry in listed} == {"v2, which learned it, was rolled back"}
+    held_out = [entry["number"] for entry in listed if entry["split"] == "held_out"]
+    assert len(listed) - len(held_out) == learned and held_out
+    numbers = [str(entry["number"]) for entry in listed]
+    assert cli.json("quarantine", "release", *numbers, "-w", shop)["accepted"] == len(numbers)
+    assert cli.json("status", "-w", shop)["rows"] == before["rows"]
+
+
 def test_the_gate_again(cli: Runner, shop: Path) -> None:
     made = cli.json("show", "v2", "-w", shop)["verdict"]
     found = cli.json("gate", "v2", "--dry-run", "-w", shop)

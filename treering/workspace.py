@@ -184,10 +184,20 @@ class Workspace:
             registry.promote(self, version, forced=bool(against))
             return version
 
-    def rollback(self, name: str | None = None) -> Version | None:
-        """Go back to the version promoted before the current one, or to the one named; None: the base model serves."""
+    def rollback(self, name: str | None = None, *, quarantine_data: bool = False) -> Version | None:
+        """Go back to the version promoted before the current one, or to the one named; None: the base model serves.
+
+        With `quarantine_data` the rows that only versions since have learned, or were judged by, go to quarantine, but
+        for held-out rows of the user's own; else they are new again.
+        """
         with self.changing("rollback"):
-            return registry.rollback(self, name)
+            before, after = registry.current(self), registry.rollback(self, name)
+        if quarantine_data and before is not None:
+            learned, judged = registry.consumed(self, before), registry.measured(before)
+            rows = (learned - registry.consumed(self, after)) | (judged - registry.measured(after))
+            with self.catalog.writing() as writer:
+                writer.set_aside(sorted(rows), f"{before.name}, which learned it, was rolled back")
+        return after
 
     @contextmanager
     def changing(self, command: str) -> Iterator[None]:

@@ -225,13 +225,18 @@ def note(
 @app.command()
 def rollback(
     version: Annotated[str | None, typer.Argument(metavar="[vN]")] = None,
+    quarantine_data: Annotated[
+        bool, typer.Option("--quarantine-data", help="Put the rows learned since into quarantine.")
+    ] = False,
     workspace: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Go back to the version promoted before, or to the one named."""
-    found = opened(workspace).rollback(version)
+    found = opened(workspace).rollback(version, quarantine_data=quarantine_data)
     name = found.name if found else None
     after = "rows learned since are new again for `treering update`; by itself nothing learns them again"
+    if quarantine_data:
+        after = "rows learned since are in quarantine; `treering quarantine release` takes them back"
     output({"current": name}, as_json, [f"{name or 'the base model'} serves; {after}"])
 
 
