@@ -90,7 +90,8 @@ def judge(
     old_pairs = {task: [p for p in pairs if p[1].task == task and p[1].id not in fresh] for task in old}
     judgements = _old_tasks(old_pairs, "", lambda own: own, config, seed)
     changed = {now.task for was, now in _pairs(best, before) if was.score != now.score and now.id not in fresh}
-    best_pairs = {task: [p for p in _pairs(best, after) if p[1].task == task] for task in old_pairs if task in changed}
+    at_best = _pairs(best, after)
+    best_pairs = {task: [p for p in at_best if p[1].task == task] for task in old_pairs if task in changed}
     judgements += _old_tasks(best_pairs, " at its best", _at_best, config, seed)
     judgements += _flips([p for found in old_pairs.values() for p in found], config)
     new_pairs = [p for p in pairs if p[1].id in fresh]

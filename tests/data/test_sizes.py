@@ -54,3 +54,11 @@ def test_no_less_than_there_is(name: str, part: slice) -> None:
     assert there <= found
     if name in EXACT:
         assert found <= 1.1 * there + 300 * len(array)
+
+
+@pytest.mark.parametrize("values", [name for name in EXACT if name != "no texts"])
+def test_what_is_behind_a_view(values: str) -> None:
+    """Whatever type the shared elements have."""
+    inner = EXACT[values]
+    views = pa.ListViewArray.from_arrays([0, 1], [len(inner), len(inner) - 1], inner)
+    assert texts(views.to_pylist()) <= written_out(views)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Annotated
 
@@ -256,7 +257,8 @@ def prune(
     last = keep or ws.config().keep_versions
     if last is None:
         raise UsageError("say how many stay whole: --keep N, or keep_versions in treering.yaml")
-    freed = pruning.prune(ws, last, dry_run=dry_run)
+    with nullcontext() if dry_run else ws.lock("prune", "update"):  # An update may link to what its parent has.
+        freed = pruning.prune(ws, last, dry_run=dry_run)
     stay = pruning.kept(ws, last)
     lines = [f"{name} stays whole: it {why}" for name, why in stay.items()]
     done = "would keep" if dry_run else "keeps"

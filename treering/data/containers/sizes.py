@@ -43,16 +43,20 @@ def _most(array: pa.Array, count: int) -> int:
     import pyarrow.compute as pc
 
     kind = array.type
-    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
-        return _most(array.values, count * (pc.max(pc.list_value_length(array)).as_py() or 0))
+    if pa.types.is_union(kind) or pa.types.is_struct(kind):
+        return count * _PLACE + sum(_most(array.field(at), count) for at in range(kind.num_fields))
     if pa.types.is_dictionary(kind):
         return _most(array.dictionary, count)
     if pa.types.is_run_end_encoded(kind):
         return _most(array.values, count)
-    if pa.types.is_union(kind):
-        return sum(_most(array.field(at), count) for at in range(kind.num_fields))
-    if pa.types.is_nested(kind) or isinstance(array, pa.ExtensionArray):
-        return count * max((written_out(array[at : at + 1]) for at in range(len(array))), default=0)
+    if isinstance(array, pa.ExtensionArray):
+        return _most(array.storage, count)
+    if pa.types.is_map(kind):
+        longest = int(np.diff(array.offsets.to_numpy()).max(initial=0))
+        return count * _PLACE + sum(_most(part, count * longest) for part in (array.keys, array.items))
+    if pa.types.is_nested(kind):  # Lists and views of them.
+        longest = pc.max(pc.list_value_length(array)).as_py() or 0
+        return count * _PLACE + _most(array.values, count * longest)
     largest = int(_lengths(array).max(initial=0)) if _is_text(kind) else _PLACE
     return count * (_PLACE + largest)
 
