@@ -470,7 +470,7 @@ def test_verify_finds_an_edited_file(cli: Runner, shop: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nope"], "nope"),
+        (["nosuch"], "nosuch"),
         (["show"], "Missing argument"),
         (["update", "--bad"], "--bad"),
         (["predict"], "Missing option"),
@@ -557,7 +557,7 @@ def test_help_and_status_load_no_model_library(made: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"), [("--version", 0), ("status --json", 3), ("nope", 3), ("verify --json", 1)]
+    ("arguments", "code"), [("--version", 0), ("status --json", 3), ("nosuch", 3), ("verify --json", 1)]
 )
 def test_the_program(shop: Path, tmp_path: Path, arguments: str, code: int) -> None:
     (shop / "versions" / "v1" / "README").touch()
@@ -570,7 +570,7 @@ def test_the_program(shop: Path, tmp_path: Path, arguments: str, code: int) -> N
     elif "--json" in arguments:
         assert json.loads(done.stdout)
     else:
-        assert (done.stdout, done.stderr) == ("", "treering: No such command 'nope'.\n")
+        assert (done.stdout, done.stderr) == ("", "treering: No such command 'nosuch'.\n")
 
 
 # Benchmark
