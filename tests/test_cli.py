@@ -427,6 +427,11 @@ def test_rollback_with_its_rows(cli: Runner, shop: Path) -> None:
     assert cli.json("status", "-w", shop)["rows"] == before["rows"]
 
 
+def gone_back(cli: Runner, shop: Path) -> Path:
+    cli.text("rollback", "base", "-w", shop)
+    return shop
+
+
 def test_the_gate_again(cli: Runner, shop: Path) -> None:
     made = cli.json("show", "v2", "-w", shop)["verdict"]
     found = cli.json("gate", "v2", "--dry-run", "-w", shop)
@@ -437,8 +442,11 @@ def test_the_gate_again(cli: Runner, shop: Path) -> None:
     cli.text("rollback", "-w", shop)
     assert cli.json("gate", "v2", "-w", shop)["promoted"]
     assert cli.json("status", "-w", shop)["current"] == "v2"
-    assert cli.json("gate", "v1", "--dry-run", "-w", shop, code=0)["against"] == "v2"
-    assert "no longer current" in cli.text("gate", "v1", "-w", shop, code=2)[0]
+    held = cli.json("gate", "v1", "--dry-run", "-w", shop, code=2)
+    assert held["summary"] == "held: it was never measured on cups, which v2 knows"
+    assert "promote v1 first" in cli.text("gate", "v2", "-w", gone_back(cli, shop), code=3)[1]
+    cli.text("promote", "v1", "--force", "-w", shop)
+    cli.text("promote", "v2", "--force", "-w", shop)
     assert "not promoted" in cli.text("gate", "v2", "gate.margin=1", "-w", shop, code=3)[1]
 
 

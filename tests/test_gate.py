@@ -352,10 +352,20 @@ def test_a_task_may_have_limits_of_its_own() -> None:
     assert not verdict.promote and named(verdict, "cups").passed and not named(verdict, "pens").passed
     assert old(was, now, GateConfig.model_validate({"tasks": {**loose, "pens": {"margin": 0.2}}})).promote
     low = GateConfig.model_validate({"margin": 0.2, "tasks": {"pens": {"min_score": 0.9}}})
-    assert "pens: 87.5 points are below gate.min_score, 90.0 points" in old(was, now, low).summary
+    assert "pens: 87.5 points are below its min_score, 90.0 points" in old(was, now, low).summary
     assert old(was, now, GateConfig(margin=0.2, min_score=0.8)).promote
     at_best = GateConfig.model_validate({"margin": 0.05, "tasks": {"pens": {"margin": 0.2}}})
     assert (at_best.of("pens").best_margin, at_best.of("cups").best_margin) == (0.4, 0.1)
+
+
+def test_a_margin_of_its_own_is_all_that_a_small_task_is_asked_for() -> None:
+    was, now = {"pens": scores(20, 0), "cups": scores(20, 0)}, {"pens": scores(16, 4), "cups": scores(20, 0)}
+    assert not old(was, now).promote
+    loose = GateConfig.model_validate({"tasks": {"pens": {"margin": 0.5}}})
+    assert old(was, now, loose).promote
+    assert named(old(was, now, loose), "old tasks together").rows == 20
+    alone = old({"pens": was["pens"]}, {"pens": now["pens"]}, loose)
+    assert [judgement.name for judgement in alone.judgements] == ["pens", "new data"]
 
 
 def test_rows_that_were_right_may_be_limited() -> None:

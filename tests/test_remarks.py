@@ -53,6 +53,11 @@ def test_damage_is_told(tmp_path: Path, line: str) -> None:
         remarks.read(tmp_path)
 
 
+def test_a_note_is_one_line(tmp_path: Path) -> None:
+    remarks.add_note(tmp_path, "v1", " a\nb\x1b[2J \udcff ")
+    assert remarks.read(tmp_path).of("v1")["notes"][0]["text"] == r"a\x0ab\x1b[2J \udcff"
+
+
 @pytest.mark.parametrize("name", ["", "current", "base", "off", "v1", "v01", "1a", "a b", "a" * 65, "é", "a\n"])
 def test_names_that_none_can_have(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError):

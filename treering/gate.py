@@ -172,13 +172,15 @@ def _old_tasks(
         _old_task(f"{task}{how}", found, limits(config.of(task)), seed) for task, found in pairs.items() if found
     ]
     if any(j.rows < j.rows_needed for j in judgements):
-        every = [pair for found in pairs.values() for pair in found]
-        judgements.append(_pool(f"old tasks together{how}", every, limits(config.of("")), seed))
+        # A task with a margin of its own is judged by that alone.
+        every = [pair for task, found in pairs.items() if not config.sets_margin(task) for pair in found]
+        if every:
+            judgements.append(_pool(f"old tasks together{how}", every, limits(config.of("")), seed))
     return judgements
 
 
 def _at_best(config: GateConfig) -> GateConfig:
-    return config.model_copy(update={"margin": config.best_margin})
+    return config.model_copy(update={"margin": config.best_margin, "min_score": None})
 
 
 def _flips(pairs: Sequence[tuple[Result, Result]], config: GateConfig) -> list[Judgement]:
@@ -203,7 +205,7 @@ def _old_task(task: str, pairs: Sequence[tuple[Result, Result]], config: GateCon
     low = config.min_score is not None and found["after"] < config.min_score
     passed = not (worse or collapsed or low) and (found["lower"] >= -config.margin or not enough)
     if low:
-        reason = f"{_points(found['after'])} are below gate.min_score, {_points(config.min_score or 0)}"
+        reason = f"{_points(found['after'])} are below its min_score, {_points(config.min_score or 0)}"
     elif collapsed:
         reason = f"fell by {_points(-found['change'])}, more than the floor of {_points(config.floor)}"
     elif worse or not passed:

@@ -143,10 +143,14 @@ def compare(ws: Workspace, first: Version, second: Version) -> dict[str, Any]:
 
 
 def verify(ws: Workspace) -> dict[str, Any]:
-    """Check every version's files against its manifest, `current` against the versions, and the catalog's file."""
+    """Check every version's files against its manifest, `current` against the versions, remarks and the catalog."""
     problems = [problem for version in registry.versions(ws) for problem in version.problems()]
     try:
         registry.current(ws)
+    except TreeringError as error:
+        problems.append(str(error))
+    try:
+        remarks.read(ws.root)
     except TreeringError as error:
         problems.append(str(error))
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from treering.errors import UsageError, VersionError
-from treering.files import append_line, timestamp, whole_lines
+from treering.files import append_line, one_line, timestamp, whole_lines
 
 FILE = "remarks.jsonl"
 
@@ -88,9 +88,10 @@ def set_tag(root: Path, version: str, tag: str, is_set: bool = True) -> None:
 
 def add_note(root: Path, version: str, text: str) -> None:
     """Add a note on `version`. Raises `UsageError` for one that is empty or without end."""
-    if not 0 < len(text.strip()) <= LONGEST_NOTE:
-        raise UsageError(f"the note has {len(text.strip())} characters; write 1 to {LONGEST_NOTE}")
-    append_line(root / FILE, {"time": timestamp(), "version": version, "note": text.strip()})
+    text = one_line(text.strip())
+    if not 0 < len(text) <= LONGEST_NOTE:
+        raise UsageError(f"the note has {len(text)} characters; write 1 to {LONGEST_NOTE}")
+    append_line(root / FILE, {"time": timestamp(), "version": version, "note": text})
 
 
 def checked(name: str) -> str:

@@ -270,7 +270,8 @@ class GateConfig(Section):
     """Largest share of the old rows that may be right before and wrong after, though others come right."""
 
     tasks: dict[str, TaskGate] = Field(default_factory=dict)
-    """Limits of single tasks, where they are others."""
+    """Limits of single tasks, where they are others; one with a `margin` of its own is not judged together with the
+    other old tasks."""
 
     min_gain: float = Field(0.0, ge=0, le=1)
     """Smallest gain of score on the new held-out rows."""
@@ -280,6 +281,10 @@ class GateConfig(Section):
 
     resamples: int = Field(2000, ge=100)
     """Bootstrap resamples."""
+
+    def sets_margin(self, task: str) -> bool:
+        """Whether that task has a margin of its own."""
+        return task in self.tasks and self.tasks[task].margin is not None
 
     def of(self, task: str) -> GateConfig:
         """The limits of that task; `best_margin` is twice the `margin` where neither says it."""

@@ -39,11 +39,20 @@ def judged(ws: Workspace, version: Version, config: Config) -> Verdict:
         other.check_files()
         before = [*_of(other, RESULTS), *before]
         best = _of(other, BEST if (other.folder / BEST).exists() else RESULTS)
+    against = other.name if other else "the base model"
+    if not before and other is None:
+        raise UsageError(
+            f"{version.name} was measured beside its parent {version.parent}, and the base model is current: promote "
+            f"{version.parent} first"
+        )
     if not before:
         raise UsageError(
-            f"{version.name} and {other.name if other else 'the base model'} were not scored in the same way (settings "
-            "of eval, or their metrics, differ), so nothing can be said of them without scoring again"
+            f"{version.name} and {against} were not scored in the same way (settings of eval, or their metrics, "
+            "differ), so nothing can be said of them without scoring again"
         )
+    unknown = [task for task in (other.scores if other else ()) if task not in version.scores]
+    if unknown:
+        return gate.held_for(f"it was never measured on {', '.join(unknown)}, which {against} knows")
     known = registry.measured(other)
     fresh = {id for id in registry.measured(version) if id not in known}
     answers = {row["id"]: Example.of(row["messages"]).answer for row in ws.catalog.rows(sorted(fresh))}

@@ -190,13 +190,16 @@ class Workspace:
         With `quarantine_data` the rows that only versions since have learned, or were judged by, go to quarantine, but
         for held-out rows of the user's own; else they are new again.
         """
-        with self.changing("rollback"):
-            before, after = registry.current(self), registry.rollback(self, name)
-        if quarantine_data and before is not None:
+        if not quarantine_data:
+            with self.changing("rollback"):
+                return registry.rollback(self, name)
+        with self.catalog.writing() as writer:  # First, for who cannot write there is not to roll back either.
+            with self.changing("rollback"):
+                before, after = registry.current(self), registry.rollback(self, name)
+            assert before is not None  # Else there was nothing to roll back.
             learned, judged = registry.consumed(self, before), registry.measured(before)
             rows = (learned - registry.consumed(self, after)) | (judged - registry.measured(after))
-            with self.catalog.writing() as writer:
-                writer.set_aside(sorted(rows), f"{before.name}, which learned it, was rolled back")
+            writer.set_aside(sorted(rows), f"{before.name}, which learned it, was rolled back")
         return after
 
     @contextmanager

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -257,3 +258,59 @@ def test_the_commands(ws: Workspace, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "rows written" in said("export", str(tmp_path / "left.jsonl"))
     assert run(["quarantine", "fix", str(at["leakage", 5]), "{", "-w", str(ws.root)]) == 3
     assert "is no JSON" in capsys.readouterr().err
+
+
+def set_aside(ws: Workspace) -> None:
+    """All that waits, as after a hold; versions have learned it."""
+    with ws.catalog.writing() as writer:
+        writer.set_aside([id for ids in ws.catalog.waiting(()).values() for id in ids], "worse")
+
+
+@pytest.mark.parametrize("policy", ["auto", "keep-both"])
+def test_rows_that_contradict_each_other_and_were_both_set_aside(
+    workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    ws = workspace(val_size=0.0, dedup={"contradictions": policy})
+    for answer in ("five", "nine"):
+        ws.ingest([row("how much?", answer)], task="t")
+        ids = [id for ids in ws.catalog.waiting(()).values() for id in ids]
+        set_aside(ws)
+    known = {*ids, *(row["id"] for row in ws.catalog.every())}
+    version = SimpleNamespace(rows=known, manifest={"held_out": {}})
+    monkeypatch.setattr("treering.registry.readable", lambda _: [version])
+    both = [entry["number"] for entry in quarantine.listed(ws)]
+    assert len(both) == 2
+    if policy == "keep-both":
+        found = quarantine.release(ws, both)
+        assert (found.accepted, found.superseded) == (2, 0)
+        return
+    with pytest.raises(UsageError, match=r"the row of <python>, line 1 is refused, contradiction: .*nothing was taken"):
+        quarantine.release(ws, both)
+    assert len(quarantine.listed(ws)) == 2 and sides(ws) == {}
+    quarantine.release(ws, both[:1])
+    found = quarantine.release(ws, both[1:])
+    assert (found.accepted, found.superseded) == (1, 1)
+    assert sides(ws) == {"how much? nine": "train"}
+
+
+def test_rows_of_one_line_that_begin_alike_are_told_apart(workspace: MakeWorkspace, tmp_path: Path) -> None:
+    ws, file = workspace(val_size=0.0, cutoff_len=4096), tmp_path / "a.jsonl"
+    for asked in ("where is my order?", "who are you, then?"):
+        turns = [("system", "x" * 2100), ("user", asked), ("assistant", asked.split()[0])]
+        file.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
+        assert ws.ingest(file, task="t").accepted == 1
+        set_aside(ws)
+    for entry in quarantine.listed(ws):
+        assert quarantine.release(ws, [entry["number"]]).accepted == 1
+    assert len(sides(ws)) == 2 and quarantine.listed(ws) == []
+
+
+def test_a_row_of_which_another_says_the_same_needs_no_decision_any_more(workspace: MakeWorkspace) -> None:
+    ws = workspace(val_size=0.0)
+    ws.ingest([row("how much is the cup?")], task="t")
+    set_aside(ws)
+    ws.ingest([row("How much is the CUP?")], task="t")
+    [entry] = quarantine.listed(ws)
+    found = quarantine.release(ws, [entry["number"]])
+    assert (found.rows, found.accepted, found.duplicates) == (1, 0, 1)
+    assert quarantine.listed(ws) == [] and len(sides(ws)) == 1

@@ -52,6 +52,8 @@ class Judge:
         """Rows of which one that says the same is kept: as a pair they stay on the training side."""
         self.restored: set[int] = set()
         """The numbers of rows that were no longer true before this ingest."""
+        self.returned: set[int] = set()
+        """The numbers of rows that a hold had set aside until this ingest."""
         self.disputes = Disputes(writer, config.dedup, released)
         self._disputed: set[int] = set()
         """What rows of this ingest answered differently, where all of them went to quarantine."""
@@ -87,6 +89,7 @@ class Judge:
                 own = given or (was is not None and was.given)
                 one.stored = Stored(self.last, row.example, fit.said, task, side, own, row.file, row.line)
                 self.restored |= {self.last} if where == "superseded" else set()
+                self.returned |= {self.last} if where == "aside" else set()
                 new.append(one)
             elif one.fate == "to_held_out":
                 number = self.writer.number(id)
@@ -204,7 +207,7 @@ class Judge:
 
     def _remove(self, one: Judged, other: Stored, rule: str, reason: str) -> None:
         """Have `other` go to quarantine because of `one`: from the same batch, or from among stored rows."""
-        if other.example.id in self.needed and other.seq not in self.restored:
+        if other.example.id in self.needed and other.seq not in self.restored | self.returned:
             return
         self._gone.add(other.seq)
         if other.seq in self._batch:

@@ -145,7 +145,9 @@ def retake(ws: Workspace, rows: Sequence[tuple[int | None, str, Split, Row]], *,
     newer than what is stored. Raises `UsageError`, and changes nothing, where one is refused.
     """
     config = ws.config()
-    newest = config.dedup.model_copy(update={"contradictions": "supersede"})
+    policies = {task: config.dedup.policy(task) for _, task, _, _ in rows}
+    kept = {task: "keep-both" if policy == "keep-both" else "supersede" for task, policy in policies.items()}
+    newest = config.dedup.model_copy(update={"contradictions": kept})
     off = {name: "off" for name, rule in ALL.items() if "off" in rule.levels}
     config = config.model_copy(update={"dedup": newest} | ({} if checked else {"checks": off}))
     checks = opened(config, ws.root)
@@ -160,7 +162,8 @@ def retake(ws: Workspace, rows: Sequence[tuple[int | None, str, Split, Row]], *,
         found = intake.finish()
         if found.refused:
             first = found.refused[0]
-            raise UsageError(f"it is refused, {first['rule']}: {first['reason']}")
+            where = f"the row of {first['file']}, line {first['line']}"
+            raise UsageError(f"{where} is refused, {first['rule']}: {first['reason']}; nothing was taken")
     return found
 
 
@@ -214,6 +217,9 @@ class _Intake:
                 self.warned.update(row.warned)
             elif one.fate != "new" and not one.refused:
                 self._meet_again(one, batch.task)
+        for one in judged:
+            if one.like and one.was:  # A row that was set aside needs no decision any more.
+                self.writer.settle(one.was)
         near = sum(one.like is not None for one in judged)
         self.counts["duplicates"] += near
         self.counts["near"] += near
@@ -337,19 +343,26 @@ class _Intake:
 
     def _take_out(self, row: Stored, rule: str, reason: str) -> None:
         bad = refused(Row(row.file, row.line, row.example), rule, reason)
-        self.writer.refuse(row.task, [bad], row.split)
-        if row.seq in self.judge.restored:
-            self.writer.supersede([row.example.id])
-            self.counts["restored"] -= 1
-        else:
-            self.writer.delete(row)
+        if row.seq in self.judge.returned:
+            self.writer.set_aside([row.example.id], reason)
             self.judge.let_go(row)
+        else:
+            self.writer.refuse(row.task, [bad], row.split)
+            self._put_away(row)
         if row.seq > self.judge.first:  # It came with this ingest, and was counted as accepted.
             self.tasks[row.task] -= 1
             self.counts["held_out"] -= row.split == "held_out"
             self._tell(bad)
         else:
             self.counts["withdrawn"] += 1
+
+    def _put_away(self, row: Stored) -> None:
+        if row.seq in self.judge.restored:
+            self.writer.supersede([row.example.id])
+            self.counts["restored"] -= 1
+        else:
+            self.writer.delete(row)
+            self.judge.let_go(row)
 
     def _store(self, rows: Sequence[Stored], task: str) -> None:
         self.writer.add(rows)

@@ -244,10 +244,18 @@ class Writer:
             return None
         split: str = row.split.removeprefix(ASIDE)
         self.db.execute(_rows.update().where(_rows.c.id == id).values(split=split))
-        same = (_quarantine.c.file == row.file, _quarantine.c.line == row.line)
-        raw = _quarantine.c.raw == row.messages[:RAW_LENGTH]
-        self.db.execute(_quarantine.delete().where(_quarantine.c.rule == HELD, *same, raw))
+        self._drop_held(row.file, row.line, row.messages)
         return split
+
+    def settle(self, row: Stored) -> None:
+        """Ask nobody any more what becomes of a row that was set aside; it stays so."""
+        self._drop_held(row.file, row.line, row.example.as_json())
+
+    def _drop_held(self, file: str, line: int, messages: str) -> None:
+        same = (_quarantine.c.rule == HELD, _quarantine.c.file == file, _quarantine.c.line == line)
+        # Those of an older treering have no messages, but what they begin with.
+        begins = sa.and_(_quarantine.c.messages.is_(None), _quarantine.c.raw == messages[:RAW_LENGTH])
+        self.db.execute(_quarantine.delete().where(*same, sa.or_(_quarantine.c.messages == messages, begins)))
 
     def delete(self, row: Stored) -> None:
         """Store a row no longer."""
