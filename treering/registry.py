@@ -132,6 +132,13 @@ class Version:
         return "pruned" in self.manifest
 
     @property
+    def has_weights(self) -> bool:
+        """Whether it was not pruned, told by its files alone."""
+        return any(
+            (self.folder / name).exists() for name in ("adapter_config.json", BOTTLENECK_FILES[0], "config.json")
+        )
+
+    @property
     def adopted(self) -> bool:
         """Whether it is an adapter that was made elsewhere."""
         return self.manifest["plan"] is None

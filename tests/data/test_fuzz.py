@@ -115,10 +115,29 @@ def _of_json(text: str, lines: list[str]) -> int | None:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        return None if not lines or lines[0].strip().startswith("[") else len(lines)
+        return None if not lines or lines[0].strip().startswith("[") else _of_lines(lines)
     if isinstance(found, list):
         return len(found)
     return None if isinstance(found, dict) and found.keys() & {"data", "train", "rows"} else 1
+
+
+def _of_lines(lines: list[str]) -> int:
+    rows = at = 0
+    while at < len(lines):
+        rows += 1
+        at += _laid_out(lines[at:])
+    return rows
+
+
+def _laid_out(lines: list[str]) -> int:
+    """Over how many lines the first row is: one, but where it becomes an object with some that begin none."""
+    for end, line in enumerate(lines, 1):
+        if end > 1 and line.startswith("{"):
+            break
+        with suppress(ValueError, RecursionError):
+            if isinstance(json.loads("\n".join(lines[:end])), dict):
+                return end
+    return 1
 
 
 def items_of(file: Path) -> list[Row | Bad]:

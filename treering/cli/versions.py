@@ -150,10 +150,11 @@ def gate(
     rival = verdicts.rival(ws, found)
     verdict = verdicts.judged(ws, found, config)
     here = registry.current(ws)
-    can = verdict.promote and not dry_run and (here is None or here.name != found.name)
-    if can and (here.name if here else None) != found.parent:
-        can, reason = False, f"held: its parent {found.parent or 'the base model'} is no longer current"
+    serves = here is not None and here.name == found.name
+    if verdict.promote and not serves and (here.name if here else None) != found.parent:
+        reason = f"held: its parent {found.parent or 'the base model'} is no longer current"
         verdict = replace(verdict, promote=False, summary=reason)
+    can = verdict.promote and not serves and not dry_run
     if can:
         ws.promote(found.name, passed=True)
     against = rival.name if rival else "base"

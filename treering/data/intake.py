@@ -208,7 +208,12 @@ class _Intake:
         self.counts["rows"] += len(part)
         good, bad = [one for one in part if isinstance(one, Fit)], [one for one in part if isinstance(one, Bad)]
         judged = self.judge.judge(good, batch.task, batch.split, batch.split == "held_out")
-        self._refuse(batch, bad + [refused(one.row, *one.refused) for one in judged if one.refused])
+        for one in judged:
+            if one.refused and one.stored and one.stored.seq in self.judge.returned:
+                self._tell(refused(one.row, *one.refused))  # It stays in quarantine, where it is since the hold.
+            elif one.refused:
+                bad.append(refused(one.row, *one.refused))
+        self._refuse(batch, bad)
         self._make_room(judged, batch.task)
         self._store([one.stored for one in judged if one.stored and one.is_kept], batch.task)
         for row, one in zip(good, judged, strict=True):

@@ -85,7 +85,7 @@ class Following:
         return {"current": self.serving, BASE: BASE, **dict(zip(known, known, strict=True)), **aliases}
 
     def _versions(self) -> list[str]:
-        return [version.name for version in registry.versions(self._ws)]
+        return [version.name for version in registry.versions(self._ws) if version.has_weights]
 
     def _glance(self) -> None:
         """Begin to load what `current` names now, unless that is under way; what it no longer names is given up."""
