@@ -247,6 +247,20 @@ def test_arrow_that_is_none(tmp_path: Path, content: bytes) -> None:
     assert found.rule == "unreadable" and "write the file again" in found.reason
 
 
+def test_arrow_that_says_it_goes_on_without_end(tmp_path: Path) -> None:
+    sink = io.BytesIO()
+    table = pa.table({"question": ["a", "b"], "answer": ["c", "d"]})
+    with pa.ipc.new_stream(sink, table.schema) as out:
+        out.write_table(table)
+    content = sink.getvalue()
+    length = len(pa.ipc.open_stream(content).read_next_batch().serialize())
+    for at in range(len(content) - 8):  # The length of the batch's body is one of the numbers in its header.
+        if 0 < int.from_bytes(content[at : at + 8], "little") < length and at % 8 == 0:
+            damaged = content[:at] + (1 << 50).to_bytes(8, "little") + content[at + 8 :]
+            (tmp_path / "a.arrow").write_bytes(damaged)
+            assert list(read(tmp_path / "a.arrow"))
+
+
 def test_arrow_that_lies_about_its_texts(tmp_path: Path) -> None:
     """Offsets that lead out of the data would be read out of bounds."""
     content = bytearray(arrow(pa.table({"text": ["q" * 100] * 4, "label": ["a"] * 4})))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -66,10 +68,18 @@ def read_arrow(source: Source) -> Iterator[Found]:
     return _rows(source, batches, "Arrow data")
 
 
+class _File(io.BufferedReader):
+    """A file of which no more is asked for than there is: a damaged one may say that it goes on for petabytes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 def _rows(source: Source, batches: Any, what: str) -> Iterator[Found]:
     number = 0
     try:
-        with source.path.open("rb") as file:
+        with _File(io.FileIO(source.path)) as file:
             for batch in (part for whole in batches(file) for part in _parts(whole)):
                 labels = _label_names(batch.schema)
                 for found in _batch(batch, number):
