@@ -132,7 +132,7 @@ def _of_lines(lines: list[str]) -> int:
 def _laid_out(lines: list[str]) -> int:
     """Over how many lines the first row is: one, but where it becomes an object with some that begin none."""
     for end, line in enumerate(lines, 1):
-        if end > 1 and line.startswith("{"):
+        if line.startswith("{") != (end == 1):
             break
         with suppress(ValueError, RecursionError):
             if isinstance(json.loads("\n".join(lines[:end])), dict):
