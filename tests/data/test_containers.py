@@ -261,6 +261,20 @@ def test_arrow_that_says_it_goes_on_without_end(tmp_path: Path) -> None:
             assert list(read(tmp_path / "a.arrow"))
 
 
+def test_arrow_whose_packed_texts_say_they_are_without_end(tmp_path: Path) -> None:
+    table = pa.table({"question": ["what is it? " * 50] * 20, "answer": ["c"] * 20})
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as out:
+        out.write_table(table)
+    content = (tmp_path / "a.arrow").read_bytes()
+    long = len(pa.array(table["question"].to_pylist()).buffers()[2]).to_bytes(8, "little")
+    assert content.count(long) == 1  # Before the packed bytes stands how many they are.
+    (tmp_path / "a.arrow").write_bytes(content.replace(long, (1 << 60).to_bytes(8, "little")))
+    [bad] = read(tmp_path / "a.arrow")
+    assert (
+        isinstance(bad, Bad) and "cannot be read after row 0: malloc of size 1152921504606846976 failed" in bad.reason
+    )
+
+
 def test_arrow_that_lies_about_its_texts(tmp_path: Path) -> None:
     """Offsets that lead out of the data would be read out of bounds."""
     content = bytearray(arrow(pa.table({"text": ["q" * 100] * 4, "label": ["a"] * 4})))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -21,6 +22,9 @@ _ARROW_FILE = b"ARROW1"
 
 _ROWS, _BYTES = 1024, 1 << 26
 """How much is decoded at once, at most."""
+
+_PIECE = 1 << 30
+"""Bytes of one column of a batch beyond which its length is taken for damage, if there is no memory for it."""
 
 _PLAINLY = {"PLAIN", "RLE", "BIT_PACKED", "PLAIN_DICTIONARY", "RLE_DICTIONARY"}
 """Encodings of Parquet that a column which is read as a dictionary may have."""
@@ -85,12 +89,20 @@ def _rows(source: Source, batches: Any, what: str) -> Iterator[Found]:
                 for found in _batch(batch, number):
                     number += 1
                     yield found._replace(value=_with_names(found.value, labels)) if labels else found
-    except (RowError, MemoryError):
+    except RowError:
         raise
     except Exception as error:  # a damaged file makes pyarrow raise nearly anything
+        if isinstance(error, MemoryError) and not _absurd(error):
+            raise
         raise RowError(
             "unreadable", f"the {what} cannot be read after row {number}: {error}; write the file again"
         ) from error
+
+
+def _absurd(error: MemoryError) -> bool:
+    """Whether so much memory was asked for in one piece that the file is to blame, not the machine."""
+    asked = re.search(r"of size (\d+)", str(error))
+    return asked is not None and int(asked[1]) > _PIECE
 
 
 def _dictionaries(groups: Sequence[pq.RowGroupMetaData]) -> list[str]:
