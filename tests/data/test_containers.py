@@ -270,9 +270,7 @@ def test_arrow_whose_packed_texts_say_they_are_without_end(tmp_path: Path) -> No
     assert content.count(long) == 1  # Before the packed bytes stands how many they are.
     (tmp_path / "a.arrow").write_bytes(content.replace(long, (1 << 60).to_bytes(8, "little")))
     [bad] = read(tmp_path / "a.arrow")
-    assert (
-        isinstance(bad, Bad) and "cannot be read after row 0: malloc of size 1152921504606846976 failed" in bad.reason
-    )
+    assert isinstance(bad, Bad) and f"cannot be read after row 0: malloc of size {1 << 60} failed" in bad.reason
 
 
 def test_arrow_that_lies_about_its_texts(tmp_path: Path) -> None:
