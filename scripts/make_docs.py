@@ -6,14 +6,14 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from treering.config import LAUNCHERS, TRACKERS, Config
 from treering.methods import FINETUNING_TYPES, PROTECT
 from treering.optimizers import OPTIMIZERS
-from treering.sections import Section
+from treering.sections import Section, is_section
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEAD = """# Settings
@@ -56,7 +56,7 @@ def page() -> str:
 def _sections() -> Iterator[tuple[str, type[Section]]]:
     yield "", Config
     for name, field in Config.model_fields.items():
-        if _is_section(field.annotation):
+        if is_section(field.annotation):
             yield name, field.annotation
 
 
@@ -66,16 +66,12 @@ def _section(name: str, section: type[Section]) -> str:
         lines.append(f"{section.__doc__}\n")
     lines += ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
     for key, field in section.model_fields.items():
-        if not _is_section(field.annotation):
+        if not is_section(field.annotation):
             meaning = " ".join((field.description or "").split())
             full = f"{name}.{key}" if name else key
             default = _value(field.get_default(call_default_factory=True))
             lines.append(f"| `{full}` | {_type(key, field)} | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
-
-
-def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def _type(key: str, field: FieldInfo) -> str:
@@ -102,7 +98,7 @@ def _kinds(annotation: Any) -> Iterator[str]:
         yield "a list of texts"
     elif origin is dict:
         yield f"{' or '.join(_kinds(arguments[1]))} by name"
-    elif _is_section(annotation):
+    elif is_section(annotation):
         yield f"settings ({', '.join(f'`{key}`' for key in annotation.model_fields)})"
     else:
         yield TYPES[annotation]

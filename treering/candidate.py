@@ -29,7 +29,7 @@ from treering.passes import losses
 from treering.progress import bar
 from treering.readings import Readings
 from treering.registry import Version
-from treering.results import BEST, PARENT_RESULTS, RESULTS, Result, read_results, write_results
+from treering.results import BEST, PARENT_RESULTS, RESULTS, Result, read_best, read_results, write_results
 from treering.room import keep_to_limit, peak_gpu_memory_mb, peak_memory_mb
 from treering.router import OWN, Router, Shown
 from treering.scoring import conditions, metric_for, scorers, wanted
@@ -260,9 +260,7 @@ class Candidate:
 
     def best(self) -> list[Result]:
         """The best results of each task until now, as far as they can be compared with today's."""
-        known = self._known()
-        kept = self.parent.folder / BEST if self.parent and known else None
-        return read_results(kept) if kept and kept.exists() else known
+        return read_best(self.parent.folder) if self.parent and self._known() else []
 
     def write(
         self, base_name: str, results: Sequence[Result], best: Sequence[Result], log: Sequence[dict[str, float]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -38,6 +38,7 @@ from treering.sections import (
     Section,
     ServeConfig,
     SiConfig,
+    is_section,
 )
 from treering.settings import parse, read_yaml
 
@@ -605,14 +606,10 @@ def _place(loc: tuple[Any, ...]) -> tuple[str, type[Section]]:
         field = group.model_fields.get(str(part))
         kind = field.annotation if field else None
         of_name = get_args(kind)[1] if get_origin(kind) is dict else None
-        if _is_section(of_name):  # Groups by a name that the user gives.
+        if is_section(of_name):  # Groups by a name that the user gives.
             names += [str(name) for name in islice(parts, 1)]
             kind = of_name
-        if not _is_section(kind):
+        if not is_section(kind):
             break
         group = kind
     return ".".join(names), group
-
-
-def _is_section(kind: Any) -> TypeGuard[type[Section]]:
-    return isinstance(kind, type) and issubclass(kind, Section)

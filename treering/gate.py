@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from treering.data.example import normalise
+from treering.metrics import negative_flips
 from treering.results import Result
 from treering.sections import GateConfig
 
@@ -152,6 +153,11 @@ def _summary(judgements: Sequence[Judgement], judged_old: bool) -> str:
     return text + (f" ({', '.join(changes)})" if changes else "")
 
 
+def overtaken(parent: str | None) -> str:
+    """Why a candidate is held whose `parent` serves no more."""
+    return f"its parent {parent or 'the base model'} is no longer current"
+
+
 def held_for(reason: str) -> Verdict:
     """A hold that no statistics brought about."""
     return Verdict(False, f"held: {reason}", ())
@@ -187,9 +193,8 @@ def _flips(pairs: Sequence[tuple[Result, Result]], config: GateConfig) -> list[J
     """Where a limit is set and there are old rows."""
     if config.negative_flips is None or not pairs:
         return []
-    lost = sum(before.score == 1 and after.score < 1 for before, after in pairs)
-    share = lost / len(pairs)
-    reason = f"{lost} of {len(pairs)} rows were right and are wrong now, {100 * share:.1f}%"
+    share = negative_flips(*({row.id: row.score for row in side} for side in zip(*pairs, strict=True)))
+    reason = f"{share * len(pairs):.0f} of {len(pairs)} rows were right and are wrong now, {100 * share:.1f}%"
     passed = share <= config.negative_flips
     if not passed:
         reason += f"; the limit is {100 * config.negative_flips:.1f}%"

@@ -188,6 +188,6 @@ def _still_valid(ws: Workspace, plan: Plan) -> Verdict | None:
 
     here = registry.current(ws)
     if (here.name if here else None) != plan.parent:
-        return gate.held_for(f"its parent {plan.parent or 'the base model'} is no longer current")
+        return gate.held_for(gate.overtaken(plan.parent))
     moved = len(set(plan.row_ids) & {id for ids in ws.catalog.held_out().values() for id in ids})
     return gate.held_for(f"{moved} of its rows were held out while it ran") if moved else None

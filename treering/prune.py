@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from treering import canary, registry, remarks
 from treering.errors import TreeringError
-from treering.files import fsync_tree, timestamp
+from treering.files import timestamp
 from treering.registry import MANIFEST, Version
 from treering.results import BEST, PARENT_RESULTS, RESULTS
 
@@ -75,16 +75,13 @@ def prune(ws: Workspace, last: int, *, dry_run: bool = False) -> dict[str, int]:
 
 
 def _prune(version: Version) -> None:
-    """Put its records in its place. It appears whole: until then the old one stays."""
+    """Put its records in its place."""
     new = registry.replacing(version)
     new.mkdir()
     for name in RECORDS:
         if (version.folder / name).exists():
             os.link(version.folder / name, new / name)
-    manifest = {key: value for key, value in version.manifest.items() if key not in ("files", "digest")}
-    registry.seal(new, {**manifest, "pruned": timestamp()})
-    fsync_tree(new)
-    registry.exchange(version)
+    registry.exchange(version, {**version.manifest, "pruned": timestamp()})
 
 
 def _freed(version: Version) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from treering import registry
 from treering.data.example import Example
-from treering.files import fsync_tree, timestamp, write_file, write_json
+from treering.files import timestamp, write_file, write_json
 from treering.registry import MANIFEST, Version
 from treering.results import BEST, PARENT_RESULTS, RESULTS, read_results, write_results
 
@@ -72,7 +72,7 @@ def redact(version: Version, stones: Tombstones, left: Left) -> bool:
     Raises `VersionError` where the version was changed since it was made: hashes of today would hide that.
     """
     new = registry.replacing(version)
-    manifest = {key: value for key, value in version.manifest.items() if key not in ("files", "digest")}
+    manifest = dict(version.manifest)
     gone = {key: _gone(manifest[key], stones) for key in _BY_TASK}
     classes = left.of(version)
     parts = [_memory(version.folder, stones, classes), _router(version.folder, classes)]
@@ -90,9 +90,7 @@ def redact(version: Version, stones: Tombstones, left: Left) -> bool:
     manifest["aside"] = [id for id in manifest.get("aside", ()) if id not in stones]
     redaction = {"time": timestamp(), **{key: [stones.of(id) for id in ids] for key, ids in gone.items()}}
     manifest["redactions"] = [*manifest.get("redactions", ()), redaction]
-    fsync_tree(new)
-    registry.seal(new, manifest)
-    registry.exchange(version)
+    registry.exchange(version, manifest)
     return True
 
 

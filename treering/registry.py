@@ -336,9 +336,14 @@ def replacing(version: Version) -> Path:
     return folder
 
 
-def exchange(version: Version) -> None:
-    """Put the folder that was made, and sealed, in the place of `version`; `recover` finishes what a crash cuts off."""
+def exchange(version: Version, manifest: dict[str, Any]) -> None:
+    """Put the folder that was made for it (`replacing`), with this manifest, in the place of `version`.
+
+    It appears whole: until then the old one stays, and `recover` finishes what a crash cuts off.
+    """
     old, new = (version.folder.with_name(prefix + version.name) for prefix in (REPLACED, REPLACING))
+    fsync_tree(new)
+    seal(new, manifest)
     version.folder.rename(old)
     new.rename(version.folder)
     fsync_folder(new.parent)

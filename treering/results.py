@@ -68,3 +68,8 @@ def read_results(path: Path) -> list[Result]:
     with pq.ParquetFile(path) as file:
         # Threads of pyarrow's own that cannot begin, for want of address space, would be waited for without end.
         return [Result(**row) for row in file.read(use_threads=False).to_pylist()]
+
+
+def read_best(folder: Path) -> list[Result]:
+    """What was best until the version in `folder`; where it kept none, what it scored itself."""
+    return read_results(folder / (BEST if (folder / BEST).exists() else RESULTS))

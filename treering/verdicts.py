@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from treering import gate, registry
@@ -9,7 +10,7 @@ from treering.data.example import Example
 from treering.errors import UsageError
 from treering.gate import Verdict
 from treering.registry import Version
-from treering.results import BEST, PARENT_RESULTS, RESULTS, Result, read_results
+from treering.results import PARENT_RESULTS, RESULTS, Result, read_best, read_results
 
 if TYPE_CHECKING:
     from treering.config import Config
@@ -27,6 +28,7 @@ def rival(ws: Workspace, version: Version) -> Version | None:
 def judged(ws: Workspace, version: Version, config: Config) -> Verdict:
     """The verdict on `version` beside its `rival`, on the rows both were scored on.
 
+    It is a hold where its parent is no longer current: it lacks what was learned since.
     Raises `UsageError` where it has no scores, or the two were scored in different ways.
     """
     other = rival(ws, version)
@@ -38,7 +40,7 @@ def judged(ws: Workspace, version: Version, config: Config) -> Verdict:
     if other is not None and other.manifest["evaluation"] == version.manifest["evaluation"]:
         other.check_files()
         before = [*_of(other, RESULTS), *before]
-        best = _of(other, BEST if (other.folder / BEST).exists() else RESULTS)
+        best = read_best(other.folder)
     against = other.name if other else "the base model"
     if not before and other is None:
         raise UsageError(
@@ -57,7 +59,11 @@ def judged(ws: Workspace, version: Version, config: Config) -> Verdict:
     fresh = {id for id in registry.measured(version) if id not in known}
     answers = {row["id"]: Example.of(row["messages"]).answer for row in ws.catalog.rows(sorted(fresh))}
     after = _of(version, RESULTS)
-    return gate.judge(before, after, version.manifest["metrics"], fresh, config.gate, config.seed, answers, best)
+    verdict = gate.judge(before, after, version.manifest["metrics"], fresh, config.gate, config.seed, answers, best)
+    here = registry.current(ws)
+    if verdict.promote and here != version and (here.name if here else None) != version.parent:
+        return replace(verdict, promote=False, summary=gate.held_for(gate.overtaken(version.parent)).summary)
+    return verdict
 
 
 def _of(version: Version, name: str) -> list[Result]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -149,12 +148,7 @@ def gate(
         raise UsageError("what passes by settings of one command is not promoted: add --dry-run, or write them down")
     rival = verdicts.rival(ws, found)
     verdict = verdicts.judged(ws, found, config)
-    here = registry.current(ws)
-    serves = here is not None and here.name == found.name
-    if verdict.promote and not serves and (here.name if here else None) != found.parent:
-        reason = f"held: its parent {found.parent or 'the base model'} is no longer current"
-        verdict = replace(verdict, promote=False, summary=reason)
-    can = verdict.promote and not serves and not dry_run
+    can = verdict.promote and not dry_run and registry.current(ws) != found
     if can:
         ws.promote(found.name, passed=True)
     against = rival.name if rival else "base"

@@ -90,7 +90,7 @@ class Checks:
         """The rules that can mend a row, whatever their level, but that none is cut; what they refuse stays as it is.
 
         So all forms that a row may come in, as settings change, are one. `personal`: masks of personal data as well,
-        where presidio is installed; it takes a millisecond a row.
+        where presidio is installed; it takes 1 to 10 ms a row.
         """
         there = {name for name, known in RULES.items() if "repair" in known.levels} - {"too-long"}
         if not personal or importlib.util.find_spec("presidio_analyzer") is None:

@@ -138,11 +138,10 @@ def ingest(
     return replace(found, notices=notes + found.notices)
 
 
-def retake(ws: Workspace, rows: Sequence[tuple[int | None, str, Split, Row]], *, checked: bool) -> Ingested:
+def retake(ws: Workspace, rows: Sequence[tuple[int, str, Split, Row]], *, checked: bool) -> Ingested:
     """Take rows out of quarantine and in: each with its number there, its task and side, and what it is now.
 
-    One that a hold set aside has no number: it leaves quarantine once it is taken back, on the side it was on. All are
-    newer than what is stored. Raises `UsageError`, and changes nothing, where one is refused.
+    All are newer than what is stored. Raises `UsageError`, and changes nothing, where one is refused.
     """
     config = ws.config()
     policies = {task: config.dedup.policy(task) for _, task, _, _ in rows}
@@ -154,8 +153,7 @@ def retake(ws: Workspace, rows: Sequence[tuple[int | None, str, Split, Row]], *,
     with ws.catalog.writing() as writer:
         intake = _Intake(ws, writer, config, checks, named=True, released=True)
         for number, *_ in rows:
-            if number is not None:
-                writer.drop_refused(number)
+            writer.drop_refused(number)
         for (task, split), same in groupby(rows, key=lambda row: row[1:3]):
             own = [row for *_, row in same]
             intake.take(_Batch(own[0].file, task, split, partial(fit, own, task=task), None))

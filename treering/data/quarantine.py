@@ -73,11 +73,10 @@ def release(ws: Workspace, numbers: Sequence[int]) -> Ingested:
     return retake(ws, [_released(entry) for entry in entries], checked=False)
 
 
-def _released(entry: Mapping[str, Any]) -> tuple[int | None, str, Split, Row]:
-    row = Row(entry["file"], entry["line"], Example.of(entry["messages"]))
-    if entry["rule"] == HELD:
-        return None, entry["task"], "train", row
-    return entry["number"], entry["task"], entry["split"], row
+def _released(entry: Mapping[str, Any]) -> tuple[int, str, Split, Row]:
+    # A row that was set aside goes back to the side it was on; told to be held out, it would count as the user's own.
+    side: Split = "train" if entry["rule"] == HELD else entry["split"]
+    return entry["number"], entry["task"], side, Row(entry["file"], entry["line"], Example.of(entry["messages"]))
 
 
 def fix(ws: Workspace, number: int, record: Mapping[str, Any]) -> Ingested:

@@ -282,8 +282,8 @@ class Writer:
             self.db.execute(_quarantine.insert(), values)
 
     def drop_refused(self, number: int) -> None:
-        """Take the row with that number out of quarantine."""
-        self.db.execute(_quarantine.delete().where(_quarantine.c.seq == number))
+        """Take the row with that number out of quarantine; one that was set aside leaves it once it is taken back."""
+        self.db.execute(_quarantine.delete().where(_quarantine.c.seq == number, _quarantine.c.rule != HELD))
 
     def read_again(self, file: str) -> None:
         """Forget what of `file` was refused: it is judged anew."""
