@@ -77,10 +77,11 @@ def side_by_side(count: int) -> Iterator[Callable[[Callable[[T], R], Sequence[T]
         finally:
             for computing in begun:
                 computing.cancel()
-            for computing in begun:
-                error = None if computing.cancelled() else computing.exception()
-                if isinstance(error, Exception):
-                    no_memory(error)  # Each that torch has switched oneDNN off for is to be seen.
+            failed = [None if computing.cancelled() else computing.exception() for computing in begun]
+            # Each that torch has switched oneDNN off for is to be seen, and what tells of it is asked but once.
+            short = [error for error in failed if isinstance(error, Exception) and no_memory(error)]
+            if short:
+                raise MemoryError(str(short[0])) from short[0]
 
     with ThreadPoolExecutor(count, initializer=begin) as pool:
         yield compute_all

@@ -102,7 +102,7 @@ def _rows(source: Source, batches: Any, what: str) -> Iterator[Found]:
 def _absurd(error: MemoryError) -> bool:
     """Whether so much memory was asked for in one piece that the file is to blame, not the machine."""
     asked = re.search(r"of size (\d+)", str(error))
-    return asked is not None and int(asked[1]) > _PIECE
+    return "capacity too large" in str(error) or (asked is not None and int(asked[1]) > _PIECE)
 
 
 def _dictionaries(groups: Sequence[pq.RowGroupMetaData]) -> list[str]:
